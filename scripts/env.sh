@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# shellcheck shell=bash
+#
+# Sourced by the other scripts: where things are and which tools build the
+# kernel side.  Everything can be overridden from the environment.
+
+DUNE_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+DUNE_CACHE=${DUNE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dune}
+DUNE_LINUX=${DUNE_LINUX:-6.12}
+JOBS=${JOBS:-$(nproc)}
+
+# The kernel wants the distribution's rustc, because that one has its library
+# source (rust-src) beside it.  User space takes the first cargo on PATH.
+KRUSTC=${KRUSTC:-/usr/bin/rustc}
+KRUSTDOC=${KRUSTDOC:-/usr/bin/rustdoc}
+KBINDGEN=${KBINDGEN:-$DUNE_CACHE/tools/bin/bindgen}
+
+if [ -z "${LIBCLANG_PATH:-}" ]; then
+    LIBCLANG_PATH=$(ls -d /usr/lib/llvm-*/lib 2>/dev/null | sort -V | while read -r d; do
+        ls "$d"/libclang.so* "$d"/libclang-*.so* >/dev/null 2>&1 && echo "$d"
+    done | tail -n 1)
+fi
+export LIBCLANG_PATH DUNE_CACHE
+
+die() {
+    echo "${0##*/}: $*" >&2
+    exit 1
+}
+
+# usage: llvm_args NAME; the make arguments that choose the C compiler of the
+# kernel NAME (6.12 allows Rust with KASAN only under clang).
+kernel_cc_args() {
+    case $1 in
+    debug) echo "LLVM=-${DUNE_LLVM:-19}" ;;
+    esac
+}
+
+# usage: with_progress LABEL LOGFILE COMMAND...; one line every 15 s (or a
+# counter in place on a terminal) while COMMAND writes into LOGFILE.
+with_progress() {
+    local label=$1 log=$2 start=$SECONDS pid rc=0 n=0
+    shift 2
+    "$@" >"$log" 2>&1 </dev/null &
+    pid=$!
+    # shellcheck disable=SC2064
+    trap "kill $pid 2>/dev/null" INT TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        n=$((n + 1))
+        if [ -t 2 ]; then
+            printf '\r%s: %4d s, %d lines of log' "$label" $((SECONDS - start)) "$(wc -l <"$log")" >&2
+        elif [ $((n % 15)) = 0 ]; then
+            printf '%s: %d s, %d lines of log\n' "$label" $((SECONDS - start)) "$(wc -l <"$log")" >&2
+        fi
+    done
+    wait "$pid" || rc=$?
+    trap - INT TERM
+    [ ! -t 2 ] || echo >&2
+    printf '%s: %s after %d s\n' "$label" "$([ $rc = 0 ] && echo done || echo "FAILED ($log)")" $((SECONDS - start)) >&2
+    return $rc
+}

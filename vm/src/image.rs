@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Packs what a machine boots: an uncompressed initramfs inside a bootable ISO.
+//!
+//! The guest's file system is busybox, the programs under test with the host's
+//! loader and libraries, the kernel modules, and `vm/guest/init`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::fs::File;
+use std::io::BufWriter;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::bail;
+use anyhow::Context;
+use anyhow::Result;
+use cpio::newc::Builder;
+use cpio::newc::ModeFileType;
+
+use crate::elf;
+use crate::paths;
+
+/// `/etc/passwd` of the guest: `tester` is in the group `dune`, `outsider` is not.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
+    tester:x:1000:1000:tester:/home/tester:/bin/sh\n\
+    outsider:x:1001:1001:outsider:/home/outsider:/bin/sh\n";
+
+/// `/etc/group` of the guest.
+const GROUP: &str =
+    "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\noutsider:x:1001:\n";
+
+const BUSYBOX: &str = "/bin/busybox";
+const ISOLINUX: &str = "/usr/lib/ISOLINUX/isolinux.bin";
+const LDLINUX: &str = "/usr/lib/syslinux/modules/bios/ldlinux.c32";
+
+/// The kernel modules that KVM consists of, in load order, relative to the
+/// kernel's build tree. `init` loads them only when asked.
+const KVM_MODULES: &[&str] = &[
+    "virt/lib/irqbypass.ko",
+    "arch/x86/kvm/kvm.ko",
+    "arch/x86/kvm/kvm-intel.ko",
+];
+
+enum Node {
+    Dir,
+    File { source: Source, mode: u32 },
+    Symlink(String),
+    CharDevice { major: u32, minor: u32 },
+}
+
+enum Source {
+    Host(PathBuf),
+    Bytes(Vec<u8>),
+}
+
+/// A guest file system in the making; directories come by themselves.
+#[derive(Default)]
+pub struct Initramfs {
+    nodes: BTreeMap<String, Node>,
+}
+
+impl Initramfs {
+    /// The file system that every machine has: busybox, users, init, the load
+    /// and unload scripts and the modules of the kernel built in `kernel_tree`.
+    pub fn base(kernel_tree: &Path) -> Result<Self> {
+        let mut fs = Self::default();
+        if !Path::new(BUSYBOX).is_file() {
+            bail!("{BUSYBOX} is missing: run scripts/setup");
+        }
+        fs.add_file(BUSYBOX, Path::new(BUSYBOX))?;
+        fs.insert("bin/sh", Node::Symlink("busybox".into()));
+        fs.insert("dev/console", Node::CharDevice { major: 5, minor: 1 });
+        for dir in [
+            "proc", "sys", "run", "tmp", "mnt", "root", "home/tester", "home/outsider", "sbin",
+            "usr/sbin",
+        ] {
+            fs.insert(dir, Node::Dir);
+        }
+        fs.add_text("etc/passwd", PASSWD, 0o644);
+        fs.add_text("etc/group", GROUP, 0o644);
+        let root = paths::root();
+        fs.add_file("init", &root.join("vm/guest/init"))?;
+        for script in ["load", "unload"] {
+            let path = root.join("scripts").join(script);
+            if path.is_file() {
+                fs.add_file(&format!("usr/sbin/dune-{script}"), &path)?;
+            }
+        }
+        for module in KVM_MODULES {
+            let path = kernel_tree.join(module);
+            if path.is_file() {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                fs.add_file(&format!("lib/modules/{name}"), &path)?;
+            }
+        }
+        Ok(fs)
+    }
+
+    /// Adds a program under `guest_path` with everything it needs to run.
+    pub fn add_program(&mut self, guest_path: &str, program: &Path) -> Result<()> {
+        self.add_file(guest_path, program)?;
+        for file in elf::needed_files(program)? {
+            self.add_file(&file.to_string_lossy(), &file)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a host file, with its permission bits, or a host directory with all
+    /// that is in it.
+    pub fn add_file(&mut self, guest_path: &str, host: &Path) -> Result<()> {
+        let metadata =
+            fs::metadata(host).with_context(|| format!("looking at {}", host.display()))?;
+        if metadata.is_dir() {
+            self.insert(guest_path, Node::Dir);
+            for entry in fs::read_dir(host)? {
+                let entry = entry?;
+                let inner = format!("{guest_path}/{}", entry.file_name().to_string_lossy());
+                self.add_file(&inner, &entry.path())?;
+            }
+            return Ok(());
+        }
+        let mode = metadata.permissions().mode() & 0o777;
+        let source = Source::Host(host.to_path_buf());
+        self.insert(guest_path, Node::File { source, mode });
+        Ok(())
+    }
+
+    /// Adds a file with the given text.
+    pub fn add_text(&mut self, guest_path: &str, text: &str, mode: u32) {
+        let source = Source::Bytes(text.as_bytes().to_vec());
+        self.insert(guest_path, Node::File { source, mode });
+    }
+
+    fn insert(&mut self, guest_path: &str, node: Node) {
+        let path = guest_path.trim_matches('/').to_string();
+        for (slash, _) in path.match_indices('/') {
+            self.nodes
+                .entry(path[..slash].to_string())
+                .or_insert(Node::Dir);
+        }
+        self.nodes.insert(path, node);
+    }
+
+    /// Writes the archive. Parents come before what is in them, because a
+    /// directory's name sorts before every longer path.
+    pub fn write(&self, target: &Path) -> Result<()> {
+        let mut out: Box<dyn Write> = Box::new(BufWriter::with_capacity(
+            1 << 20,
+            File::create(target).with_context(|| format!("creating {}", target.display()))?,
+        ));
+        for (inode, (path, node)) in self.nodes.iter().enumerate() {
+            let header = Builder::new(path).ino(inode as u32 + 1);
+            let (header, body) = match node {
+                Node::Dir => {
+                    let mode = if path == "tmp" { 0o1777 } else { 0o755 };
+                    let header = header.set_mode_file_type(ModeFileType::Directory);
+                    (header.mode(0o040_000 | mode), Vec::new())
+                }
+                Node::File { source, mode } => {
+                    let body = match source {
+                        Source::Host(host) => fs::read(host)
+                            .with_context(|| format!("reading {}", host.display()))?,
+                        Source::Bytes(bytes) => bytes.clone(),
+                    };
+                    (header.mode(0o100_000 | mode), body)
+                }
+                Node::Symlink(to) => (header.mode(0o120_777), to.clone().into_bytes()),
+                Node::CharDevice { major, minor } => (
+                    header
+                        .mode(0o020_600)
+                        .rdev_major(*major)
+                        .rdev_minor(*minor),
+                    Vec::new(),
+                ),
+            };
+            let mut writer = header.write(out, body.len() as u32);
+            writer.write_all(&body)?;
+            out = writer.finish()?;
+        }
+        let mut out = cpio::newc::trailer(out)?;
+        out.flush()?;
+        Ok(())
+    }
+}
+
+/// Makes a bootable ISO from a kernel image, an initramfs and a command line.
+pub fn write_iso(dir: &Path, bzimage: &Path, initramfs: &Path, arguments: &str) -> Result<PathBuf> {
+    let tree = dir.join("iso");
+    fs::create_dir_all(&tree)?;
+    for (from, to) in [(Path::new(ISOLINUX), "isolinux.bin"), (Path::new(LDLINUX), "ldlinux.c32")] {
+        fs::copy(from, tree.join(to))
+            .with_context(|| format!("copying {}: run scripts/setup", from.display()))?;
+    }
+    fs::copy(bzimage, tree.join("kernel"))
+        .with_context(|| format!("copying {}", bzimage.display()))?;
+    fs::rename(initramfs, tree.join("initrd"))?;
+    fs::write(
+        tree.join("isolinux.cfg"),
+        format!("default dune\nprompt 0\nlabel dune\n kernel /kernel\n append initrd=/initrd {arguments}\n"),
+    )?;
+    let iso = dir.join("boot.iso");
+    let output = Command::new("xorriso")
+        .args(["-as", "mkisofs", "-quiet", "-o"])
+        .arg(&iso)
+        .args(["-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot"])
+        .args(["-boot-load-size", "4", "-boot-info-table"])
+        .arg(&tree)
+        .output()
+        .context("running xorriso: run scripts/setup")?;
+    if !output.status.success() {
+        bail!("xorriso: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    fs::remove_dir_all(&tree)?;
+    Ok(iso)
+}

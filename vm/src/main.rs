@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Command line of the emulated machine; see `vm/README.md`.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::bail;
+use anyhow::Context;
+use anyhow::Result;
+use clap::Args;
+use clap::Parser;
+use clap::Subcommand;
+use dune_vm::host;
+use dune_vm::image::Initramfs;
+use dune_vm::machine;
+use dune_vm::machine::Job;
+use dune_vm::machine::Machine;
+use dune_vm::paths;
+use dune_vm::verdict;
+
+/// Exit status for a machine that misbehaved, whatever its program said.
+const STATUS_MACHINE: u8 = 99;
+
+#[derive(Parser)]
+#[command(name = "dune-vm", about = "Runs programs in an emulated machine with VT-x")]
+struct Cli {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Boot, run a command, bring its output and exit status back.
+    Boot(BootArgs),
+    /// Boot into an interactive root shell on this terminal.
+    Shell(MachineArgs),
+}
+
+#[derive(Args)]
+struct MachineArgs {
+    /// Kernel: test, debug or bench.
+    #[arg(long, default_value = "test")]
+    kernel: String,
+    /// CPU model of Bochs.
+    #[arg(long, default_value = "corei7_haswell_4770")]
+    cpu_model: String,
+    /// Number of CPUs.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Memory in MiB.
+    #[arg(long, default_value_t = 1024)]
+    memory: u32,
+    /// Module parameter gpa_bits.
+    #[arg(long)]
+    gpa_bits: Option<u32>,
+    /// Module parameter, NAME=VALUE.
+    #[arg(long = "parameter")]
+    parameters: Vec<String>,
+    /// Do not insert dune.ko.
+    #[arg(long)]
+    no_load: bool,
+    /// Another dune.ko than the one scripts/module builds.
+    #[arg(long)]
+    module: Option<PathBuf>,
+    /// More kernel arguments.
+    #[arg(long, default_value = "")]
+    append: String,
+    /// A host file or program to take along: HOST or HOST:GUEST. Programs bring
+    /// their libraries. Without GUEST it goes to /usr/bin.
+    #[arg(long = "file")]
+    files: Vec<String>,
+}
+
+#[derive(Args)]
+struct BootArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Who runs the command: root, tester (in the group dune) or outsider.
+    #[arg(long, default_value = "root")]
+    user: String,
+    /// Seconds after which the machine is stopped.
+    #[arg(long, default_value_t = 120)]
+    timeout: u64,
+    /// Run on this machine itself where it can, in the emulator where not.
+    #[arg(long)]
+    native: bool,
+    /// Show the kernel's console and log also when all went well.
+    #[arg(long, short)]
+    verbose: bool,
+    /// The command; a single argument is shell code.
+    #[arg(required = true, trailing_var_arg = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().action {
+        Action::Boot(arguments) => boot(&arguments),
+        Action::Shell(arguments) => shell(&arguments),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("dune-vm: {error:#}");
+            ExitCode::from(STATUS_MACHINE)
+        }
+    }
+}
+
+fn boot(arguments: &BootArgs) -> Result<u8> {
+    let command = shell_code(&arguments.command);
+    if arguments.native {
+        match host::why_not_native() {
+            None => {
+                eprintln!("dune-vm: on this machine itself");
+                let parameters = module_parameters(&arguments.machine);
+                let status = host::run(&command, &arguments.user, parameters.as_deref())?;
+                return Ok(status as u8);
+            }
+            Some(reason) => {
+                eprintln!("dune-vm: in the emulated machine, because {reason}");
+            }
+        }
+    }
+    let (machine, files) = prepare(&arguments.machine)?;
+    let job = Job {
+        command,
+        user: arguments.user.clone(),
+        timeout: Duration::from_secs(arguments.timeout),
+    };
+    let outcome = machine::run(&machine, files, &job, &mut |line| {
+        // A closed pipe is no reason to lose the machine's verdict.
+        let _ = writeln!(std::io::stdout(), "{line}");
+    })?;
+    let problems = verdict::problems(&outcome);
+    if arguments.verbose || !problems.is_empty() {
+        eprint!("--- console\n{}\n", outcome.console);
+        eprint!("--- kernel log\n{}---\n", outcome.kernel_log);
+    }
+    for problem in &problems {
+        eprintln!("dune-vm: {problem}");
+    }
+    eprintln!(
+        "dune-vm: {} with {} CPU(s), kernel {}: {:.1} s",
+        machine.cpu_model,
+        machine.cpus,
+        arguments.machine.kernel,
+        outcome.elapsed.as_secs_f64()
+    );
+    if !problems.is_empty() {
+        return Ok(STATUS_MACHINE);
+    }
+    Ok(outcome.status.unwrap_or(i32::from(STATUS_MACHINE)) as u8)
+}
+
+fn shell(arguments: &MachineArgs) -> Result<u8> {
+    let (machine, files) = prepare(arguments)?;
+    machine::shell(&machine, files)?;
+    Ok(0)
+}
+
+fn module_parameters(arguments: &MachineArgs) -> Option<Vec<String>> {
+    if arguments.no_load {
+        return None;
+    }
+    let mut parameters = arguments.parameters.clone();
+    if let Some(bits) = arguments.gpa_bits {
+        parameters.push(format!("gpa_bits={bits}"));
+    }
+    Some(parameters)
+}
+
+fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
+    let kernel_tree = paths::kernel_tree(&arguments.kernel)?;
+    let mut files = Initramfs::base(&kernel_tree)?;
+    let module = match &arguments.module {
+        Some(path) => Some(path.clone()),
+        None if arguments.no_load || !paths::has_module() => None,
+        None => Some(paths::module(&arguments.kernel)?),
+    };
+    if let Some(path) = &module {
+        files.add_file("lib/modules/dune.ko", path)?;
+    }
+    for program in paths::programs() {
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        files.add_program(&format!("usr/bin/{name}"), &program)?;
+    }
+    for entry in &arguments.files {
+        let (host, guest) = match entry.split_once(':') {
+            Some((host, guest)) => (PathBuf::from(host), guest.to_string()),
+            None => {
+                let host = PathBuf::from(entry);
+                let Some(name) = host.file_name() else {
+                    bail!("--file {entry}: no file name");
+                };
+                let guest = format!("usr/bin/{}", name.to_string_lossy());
+                (host, guest)
+            }
+        };
+        if host.is_dir() {
+            files.add_file(&guest, &host)?;
+        } else {
+            files
+                .add_program(&guest, &host)
+                .with_context(|| format!("--file {entry}"))?;
+        }
+    }
+    let machine = Machine {
+        kernel_tree,
+        cpu_model: arguments.cpu_model.clone(),
+        cpus: arguments.cpus,
+        memory_mib: arguments.memory,
+        append: arguments.append.clone(),
+        module_parameters: if module.is_some() {
+            module_parameters(arguments)
+        } else {
+            None
+        },
+    };
+    Ok((machine, files))
+}
+
+/// One argument is shell code as it stands; several are quoted.
+fn shell_code(words: &[String]) -> String {
+    match words {
+        [code] => code.clone(),
+        _ => words
+            .iter()
+            .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
+            .collect::<Vec<_>>()
+            .join(" "),
+    }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the tree, the built programs and the kernels are.
+
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
+
+use anyhow::bail;
+use anyhow::Context;
+use anyhow::Result;
+
+/// The programs that go into `/usr/bin` of every image, when they are built.
+pub const PROGRAMS: &[&str] = &[
+    "hello",
+    "getpid",
+    "pagefault",
+    "wordcount",
+    "dune-tests",
+    "dune-bench",
+];
+
+/// The root of the source tree.
+pub fn root() -> PathBuf {
+    let vm = Path::new(env!("CARGO_MANIFEST_DIR"));
+    vm.parent().unwrap_or(vm).to_path_buf()
+}
+
+/// cargo's target directory.
+pub fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| root().join("target"))
+}
+
+/// The built programs of [`PROGRAMS`] that exist.
+pub fn programs() -> Vec<PathBuf> {
+    PROGRAMS
+        .iter()
+        .map(|name| target_dir().join("release").join(name))
+        .filter(|path| path.is_file())
+        .collect()
+}
+
+/// The built tree of the kernel `name`, built first when it is not there.
+pub fn kernel_tree(name: &str) -> Result<PathBuf> {
+    if let Some(tree) = std::env::var_os("DUNE_KERNEL_TREE") {
+        return Ok(PathBuf::from(tree));
+    }
+    script_answer("kernel", name)
+}
+
+/// `dune.ko` for the kernel `name`, built first when it is not up to date.
+pub fn module(name: &str) -> Result<PathBuf> {
+    script_answer("module", name)
+}
+
+/// Whether the tree has a module to build.
+pub fn has_module() -> bool {
+    root().join("Kbuild").is_file()
+}
+
+/// Runs `scripts/SCRIPT NAME` and returns the path it prints last.
+fn script_answer(script: &str, name: &str) -> Result<PathBuf> {
+    let path = root().join("scripts").join(script);
+    let output = Command::new(&path)
+        .arg(name)
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("running {}", path.display()))?;
+    if !output.status.success() {
+        bail!("scripts/{script} {name} failed ({})", output.status);
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().last() {
+        Some(line) if Path::new(line).exists() => Ok(PathBuf::from(line)),
+        other => bail!("scripts/{script} {name} answered {other:?}"),
+    }
+}

@@ -12,4 +12,13 @@
 // `pub` here is for the crate `dune-arch`; in `dune.ko` nothing is visible outside.
 #![allow(unreachable_pub)]
 
+pub mod addr;
+pub mod controls;
+pub mod cr;
+pub mod ept;
+pub mod exit;
+pub mod host_pte;
+pub mod msr;
+pub mod segment;
+pub mod slots;
 pub mod vmcs_field;

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Entries of the page table that Linux keeps for the process, decoded for the walk that fills the EPT.
+//!
+//! Only what x86-64 Linux puts there is decoded; whoever walks reads each entry once and confirms by the notifier's
+//! sequence count that nothing changed (docs/architecture.md, "Life of an EPT violation").
+
+use super::addr::Hpa;
+use super::addr::Level;
+use super::ept::EptPerms;
+use super::ept::MemType;
+
+/// One entry of the process' page table, at any level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct HostPte(u64);
+
+impl HostPte {
+    const PRESENT: u64 = 1 << 0;
+    const WRITABLE: u64 = 1 << 1;
+    const USER: u64 = 1 << 2;
+    const WRITE_THROUGH: u64 = 1 << 3;
+    const CACHE_DISABLE: u64 = 1 << 4;
+    const DIRTY: u64 = 1 << 6;
+    /// PSE above 4 KiB; the PAT bit in a 4 KiB entry.
+    const PSE: u64 = 1 << 7;
+    const PAT_4K: u64 = 1 << 7;
+    /// Linux' `_PAGE_SPECIAL`.
+    const SPECIAL: u64 = 1 << 9;
+    const PAT_LARGE: u64 = 1 << 12;
+    const NO_EXECUTE: u64 = 1 << 63;
+    const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+    /// Of what memory holds.
+    pub const fn new(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// What memory holds.
+    pub const fn as_u64(self) -> u64 {
+        self.0
+    }
+
+    const fn has(self, mask: u64) -> bool {
+        self.0 & mask != 0
+    }
+
+    /// The CPU would use it. An entry of PROT_NONE (bit 8 without bit 0), of swap or of migration is not present.
+    pub const fn is_present(self) -> bool {
+        self.has(Self::PRESENT)
+    }
+
+    pub const fn is_writable(self) -> bool {
+        self.has(Self::WRITABLE)
+    }
+
+    pub const fn is_user(self) -> bool {
+        self.has(Self::USER)
+    }
+
+    pub const fn is_dirty(self) -> bool {
+        self.has(Self::DIRTY)
+    }
+
+    pub const fn is_no_execute(self) -> bool {
+        self.has(Self::NO_EXECUTE)
+    }
+
+    /// Linux' mark for pages that it does not count by `struct page`: PFNMAP, and the shared zero page as well.
+    pub const fn is_special(self) -> bool {
+        self.has(Self::SPECIAL)
+    }
+
+    /// Whether this, in a table of `level`, maps a page.
+    pub const fn is_leaf(self, level: Level) -> bool {
+        match level {
+            Level::Page4K => true,
+            Level::Page2M | Level::Page1G => self.has(Self::PSE),
+            Level::P512G => false,
+        }
+    }
+
+    /// The page, when this is a leaf of `level`: the bits below its size are flags (PAT) or zero.
+    pub const fn leaf_hpa(self, level: Level) -> Hpa {
+        self.hpa().align_down(level.bytes())
+    }
+
+    /// The table that this points to.
+    pub const fn table_hpa(self) -> Hpa {
+        self.hpa()
+    }
+
+    const fn hpa(self) -> Hpa {
+        match Hpa::new(self.0 & Self::ADDRESS_MASK) {
+            Some(hpa) => hpa,
+            // The mask leaves nothing above bit 51.
+            None => HPA_ZERO,
+        }
+    }
+
+    /// Which of the eight fields of IA32_PAT gives the memory type, when this is a leaf of `level`.
+    pub const fn pat_index(self, level: Level) -> u32 {
+        let pat = match level {
+            Level::Page4K => Self::PAT_4K,
+            _ => Self::PAT_LARGE,
+        };
+        (self.has(pat) as u32) << 2
+            | (self.has(Self::CACHE_DISABLE) as u32) << 1
+            | self.has(Self::WRITE_THROUGH) as u32
+    }
+}
+
+const HPA_ZERO: Hpa = match Hpa::new(0) {
+    Some(hpa) => hpa,
+    None => panic!(),
+};
+
+/// Memory type in field `index` (below 8) of an IA32_PAT value; UC- is UC, since EPT has no MTRR to yield to.
+///
+/// A reserved encoding, which WRMSR refuses, is UC.
+pub const fn pat_mem_type(pat: u64, index: u32) -> MemType {
+    match MemType::from_raw(pat >> ((index & 7) * 8) & 7) {
+        Some(mem_type) => mem_type,
+        None => MemType::Uc,
+    }
+}
+
+/// What the process' page table says about one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostLeaf {
+    /// Start of the page, aligned to its size.
+    pub hpa: Hpa,
+    pub level: Level,
+    /// The process may write it.
+    pub writable: bool,
+    /// … and Linux knows already that it did: only such a page may be mapped writable, for then nobody has to tell
+    /// Linux later that it became dirty.
+    pub writable_and_dirty: bool,
+    pub executable: bool,
+    pub mem_type: MemType,
+    /// [`HostPte::is_special`].
+    pub special: bool,
+}
+
+impl HostLeaf {
+    /// What EPT may allow at this page.
+    pub const fn perms(&self) -> EptPerms {
+        EptPerms {
+            write: self.writable_and_dirty,
+            execute: self.executable,
+        }
+    }
+
+    /// The 4 KiB, 2 MiB or 1 GiB piece of this page that holds the same offset as `hva`, at most as large as the page.
+    ///
+    /// For mapping less than the host's leaf covers; `level` above the leaf's gives the leaf itself.
+    pub fn piece(&self, hva: super::addr::Hva, level: Level) -> Self {
+        if level >= self.level {
+            return *self;
+        }
+        let inside = hva.offset_in(self.level) & !(level.bytes() - 1);
+        Self {
+            // An address in a page of RAM or a BAR: the sum stays below 2^52.
+            hpa: self.hpa.checked_add(inside).unwrap_or(self.hpa),
+            level,
+            ..*self
+        }
+    }
+}
+
+/// A walk of the process' page table, as far as it got.
+///
+/// Write and user permission of the upper levels are ANDed; their NX bit is not looked at, because page-table
+/// isolation sets NX in the top level of every process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walk {
+    writable: bool,
+    user: bool,
+}
+
+/// What one entry says to a walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The process has nothing here that user mode may touch.
+    Absent,
+    /// Go on in this table, one level down.
+    Table(Hpa),
+    /// The page.
+    Leaf(HostLeaf),
+}
+
+impl Walk {
+    /// At the root.
+    pub const START: Self = Self {
+        writable: true,
+        user: true,
+    };
+
+    /// Takes the entry read at `level`; `pat` is this CPU's IA32_PAT.
+    pub const fn step(&mut self, entry: HostPte, level: Level, pat: u64) -> Step {
+        if !entry.is_present() {
+            return Step::Absent;
+        }
+        self.writable &= entry.is_writable();
+        self.user &= entry.is_user();
+        if !self.user {
+            return Step::Absent;
+        }
+        if !entry.is_leaf(level) {
+            return Step::Table(entry.table_hpa());
+        }
+        Step::Leaf(HostLeaf {
+            hpa: entry.leaf_hpa(level),
+            level,
+            writable: self.writable,
+            writable_and_dirty: self.writable && entry.is_dirty(),
+            executable: !entry.is_no_execute(),
+            mem_type: pat_mem_type(pat, entry.pat_index(level)),
+            special: entry.is_special(),
+        })
+    }
+}

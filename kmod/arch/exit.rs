@@ -349,9 +349,10 @@ impl InterruptionInfo {
         Self(raw)
     }
 
-    /// An exception as the CPU would raise it; with `error_code` true the entry must have one to push.
-    pub const fn hardware_exception(vector: u8, error_code: bool) -> Self {
-        Self::event(EventKind::HardwareException, vector, error_code)
+    /// An exception as the CPU would raise it. An error code itself goes into its own VMCS field; here is only that
+    /// there is one.
+    pub const fn hardware_exception(vector: u8, error_code: Option<u32>) -> Self {
+        Self::event(EventKind::HardwareException, vector, error_code.is_some())
     }
 
     /// An event of any kind.

@@ -94,18 +94,18 @@ fn cr_access_decodes_each_kind() {
 #[test]
 fn events_are_encoded_as_the_sdm_says() {
     assert_eq!(
-        InterruptionInfo::hardware_exception(vector::PF, true).as_u32(),
+        InterruptionInfo::hardware_exception(vector::PF, Some(2)).as_u32(),
         0x8000_0b0e
     );
     assert_eq!(
-        InterruptionInfo::hardware_exception(vector::UD, false).as_u32(),
+        InterruptionInfo::hardware_exception(vector::UD, None).as_u32(),
         0x8000_0306
     );
     assert_eq!(
         InterruptionInfo::event(EventKind::SoftwareException, vector::BP, false).as_u32(),
         0x8000_0603
     );
-    let fault = InterruptionInfo::hardware_exception(vector::GP, true);
+    let fault = InterruptionInfo::hardware_exception(vector::GP, Some(0));
     assert!(
         fault.is_exception(vector::GP) && !fault.is_exception(vector::PF) && !fault.is_software()
     );

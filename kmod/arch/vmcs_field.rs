@@ -194,18 +194,18 @@ macro_rules! for_each_vmcs_field {
                 INTERRUPT_STATUS, U16, 0x0810, vmcs_field_GUEST_INTR_STATUS;
                 PML_INDEX, U16, 0x0812, vmcs_field_GUEST_PML_INDEX;
                 VMCS_LINK_POINTER, U64, 0x2800, vmcs_field_VMCS_LINK_POINTER;
-                IA32_DEBUGCTL, U64, 0x2802, vmcs_field_GUEST_IA32_DEBUGCTL;
-                IA32_PAT, U64, 0x2804, vmcs_field_GUEST_IA32_PAT;
-                IA32_EFER, U64, 0x2806, vmcs_field_GUEST_IA32_EFER;
-                IA32_PERF_GLOBAL_CTRL, U64, 0x2808, vmcs_field_GUEST_IA32_PERF_GLOBAL_CTRL;
+                DEBUGCTL, U64, 0x2802, vmcs_field_GUEST_IA32_DEBUGCTL;
+                PAT, U64, 0x2804, vmcs_field_GUEST_IA32_PAT;
+                EFER, U64, 0x2806, vmcs_field_GUEST_IA32_EFER;
+                PERF_GLOBAL_CTRL, U64, 0x2808, vmcs_field_GUEST_IA32_PERF_GLOBAL_CTRL;
                 PDPTE_0, U64, 0x280a, vmcs_field_GUEST_PDPTR0;
                 PDPTE_1, U64, 0x280c, vmcs_field_GUEST_PDPTR1;
                 PDPTE_2, U64, 0x280e, vmcs_field_GUEST_PDPTR2;
                 PDPTE_3, U64, 0x2810, vmcs_field_GUEST_PDPTR3;
-                IA32_BNDCFGS, U64, 0x2812, vmcs_field_GUEST_BNDCFGS;
-                IA32_RTIT_CTL, U64, 0x2814, vmcs_field_GUEST_IA32_RTIT_CTL;
-                IA32_LBR_CTL, U64, 0x2816, -;
-                IA32_PKRS, U64, 0x2818, -;
+                BNDCFGS, U64, 0x2812, vmcs_field_GUEST_BNDCFGS;
+                RTIT_CTL, U64, 0x2814, vmcs_field_GUEST_IA32_RTIT_CTL;
+                LBR_CTL, U64, 0x2816, -;
+                PKRS, U64, 0x2818, -;
                 ES_LIMIT, U32, 0x4800, vmcs_field_GUEST_ES_LIMIT;
                 CS_LIMIT, U32, 0x4802, vmcs_field_GUEST_CS_LIMIT;
                 SS_LIMIT, U32, 0x4804, vmcs_field_GUEST_SS_LIMIT;
@@ -227,7 +227,7 @@ macro_rules! for_each_vmcs_field {
                 INTERRUPTIBILITY_STATE, U32, 0x4824, vmcs_field_GUEST_INTERRUPTIBILITY_INFO;
                 ACTIVITY_STATE, U32, 0x4826, vmcs_field_GUEST_ACTIVITY_STATE;
                 SMBASE, U32, 0x4828, -;
-                IA32_SYSENTER_CS, U32, 0x482a, vmcs_field_GUEST_SYSENTER_CS;
+                SYSENTER_CS, U32, 0x482a, vmcs_field_GUEST_SYSENTER_CS;
                 PREEMPTION_TIMER_VALUE, U32, 0x482e, vmcs_field_VMX_PREEMPTION_TIMER_VALUE;
                 CR0, Natural, 0x6800, vmcs_field_GUEST_CR0;
                 CR3, Natural, 0x6802, vmcs_field_GUEST_CR3;
@@ -247,11 +247,11 @@ macro_rules! for_each_vmcs_field {
                 RIP, Natural, 0x681e, vmcs_field_GUEST_RIP;
                 RFLAGS, Natural, 0x6820, vmcs_field_GUEST_RFLAGS;
                 PENDING_DEBUG_EXCEPTIONS, Natural, 0x6822, vmcs_field_GUEST_PENDING_DBG_EXCEPTIONS;
-                IA32_SYSENTER_ESP, Natural, 0x6824, vmcs_field_GUEST_SYSENTER_ESP;
-                IA32_SYSENTER_EIP, Natural, 0x6826, vmcs_field_GUEST_SYSENTER_EIP;
-                IA32_S_CET, Natural, 0x6828, -;
+                SYSENTER_ESP, Natural, 0x6824, vmcs_field_GUEST_SYSENTER_ESP;
+                SYSENTER_EIP, Natural, 0x6826, vmcs_field_GUEST_SYSENTER_EIP;
+                S_CET, Natural, 0x6828, -;
                 SSP, Natural, 0x682a, -;
-                IA32_INTERRUPT_SSP_TABLE_ADDR, Natural, 0x682c, -;
+                INTERRUPT_SSP_TABLE_ADDR, Natural, 0x682c, -;
             }
 
             /// Host-state area: loaded on exit.
@@ -263,11 +263,11 @@ macro_rules! for_each_vmcs_field {
                 FS_SELECTOR, U16, 0x0c08, vmcs_field_HOST_FS_SELECTOR;
                 GS_SELECTOR, U16, 0x0c0a, vmcs_field_HOST_GS_SELECTOR;
                 TR_SELECTOR, U16, 0x0c0c, vmcs_field_HOST_TR_SELECTOR;
-                IA32_PAT, U64, 0x2c00, vmcs_field_HOST_IA32_PAT;
-                IA32_EFER, U64, 0x2c02, vmcs_field_HOST_IA32_EFER;
-                IA32_PERF_GLOBAL_CTRL, U64, 0x2c04, vmcs_field_HOST_IA32_PERF_GLOBAL_CTRL;
-                IA32_PKRS, U64, 0x2c06, -;
-                IA32_SYSENTER_CS, U32, 0x4c00, vmcs_field_HOST_IA32_SYSENTER_CS;
+                PAT, U64, 0x2c00, vmcs_field_HOST_IA32_PAT;
+                EFER, U64, 0x2c02, vmcs_field_HOST_IA32_EFER;
+                PERF_GLOBAL_CTRL, U64, 0x2c04, vmcs_field_HOST_IA32_PERF_GLOBAL_CTRL;
+                PKRS, U64, 0x2c06, -;
+                SYSENTER_CS, U32, 0x4c00, vmcs_field_HOST_IA32_SYSENTER_CS;
                 CR0, Natural, 0x6c00, vmcs_field_HOST_CR0;
                 CR3, Natural, 0x6c02, vmcs_field_HOST_CR3;
                 CR4, Natural, 0x6c04, vmcs_field_HOST_CR4;
@@ -276,13 +276,13 @@ macro_rules! for_each_vmcs_field {
                 TR_BASE, Natural, 0x6c0a, vmcs_field_HOST_TR_BASE;
                 GDTR_BASE, Natural, 0x6c0c, vmcs_field_HOST_GDTR_BASE;
                 IDTR_BASE, Natural, 0x6c0e, vmcs_field_HOST_IDTR_BASE;
-                IA32_SYSENTER_ESP, Natural, 0x6c10, vmcs_field_HOST_IA32_SYSENTER_ESP;
-                IA32_SYSENTER_EIP, Natural, 0x6c12, vmcs_field_HOST_IA32_SYSENTER_EIP;
+                SYSENTER_ESP, Natural, 0x6c10, vmcs_field_HOST_IA32_SYSENTER_ESP;
+                SYSENTER_EIP, Natural, 0x6c12, vmcs_field_HOST_IA32_SYSENTER_EIP;
                 RSP, Natural, 0x6c14, vmcs_field_HOST_RSP;
                 RIP, Natural, 0x6c16, vmcs_field_HOST_RIP;
-                IA32_S_CET, Natural, 0x6c18, -;
+                S_CET, Natural, 0x6c18, -;
                 SSP, Natural, 0x6c1a, -;
-                IA32_INTERRUPT_SSP_TABLE_ADDR, Natural, 0x6c1c, -;
+                INTERRUPT_SSP_TABLE_ADDR, Natural, 0x6c1c, -;
             }
         }
     };

@@ -47,7 +47,7 @@ fn landmarks_are_those_of_the_sdm() {
     assert_eq!(exit_info::QUALIFICATION.encoding(), 0x6400);
     assert_eq!(guest::CS_ACCESS_RIGHTS.encoding(), 0x4816);
     assert_eq!(guest::RIP.encoding(), 0x681e);
-    assert_eq!(guest::IA32_EFER.encoding(), 0x2806);
+    assert_eq!(guest::EFER.encoding(), 0x2806);
     assert_eq!(host::CR3.encoding(), 0x6c02);
     assert_eq!(host::RIP.encoding(), 0x6c16);
 }

@@ -84,6 +84,8 @@ pub struct Outcome {
     pub kernel_log: String,
     /// What the emulator itself said.
     pub emulator: String,
+    /// When each frame came.
+    pub times: String,
     pub elapsed: Duration,
 }
 
@@ -200,6 +202,7 @@ pub fn run(
         console: console.text().replace('\r', ""),
         kernel_log: frames.kernel_log,
         emulator: emulator_log,
+        times: frames.times.trim_end_matches(", ").to_string(),
         elapsed: started.elapsed(),
     })
 }
@@ -266,7 +269,7 @@ fn kernel_arguments(machine: &Machine) -> String {
     };
     format!(
         "console=ttyS0 loglevel=3 panic_on_warn=1 oops=panic softlockup_panic=1 panic=0 \
-         tsc=reliable no_timer_check lpj=1000000 random.trust_bootloader=on dune_load={load}"
+         tsc=reliable no_timer_check lpj=200000 idle=halt cpuidle.off=1 random.trust_bootloader=on dune_load={load}"
     )
 }
 
@@ -299,9 +302,9 @@ fn bochs_configuration(
     // A triple fault of the guest stops the emulator instead of starting the
     // guest again.
     format!(
-        "cpu: model={cpu_model}, count={cpus}, ips=200000000, reset_on_triple_fault=0\n\
+        "cpu: model={cpu_model}, count={cpus}, ips=50000000, quantum=32, reset_on_triple_fault=0\n\
          megs: {memory_mib}\n\
-         romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
+         romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
          vgaromimage: file=/usr/share/vgabios/vgabios.bin\n\
          ata0-master: type=cdrom, path={}, status=inserted\n\
          boot: cdrom\n\
@@ -393,6 +396,7 @@ impl Follower {
 /// Takes the second serial line apart.
 struct Frames {
     prefix: String,
+    started: Instant,
     section: Section,
     output: String,
     /// A line of output is held back until the next one comes, because a frame
@@ -402,6 +406,8 @@ struct Frames {
     status: Option<i32>,
     unload: Option<i32>,
     ended: bool,
+    /// When each frame came, for `--verbose`.
+    times: String,
 }
 
 #[derive(PartialEq, Eq)]
@@ -416,6 +422,7 @@ impl Frames {
     fn new(token: &str) -> Self {
         Self {
             prefix: format!("@dune {token} "),
+            started: Instant::now(),
             section: Section::Before,
             output: String::new(),
             held: None,
@@ -423,6 +430,7 @@ impl Frames {
             status: None,
             unload: None,
             ended: false,
+            times: String::new(),
         }
     }
 
@@ -434,6 +442,8 @@ impl Frames {
             if self.section == Section::Output {
                 self.finish(sink);
             }
+            let seconds = self.started.elapsed().as_secs_f64();
+            self.times.push_str(&format!("{frame} {seconds:.1} s, "));
             match word {
                 "begin" => self.section = Section::Output,
                 "status" => {

@@ -137,6 +137,7 @@ fn boot(arguments: &BootArgs) -> Result<u8> {
     if arguments.verbose || !problems.is_empty() {
         eprint!("--- console\n{}\n", outcome.console);
         eprint!("--- kernel log\n{}---\n", outcome.kernel_log);
+        eprintln!("dune-vm: {}", outcome.times);
     }
     for problem in &problems {
         eprintln!("dune-vm: {problem}");

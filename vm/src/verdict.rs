@@ -143,6 +143,7 @@ mod tests {
             console: String::new(),
             kernel_log: "[    0.000000] Linux version 6.12\n".into(),
             emulator: String::new(),
+            times: String::new(),
             elapsed: Duration::from_secs(4),
         }
     }

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Module-wide counters, shown in debugfs (`/sys/kernel/debug/dune/`). All are 0 when no process uses the device.
+
+use crate::sys::debugfs::Dir;
+use core::sync::atomic::AtomicUsize;
+
+/// Spaces that exist.
+pub(crate) static SPACES: AtomicUsize = AtomicUsize::new(0);
+/// vCPUs that exist.
+pub(crate) static VCPUS: AtomicUsize = AtomicUsize::new(0);
+/// VMCS regions, each a page.
+pub(crate) static VMCS_PAGES: AtomicUsize = AtomicUsize::new(0);
+/// Pages of EPT paging structures.
+pub(crate) static EPT_PAGES: AtomicUsize = AtomicUsize::new(0);
+
+/// Shows them.
+pub(crate) fn show() -> Dir {
+    let dir = Dir::new();
+    dir.add(c"spaces", &SPACES);
+    dir.add(c"vcpus", &VCPUS);
+    dir.add(c"vmcs_pages", &VMCS_PAGES);
+    dir.add(c"ept_pages", &EPT_PAGES);
+    dir
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls: decode, check, hand on. docs/abi.md is the reference.
+
+use crate::abi;
+use crate::space::Space;
+use crate::sys::misc;
+use crate::sys::misc::FileOps;
+use crate::sys::mm::Vma;
+use crate::sys::user;
+use crate::sys::user::Plain;
+use core::mem::size_of;
+use kernel::prelude::*;
+
+// SAFETY: Integers only, and no padding: abi.rs asserts the sizes.
+unsafe impl Plain for abi::Info {}
+// SAFETY: As above.
+unsafe impl Plain for abi::CreateVcpu {}
+// SAFETY: As above.
+unsafe impl Plain for abi::MapSlot {}
+
+impl FileOps for Space {
+    fn open() -> Result<KBox<Self>> {
+        Space::new()
+    }
+
+    fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {
+        // First and alone, so that the hot path is short.
+        if cmd == abi::DUNE_RUN {
+            self.check_mm()?;
+            return self.with_vcpu(arg, |vcpu| vcpu.run(self));
+        }
+        match cmd {
+            abi::DUNE_NEW_SPACE => return Ok(misc::new_fd(Space::new()?)? as u64),
+            abi::DUNE_GET_INFO | abi::DUNE_CREATE_VCPU | abi::DUNE_DESTROY_VCPU | abi::DUNE_SYNC | abi::DUNE_MAP_SLOT => {}
+            _ => return Err(ENOTTY),
+        }
+        self.check_mm()?;
+        match cmd {
+            abi::DUNE_GET_INFO => {
+                let ask: abi::Info = user::read(arg)?;
+                if ask.size as usize != size_of::<abi::Info>() {
+                    return Err(EINVAL);
+                }
+                user::write(arg, &self.info())?;
+            }
+            abi::DUNE_CREATE_VCPU => {
+                let mut ask: abi::CreateVcpu = user::read(arg)?;
+                if ask.size as usize != size_of::<abi::CreateVcpu>() || ask.flags != 0 {
+                    return Err(EINVAL);
+                }
+                ask.vcpu = self.create_vcpu()?;
+                ask.reserved = 0;
+                ask.run_offset = u64::from(ask.vcpu) * abi::RUN_PAGE_BYTES as u64;
+                ask.run_bytes = abi::RUN_PAGE_BYTES as u64;
+                if let Err(e) = user::write(arg, &ask) {
+                    self.destroy_vcpu(ask.vcpu.into())?;
+                    return Err(e);
+                }
+            }
+            abi::DUNE_DESTROY_VCPU => self.destroy_vcpu(arg)?,
+            abi::DUNE_SYNC => self.with_vcpu(arg, |vcpu| vcpu.sync())?,
+            _ => {
+                let mut ask: abi::MapSlot = user::read(arg)?;
+                if ask.size as usize != size_of::<abi::MapSlot>() || ask.flags != 0 {
+                    return Err(EINVAL);
+                }
+                ask.gpa = self.map_slot(ask.hva)?;
+                user::write(arg, &ask)?;
+            }
+        }
+        Ok(0)
+    }
+
+    fn mmap(&self, vma: &Vma) -> Result {
+        self.check_mm()?;
+        if vma.bytes() != abi::RUN_PAGE_BYTES as u64 || !vma.is_shared() {
+            return Err(EINVAL);
+        }
+        self.with_vcpu(vma.page_offset(), |vcpu| vma.insert_run_page(vcpu.run_page()))
+    }
+}
+
+impl Space {
+    /// EXDEV in a process other than the one that opened the device.
+    fn check_mm(&self) -> Result {
+        if self.mm.is_current() {
+            Ok(())
+        } else {
+            Err(EXDEV)
+        }
+    }
+}

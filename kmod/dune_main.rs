@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! dune.ko: VMX non-root mode for threads of ordinary Linux processes. docs/architecture.md has the map.
+
+mod arch;
+mod sys;
+
+#[path = "../abi/src/abi.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod abi;
+mod counters;
+
+mod vmx;
+
+mod ept;
+
+mod space;
+
+mod exit;
+
+mod vcpu;
+
+mod device;
+
+use kernel::prelude::*;
+
+module! {
+    type: DuneModule,
+    name: "dune",
+    description: "Dune: VMX non-root mode for threads of Linux processes",
+    license: "GPL",
+}
+
+/// What the module holds while it is loaded. Field order is teardown order.
+struct DuneModule {
+    _device: sys::misc::MiscDevice,
+    _kvm_watch: sys::module::Watcher,
+    _vmx: Vmx,
+    _counters: sys::debugfs::Dir,
+    _percpu: vmx::percpu::Table,
+}
+
+/// VMX is on, or left to KVM.
+struct Vmx;
+
+impl Vmx {
+    fn start() -> Result<Self> {
+        vmx::owner::start()?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Vmx {
+    fn drop(&mut self) {
+        vmx::owner::stop();
+    }
+}
+
+impl kernel::Module for DuneModule {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        space::check_parameters()?;
+        vmx::vmcs::init();
+        vmx::vpid::init();
+        let percpu = vmx::percpu::Table::publish()?;
+        let counters = counters::show();
+        // Watch before looking whether KVM is there, so that none comes unseen.
+        let kvm_watch = sys::module::Watcher::register::<vmx::owner::KvmWatch>()?;
+        let vmx = Vmx::start()?;
+        let device = sys::misc::MiscDevice::register::<space::Space>(c"dune")?;
+        pr_info!("ready: guest-physical addresses of {} bits\n", space::gpa_bits());
+        Ok(Self { _device: device, _kvm_watch: kvm_watch, _vmx: vmx, _counters: counters, _percpu: percpu })
+    }
+}

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Filling the EPT on a violation, and emptying it when Linux says so.
+//!
+//! The retry protocol is KVM's (virt/kvm/kvm_main.c, "mmu_invalidate_seq"): read the sequence count, walk the host's page
+//! table without a lock, then, under the lock, install only if no invalidation of the range is going on and none has ended
+//! since the count was read. docs/architecture.md, "Life of an EPT violation".
+
+use super::host_walk;
+use super::host_walk::Format;
+use super::invalidate::Translations;
+use super::tree::Install;
+use super::tree::PageCache;
+use super::tree::Tree;
+use crate::arch::addr::Gpa;
+use crate::arch::addr::Hva;
+use crate::arch::addr::Level;
+use crate::arch::ept::EptEntry;
+use crate::arch::ept::MemType;
+use crate::arch::host_pte::HostLeaf;
+use crate::arch::slots;
+use crate::arch::slots::AssignError;
+use crate::arch::slots::SlotTable;
+use crate::sys::cpu::IrqOff;
+use crate::sys::lock::Class;
+use crate::sys::lock::SpinLock;
+use crate::sys::mem::ZeroedSlice;
+use crate::sys::mm::FaultIn;
+use crate::sys::mm::Mm;
+use crate::sys::thread;
+use crate::sys::thread::Pending;
+use core::ops::Range;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::Release;
+use kernel::prelude::*;
+
+/// What the CPUs of this machine let an EPT do.
+#[derive(Clone, Copy)]
+pub(crate) struct Traits {
+    pub(crate) accessed_dirty: bool,
+    pub(crate) page_2m: bool,
+    /// Executable 2 MiB leaves are safe on this CPU.
+    pub(crate) execute_2m: bool,
+    pub(crate) format: Format,
+}
+
+/// A guest's access to memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Access {
+    pub(crate) write: bool,
+    pub(crate) execute: bool,
+}
+
+/// What became of an EPT violation.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The EPT allows the access now.
+    Mapped { large: bool },
+    /// Somebody else wants the CPU, or the range is being invalidated: enter again and see.
+    TryAgain,
+    /// A native access has to settle it.
+    Touch(Hva),
+    /// The process may not execute there.
+    Refused(Hva),
+    /// No slot is there.
+    NoSlot,
+}
+
+/// What a fault did on its way, for the counters.
+#[derive(Default)]
+pub(crate) struct Effort {
+    pub(crate) mm_faults: u64,
+    pub(crate) retries: u64,
+}
+
+/// Protected by the space's lock.
+struct Locked {
+    tree: Tree,
+    slots: SlotTable<ZeroedSlice<u32>>,
+    /// Invalidations that have begun and not ended.
+    invalidating: usize,
+    /// What they cover, together.
+    range: Range<u64>,
+    /// The address space is gone: nothing is installed any more.
+    dead: bool,
+}
+
+/// A space's EPT with its slots.
+pub(crate) struct Ept {
+    lock: SpinLock<Locked>,
+    /// Counts ended invalidations; written under the lock.
+    sequence: AtomicU64,
+    pub(crate) translations: Translations,
+    traits: Traits,
+    root: u64,
+}
+
+impl Ept {
+    /// An empty EPT for GPAs of `gpa_bits` bits, which the caller has checked. Not usable before [`Ept::init`]. ENOMEM.
+    pub(crate) fn new(gpa_bits: u32, traits: Traits) -> Result<Self> {
+        let tree = Tree::new()?;
+        let storage = ZeroedSlice::new(slots::words_for(slots::MIN_CAPACITY))?;
+        let root = crate::arch::ept::eptp(tree.root(), traits.accessed_dirty);
+        let slots = SlotTable::new(storage, gpa_bits).ok_or(EINVAL)?;
+        Ok(Self {
+            lock: SpinLock::new(Locked { tree, slots, invalidating: 0, range: 0..0, dead: false }),
+            sequence: AtomicU64::new(0),
+            translations: Translations::new()?,
+            traits,
+            root,
+        })
+    }
+
+    /// # Safety
+    ///
+    /// As [`SpinLock::init`].
+    pub(crate) unsafe fn init(&self) {
+        // SAFETY: By the caller.
+        unsafe { self.lock.init(Class::Space) };
+    }
+
+    /// The EPT pointer for a VMCS.
+    pub(crate) fn eptp(&self) -> u64 {
+        self.root
+    }
+
+    pub(crate) fn slots_free(&self) -> u32 {
+        self.lock.lock().slots.free()
+    }
+
+    /// The GPA of `hva`, giving its GiB a slot if it has none. ENOSPC, ENOMEM.
+    pub(crate) fn map_slot(&self, hva: Hva) -> Result<Gpa> {
+        let mut spare: Option<ZeroedSlice<u32>> = None;
+        loop {
+            let mut locked = self.lock.lock();
+            if let Some(storage) = spare.take() {
+                // Somebody else may have grown it meanwhile: then it refuses, and gives the storage back. Either way what
+                // is left over is freed after the lock is.
+                let left_over = locked.slots.grow(storage);
+                drop(locked);
+                drop(left_over);
+                locked = self.lock.lock();
+            }
+            let needed = match locked.slots.assign(hva) {
+                Ok(gpa) => return Ok(gpa),
+                Err(AssignError::OutOfSlots) => return Err(ENOSPC),
+                Err(AssignError::NeedStorage { words }) => words,
+            };
+            drop(locked);
+            spare = Some(ZeroedSlice::new(needed)?);
+        }
+    }
+
+    /// Settles an EPT violation at `gpa`; may sleep. The caller is a thread of the process. ENOMEM.
+    pub(crate) fn fault(&self, mm: Mm, gpa: Gpa, access: Access, effort: &mut Effort) -> Result<Fault> {
+        let mut pages = PageCache::new();
+        // Linux may take a page away again before we look: after some rounds let the host loop try.
+        let mut rounds = 0;
+        loop {
+            let Some(hva) = self.lock.lock().slots.hva_of(gpa) else { return Ok(Fault::NoSlot) };
+            let sequence = self.sequence.load(Acquire);
+            let leaf = host_walk::walk(mm, hva, self.traits.format, &IrqOff::new());
+            let Some(leaf) = leaf.filter(|leaf| allows(leaf, access)) else {
+                rounds += 1;
+                if rounds > 4 {
+                    return Ok(Fault::Touch(hva));
+                }
+                match mm.fault_in(hva.as_u64(), access.write, access.execute) {
+                    FaultIn::Done => effort.mm_faults += 1,
+                    FaultIn::NotNow => return Ok(Fault::Touch(hva)),
+                    FaultIn::NotExecutable => return Ok(Fault::Refused(hva)),
+                }
+                continue;
+            };
+            crate::sys::knob_fault_delay();
+            match self.install(gpa, hva, leaf, sequence, &mut pages) {
+                Installed::Done { large } => return Ok(Fault::Mapped { large }),
+                Installed::NeedPages => pages.fill()?,
+                Installed::Raced => {
+                    effort.retries += 1;
+                    match thread::pending() {
+                        Pending::Nothing => core::hint::spin_loop(),
+                        _ => return Ok(Fault::TryAgain),
+                    }
+                }
+                Installed::Dead => return Ok(Fault::Touch(hva)),
+            }
+        }
+    }
+
+    fn install(&self, gpa: Gpa, hva: Hva, leaf: HostLeaf, sequence: u64, pages: &mut PageCache) -> Installed {
+        let whole = self.level_for(&leaf);
+        let mut locked = self.lock.lock();
+        if locked.dead {
+            return Installed::Dead;
+        }
+        let start = hva.align_down(whole.bytes()).as_u64();
+        if !cfg!(dune_mutate_retry) && self.has_raced(&locked, start..start + whole.bytes(), sequence) {
+            return Installed::Raced;
+        }
+        let piece = leaf.piece(hva, whole);
+        let entry = EptEntry::leaf(piece.hpa, whole, piece.perms(), piece.mem_type);
+        let result = locked.tree.install(gpa, entry, whole, pages);
+        if matches!(result, Install::Blocked) {
+            // A larger leaf than the host has: its notifier will have zapped it, but do not depend on that.
+            let start = gpa.align_down(Level::Page2M.bytes()).as_u64();
+            locked.tree.zap(start..start + Level::Page2M.bytes());
+        }
+        drop(locked);
+        let large = whole == Level::Page2M;
+        match result {
+            Install::Installed | Install::Present => Installed::Done { large },
+            Install::Replaced => {
+                self.translations.invalidate();
+                Installed::Done { large }
+            }
+            Install::ReplacedTable(table) => {
+                self.translations.invalidate();
+                // Only now: no CPU walks it any more.
+                drop(table);
+                Installed::Done { large }
+            }
+            Install::Blocked => {
+                self.translations.invalidate();
+                Installed::Raced
+            }
+            Install::NeedPages => Installed::NeedPages,
+        }
+    }
+
+    /// Size of the EPT leaf for a host leaf: never larger than the host's.
+    fn level_for(&self, leaf: &HostLeaf) -> Level {
+        let large = leaf.level != Level::Page4K
+            && self.traits.page_2m
+            && leaf.mem_type == MemType::Wb
+            && (self.traits.execute_2m || !leaf.executable);
+        if large {
+            Level::Page2M
+        } else {
+            Level::Page4K
+        }
+    }
+
+    fn has_raced(&self, locked: &Locked, range: Range<u64>, sequence: u64) -> bool {
+        let going_on =
+            locked.invalidating > 0 && locked.range.start < range.end && range.start < locked.range.end;
+        going_on || self.sequence.load(Acquire) != sequence
+    }
+
+    /// An invalidation of `range` begins: nothing of it stays, nothing comes until it ends.
+    pub(crate) fn invalidate_start(&self, range: Range<u64>) {
+        let mut locked = self.lock.lock();
+        locked.invalidating += 1;
+        locked.range = if locked.invalidating == 1 {
+            range.clone()
+        } else {
+            locked.range.start.min(range.start)..locked.range.end.max(range.end)
+        };
+        let zapped = locked.for_each_gpa_range(&range, |tree, gpas| tree.zap(gpas));
+        drop(locked);
+        if zapped > 0 {
+            self.translations.invalidate();
+        }
+    }
+
+    /// It ends: what was walked before may not be installed any more.
+    pub(crate) fn invalidate_end(&self) {
+        let mut locked = self.lock.lock();
+        self.sequence.fetch_add(1, Release);
+        locked.invalidating -= 1;
+    }
+
+    /// Whether the range was accessed by a guest since that was last cleared.
+    pub(crate) fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool {
+        let mut locked = self.lock.lock();
+        if self.traits.accessed_dirty {
+            let young = locked.for_each_gpa_range(&range, |tree, gpas| tree.is_young(gpas, clear) as usize) > 0;
+            drop(locked);
+            if young && flush {
+                self.translations.invalidate();
+            }
+            return young;
+        }
+        // Without accessed bits an entry that is there was used since it was last taken away: take it away.
+        let present = if clear {
+            locked.for_each_gpa_range(&range, |tree, gpas| tree.zap(gpas)) > 0
+        } else {
+            locked.for_each_gpa_range(&range, |tree, gpas| {
+                Gpa::new(gpas.start).is_some_and(|gpa| tree.lookup(gpa).is_some()) as usize
+            }) > 0
+        };
+        drop(locked);
+        if present && clear {
+            self.translations.invalidate();
+        }
+        present
+    }
+
+    /// The address space goes away: drop everything for good.
+    pub(crate) fn kill(&self) {
+        let mut locked = self.lock.lock();
+        locked.dead = true;
+        locked.for_each_gpa_range(&(0..1 << 47), |tree, gpas| tree.zap(gpas));
+        drop(locked);
+        self.translations.invalidate();
+    }
+}
+
+impl Locked {
+    /// Calls `f` with the part of each slot that lies in the HVA range; gives the sum of its answers.
+    fn for_each_gpa_range(&mut self, range: &Range<u64>, mut f: impl FnMut(&mut Tree, Range<u64>) -> usize) -> usize {
+        let mut sum = 0;
+        for (hva, gpa) in self.slots.iter() {
+            let (hva, gpa) = (hva.as_u64(), gpa.as_u64());
+            let start = range.start.max(hva);
+            let end = range.end.min(hva + crate::abi::SLOT_BYTES);
+            if start < end {
+                sum += f(&mut self.tree, gpa + (start - hva)..gpa + (end - hva));
+            }
+        }
+        sum
+    }
+}
+
+enum Installed {
+    Done { large: bool },
+    NeedPages,
+    Raced,
+    Dead,
+}
+
+fn allows(leaf: &HostLeaf, access: Access) -> bool {
+    (!access.write || leaf.writable_and_dirty) && (!access.execute || leaf.executable)
+}

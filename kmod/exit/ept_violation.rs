@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! EPT violations: memory that the EPT does not have yet, or that the process may not use so.
+
+use super::ExitInfo;
+use super::Flow;
+use crate::abi;
+use crate::arch::addr::Gpa;
+use crate::arch::addr::Hva;
+use crate::arch::exit::EptViolation;
+use crate::ept::fault::Access;
+use crate::ept::fault::Effort;
+use crate::ept::fault::Fault;
+use crate::space::Space;
+use crate::vcpu::Vcpu;
+use core::ptr::addr_of_mut;
+use kernel::prelude::*;
+
+pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
+    let violation = EptViolation::new(info.qualification);
+    let Some(gpa) = Gpa::new(info.gpa) else {
+        return Ok(Flow::User(info.report(abi::EXIT_NO_SLOT)));
+    };
+    let access = Access { write: violation.write(), execute: violation.execute() };
+    let mut effort = Effort::default();
+    let fault = space.ept.fault(space.mm, gpa, access, &mut effort);
+    vcpu.count(|c| unsafe { addr_of_mut!((*c).mm_faults) }, effort.mm_faults);
+    vcpu.count(|c| unsafe { addr_of_mut!((*c).retries) }, effort.retries);
+    match fault? {
+        Fault::Mapped { large: false } => vcpu.count(|c| unsafe { addr_of_mut!((*c).ept_4k) }, 1),
+        Fault::Mapped { large: true } => vcpu.count(|c| unsafe { addr_of_mut!((*c).ept_2m) }, 1),
+        Fault::TryAgain => {}
+        Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, hva)),
+        Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, hva)),
+        Fault::NoSlot => return Ok(Flow::User(info.report(abi::EXIT_NO_SLOT))),
+    }
+    Ok(Flow::Resume)
+}
+
+fn report(info: &ExitInfo, violation: EptViolation, kind: u32, hva: Hva) -> Flow {
+    let mut exit = info.report(kind);
+    exit.hva = hva.as_u64();
+    exit.access = if violation.write() {
+        abi::ACCESS_WRITE
+    } else if violation.execute() {
+        abi::ACCESS_EXECUTE
+    } else {
+        abi::ACCESS_READ
+    };
+    if violation.gla_valid() {
+        exit.flags |= abi::FLAG_GLA_VALID;
+    }
+    if violation.paging_structure() {
+        exit.flags |= abi::FLAG_PAGING_STRUCTURE;
+    }
+    Flow::User(exit)
+}

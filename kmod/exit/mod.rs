@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What each VM exit means. One handler per file; each says what to do next, never an errno but ENOMEM.
+//!
+//! docs/guest-policy.md has a row for every reason.
+
+mod cpuid;
+mod ept_violation;
+mod event;
+mod msr;
+mod refused;
+mod vmcall;
+
+use crate::abi;
+use crate::abi::RunPage;
+use crate::arch::exit::ExitReason;
+use crate::arch::exit::InterruptionInfo;
+use crate::arch::exit::EventKind;
+use crate::arch::exit::ENTRY_FAILURE;
+use crate::arch::segment;
+use crate::arch::vmcs_field::exit_info;
+use crate::arch::vmcs_field::guest;
+use crate::space::Space;
+use crate::sys::thread;
+use crate::vcpu::Vcpu;
+use crate::vmx::vmcs::CurrentVmcs;
+use kernel::prelude::*;
+
+/// What RUN does after an exit.
+#[allow(clippy::large_enum_variant)]
+pub(crate) enum Flow {
+    /// Enter again.
+    Resume,
+    /// Hand the guest's system call to user space.
+    Syscall,
+    /// Hand this to user space.
+    User(abi::Exit),
+}
+
+/// Why and where the guest exited: what was read with interrupts off, by what the reason needs.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct ExitInfo {
+    /// As the VMCS has it: basic reason and the flag of a failed entry.
+    raw_reason: u32,
+    pub(crate) rip: u64,
+    pub(crate) instruction_len: u32,
+    pub(crate) qualification: u64,
+    pub(crate) gpa: u64,
+    pub(crate) gla: u64,
+    interruption: u32,
+    pub(crate) interruption_error_code: u32,
+    idt_vectoring: u32,
+    pub(crate) idt_vectoring_error_code: u32,
+    pub(crate) cpl: u32,
+    /// A VMCALL that RUN may hand to user space as it is: its RIP is behind it already.
+    is_syscall: bool,
+}
+
+impl ExitInfo {
+    /// Reads it, in the window of the exit. Settles VMCALL at CPL0, which is the hot path, on the way.
+    #[inline]
+    pub(crate) fn read(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut RunPage) -> Self {
+        let raw_reason = vmcs.read(exit_info::REASON) as u32;
+        let mut info = Self { raw_reason, ..Default::default() };
+        info.cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
+        if info.reason() == ExitReason::Vmcall {
+            info.is_syscall = info.cpl == 0;
+            if info.is_syscall {
+                vmcall::advance(vmcs, syscall_vmcall, run);
+            }
+            return info;
+        }
+        info.rip = vmcs.read(guest::RIP);
+        info.qualification = vmcs.read(exit_info::QUALIFICATION);
+        if info.is_entry_failure() {
+            return info;
+        }
+        info.instruction_len = vmcs.read(exit_info::INSTRUCTION_LENGTH) as u32;
+        info.idt_vectoring = vmcs.read(exit_info::IDT_VECTORING_INFO) as u32;
+        info.idt_vectoring_error_code = vmcs.read(exit_info::IDT_VECTORING_ERROR_CODE) as u32;
+        match info.reason() {
+            ExitReason::ExceptionOrNmi => {
+                info.interruption = vmcs.read(exit_info::INTERRUPTION_INFO) as u32;
+                info.interruption_error_code = vmcs.read(exit_info::INTERRUPTION_ERROR_CODE) as u32;
+            }
+            ExitReason::EptViolation | ExitReason::EptMisconfiguration => {
+                info.gpa = vmcs.read(exit_info::GUEST_PHYSICAL_ADDRESS);
+                info.gla = vmcs.read(exit_info::GUEST_LINEAR_ADDRESS);
+            }
+            _ => {}
+        }
+        info
+    }
+
+    pub(crate) fn reason(&self) -> ExitReason {
+        ExitReason::from_raw(self.raw_reason)
+    }
+
+    /// The basic exit reason's number.
+    pub(crate) fn basic_reason(&self) -> u16 {
+        self.raw_reason as u16
+    }
+
+    pub(crate) fn is_entry_failure(&self) -> bool {
+        self.raw_reason & ENTRY_FAILURE != 0
+    }
+
+    pub(crate) fn interruption(&self) -> InterruptionInfo {
+        InterruptionInfo::new(self.interruption)
+    }
+
+    /// The event whose delivery the exit interrupted, to be delivered again.
+    pub(crate) fn interrupted_event(&self) -> Option<InterruptionInfo> {
+        crate::arch::exit::reinject(self.idt_vectoring)
+    }
+
+    pub(crate) fn is_external_interrupt(&self) -> bool {
+        self.reason() == ExitReason::ExternalInterrupt
+    }
+
+    pub(crate) fn is_nmi(&self) -> bool {
+        self.reason() == ExitReason::ExceptionOrNmi
+            && self.interruption().is_valid()
+            && self.interruption().kind() == EventKind::Nmi
+    }
+
+    pub(crate) fn is_machine_check(&self) -> bool {
+        self.reason() == ExitReason::EntryMachineCheck
+            || self.reason() == ExitReason::ExceptionOrNmi
+                && self.interruption().is_exception(crate::arch::exit::vector::MC)
+    }
+
+    /// For user space: everything that was read.
+    pub(crate) fn report(&self, kind: u32) -> abi::Exit {
+        let delivering = self.interrupted_event().is_some();
+        abi::Exit {
+            kind,
+            reason: self.raw_reason,
+            qualification: self.qualification,
+            gpa: self.gpa,
+            gla: self.gla,
+            instruction_len: self.instruction_len,
+            flags: if delivering { abi::FLAG_EVENT_DELIVERY } else { 0 },
+            interruption_info: if delivering { self.idt_vectoring } else { self.interruption },
+            interruption_error_code: if delivering {
+                self.idt_vectoring_error_code
+            } else {
+                self.interruption_error_code
+            },
+            ..Default::default()
+        }
+    }
+}
+
+/// Decides what follows an exit, with interrupts on. ENOMEM.
+pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
+    use ExitReason as R;
+
+    if info.is_entry_failure() {
+        return Ok(Flow::User(info.report(abi::EXIT_FAIL_ENTRY)));
+    }
+    if info.is_syscall {
+        return Ok(Flow::Syscall);
+    }
+    // An event that the exit interrupted is delivered by the next entry, unless a handler puts another in its place.
+    event::redeliver(vcpu, info);
+    Ok(match info.reason() {
+        R::ExternalInterrupt => Flow::Resume,
+        R::ExceptionOrNmi => event::handle_exception(vcpu, info),
+        R::EptViolation => return ept_violation::handle(vcpu, space, info),
+        R::Cpuid => cpuid::handle(vcpu, info),
+        R::Hlt => {
+            skip(vcpu, info);
+            thread::yield_now();
+            Flow::Resume
+        }
+        // The caches are the host's business, and its memory is write-back.
+        R::Wbinvd => skip(vcpu, info),
+        R::Rdmsr => msr::handle_read(vcpu, info),
+        R::Wrmsr => msr::handle_write(vcpu, info),
+        R::Xsetbv => cpuid::handle_xsetbv(vcpu, info),
+        R::TripleFault => Flow::User(info.report(abi::EXIT_TRIPLE_FAULT)),
+        reason => refused::handle(vcpu, info, reason),
+    })
+}
+
+/// Goes on behind the instruction that exited.
+fn skip(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
+    vcpu.resume_at(info.rip.wrapping_add(info.instruction_len.into()));
+    Flow::Resume
+}

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The space: what one open file of the device is. One process' address space, its EPT, its vCPUs.
+
+use crate::abi;
+use crate::arch::addr::Hva;
+use crate::counters;
+use crate::ept::fault::Ept;
+use crate::ept::fault::Traits;
+use crate::ept::host_walk::Format;
+use crate::sys::cpu;
+use crate::sys::lock::Class;
+use crate::sys::lock::SpinLock;
+use crate::sys::mem::ZeroedSlice;
+use crate::sys::mm::Mm;
+use crate::sys::mm::Notifier;
+use crate::sys::mm::NotifierOps;
+use crate::sys::module;
+use crate::vcpu::Vcpu;
+use crate::vmx::capability;
+use crate::vmx::guest_state::Cr4Policy;
+use crate::vmx::owner;
+use crate::vmx::setup::MsrBitmap;
+use core::ops::Range;
+use core::ptr::null_mut;
+use core::sync::atomic::Ordering::Relaxed;
+use kernel::prelude::*;
+
+/// Narrowest and widest GPA that the module handles; 4-level EPT ends at 48 bits.
+const GPA_BITS: core::ops::RangeInclusive<u32> = 32..=48;
+
+/// A process' space.
+///
+/// Lives in a `KBox` that does not move. Teardown order: the notifier first (no callback after), the vCPUs, the EPT, the
+/// right to use VMX.
+#[repr(C)]
+pub(crate) struct Space {
+    /// First: the kernel hands us its address.
+    notifier: Notifier,
+    pub(crate) mm: Mm,
+    vcpus: SpinLock<Table>,
+    pub(crate) ept: Ept,
+    pub(crate) msr_bitmap: MsrBitmap,
+    pub(crate) cr4: Cr4Policy,
+    pub(crate) usage: owner::Use,
+    gpa_bits: u32,
+    traits: Traits,
+}
+
+/// vCPUs by number; null where there is none.
+struct Table {
+    vcpus: ZeroedSlice<*mut Vcpu>,
+    count: u32,
+}
+
+// SAFETY: The pointers are owned boxes of a type that may be sent.
+unsafe impl Send for Table {}
+
+impl Space {
+    /// A space of the calling process.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY while KVM has VMX; ENOMEM; EINTR; EINVAL outside a process.
+    pub(crate) fn new() -> Result<KBox<Self>> {
+        let mm = Mm::current().ok_or(EINVAL)?;
+        let usage = owner::Use::new()?;
+        let capabilities = usage.capabilities;
+        let traits = Traits {
+            accessed_dirty: capabilities.ept.accessed_dirty(),
+            page_2m: capabilities.ept.page_2m(),
+            execute_2m: !cpu::has_itlb_multihit(),
+            format: Format::of_this_cpu(),
+        };
+        let gpa_bits = gpa_bits();
+        let mut space = KBox::new(
+            Self {
+                notifier: Notifier::new(),
+                mm,
+                vcpus: SpinLock::new(Table { vcpus: ZeroedSlice::new(0)?, count: 0 }),
+                ept: Ept::new(gpa_bits, traits)?,
+                msr_bitmap: MsrBitmap::new()?,
+                cr4: Cr4Policy::new(&capabilities),
+                usage,
+                gpa_bits,
+                traits,
+            },
+            GFP_KERNEL,
+        )?;
+        counters::SPACES.fetch_add(1, Relaxed);
+        // SAFETY: The box does not move from here on, and nobody else has it yet. `notifier` is its first field, and
+        // `drop` unregisters it.
+        unsafe {
+            space.vcpus.init(Class::Vcpus);
+            space.ept.init();
+            Notifier::register::<Self>(&mut space.notifier, mm)?;
+        }
+        Ok(space)
+    }
+
+    /// What [`abi::DUNE_GET_INFO`] answers.
+    pub(crate) fn info(&self) -> abi::Info {
+        let capabilities = &self.usage.capabilities;
+        let mut caps = 0;
+        for (has, bit) in [
+            (self.traits.accessed_dirty, abi::CAP_EPT_AD),
+            (self.traits.page_2m, abi::CAP_EPT_2M),
+            (capabilities.ept.page_1g(), abi::CAP_EPT_1G),
+            (capability::has_1g_pages(), abi::CAP_GUEST_1G),
+            (cfg!(dune_count_ops), abi::CAP_COUNT_OPS),
+        ] {
+            if has {
+                caps |= bit;
+            }
+        }
+        abi::Info {
+            size: core::mem::size_of::<abi::Info>() as u32,
+            abi_version: abi::ABI_VERSION,
+            capabilities: caps,
+            gpa_bits: self.gpa_bits,
+            max_vcpus: max_vcpus(),
+            cr0_guest_owned: crate::arch::cr::CR0_GUEST_OWNED,
+            cr4_guest_owned: self.cr4.owned,
+            cr0: crate::sys::regs::cr0(),
+            cr4: self.cr4.initial(),
+            efer: crate::sys::regs::read_msr(crate::arch::msr::IA32_EFER).unwrap_or(0),
+            slots_free: self.ept.slots_free(),
+            vcpus: self.vcpus.lock().count,
+        }
+    }
+
+    /// Makes a vCPU owned by the calling thread. ENOSPC, ENOMEM; ENXIO where the thread has selectors in DS, ES, FS or
+    /// GS: a VM exit would load null there.
+    pub(crate) fn create_vcpu(&self) -> Result<u32> {
+        if crate::sys::regs::data_selectors() != 0 {
+            return Err(ENXIO);
+        }
+        let mut fresh: Option<ZeroedSlice<*mut Vcpu>> = None;
+        if self.vcpus.lock().vcpus.is_empty() {
+            fresh = Some(ZeroedSlice::new(max_vcpus() as usize)?);
+        }
+        let vcpu = KBox::into_raw(Vcpu::new(self)?);
+        let mut table = self.vcpus.lock();
+        if table.vcpus.is_empty() {
+            if let Some(fresh) = fresh.take() {
+                table.vcpus = fresh;
+            }
+        }
+        let mut reaped = null_mut();
+        // SAFETY: Under the lock the pointers in the table are alive.
+        let free = table.vcpus.iter().position(|p| p.is_null()).or_else(|| {
+            let dead = table.vcpus.iter().position(|p| unsafe { (**p).owner_is_exiting() })?;
+            reaped = core::mem::replace(&mut table.vcpus[dead], null_mut());
+            table.count -= 1;
+            Some(dead)
+        });
+        if let Some(number) = free {
+            table.vcpus[number] = vcpu;
+            table.count += 1;
+        }
+        drop(table);
+        drop(fresh);
+        for gone in [reaped, if free.is_none() { vcpu } else { null_mut() }] {
+            if !gone.is_null() {
+                // SAFETY: Taken out of the table, or never in it; an exiting owner does not run it any more.
+                drop(unsafe { KBox::from_raw(gone) });
+            }
+        }
+        free.map(|number| number as u32).ok_or(ENOSPC)
+    }
+
+    /// The vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
+    ///
+    /// Only its owner uses or destroys a vCPU, so it stays until the caller itself destroys it.
+    fn find(&self, number: u64) -> Result<*mut Vcpu> {
+        let table = self.vcpus.lock();
+        let vcpu = usize::try_from(number).ok().and_then(|n| table.vcpus.get(n)).copied().unwrap_or(null_mut());
+        if vcpu.is_null() {
+            return Err(ENOENT);
+        }
+        // SAFETY: Under the lock the pointers in the table are alive.
+        if !unsafe { (*vcpu).is_owned_by_current() } {
+            return Err(EPERM);
+        }
+        Ok(vcpu)
+    }
+
+    /// Calls `f` with the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
+    pub(crate) fn with_vcpu<R>(&self, number: u64, f: impl FnOnce(&mut Vcpu) -> Result<R>) -> Result<R> {
+        let vcpu = self.find(number)?;
+        // SAFETY: The calling thread owns it and is here, so nobody else uses or destroys it.
+        f(unsafe { &mut *vcpu })
+    }
+
+    /// ENOENT, EPERM.
+    pub(crate) fn destroy_vcpu(&self, number: u64) -> Result {
+        let vcpu = self.find(number)?;
+        let mut table = self.vcpus.lock();
+        table.vcpus[number as usize] = null_mut();
+        table.count -= 1;
+        drop(table);
+        // SAFETY: Taken out of the table by its owner, who is here.
+        drop(unsafe { KBox::from_raw(vcpu) });
+        Ok(())
+    }
+
+    /// ENOSPC, ENOMEM; EINVAL for an address that no process has.
+    pub(crate) fn map_slot(&self, hva: u64) -> Result<u64> {
+        let hva = Hva::new(hva & !(abi::SLOT_BYTES - 1)).ok_or(EINVAL)?;
+        Ok(self.ept.map_slot(hva)?.as_u64())
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        self.notifier.unregister();
+        for vcpu in self.vcpus.get_mut().vcpus.iter() {
+            if !vcpu.is_null() {
+                // SAFETY: The last reference to the file is gone, so nobody runs it.
+                drop(unsafe { KBox::from_raw(*vcpu) });
+            }
+        }
+        counters::SPACES.fetch_sub(1, Relaxed);
+    }
+}
+
+impl NotifierOps for Space {
+    fn release(&self) {
+        self.ept.kill();
+    }
+
+    fn invalidate_start(&self, range: Range<u64>) {
+        self.ept.invalidate_start(range);
+    }
+
+    fn invalidate_end(&self, _range: Range<u64>) {
+        self.ept.invalidate_end();
+    }
+
+    fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool {
+        self.ept.young(range, clear, flush)
+    }
+}
+
+/// Width of a GPA: the CPU's, or what the parameter says.
+pub(crate) fn gpa_bits() -> u32 {
+    let cpu = capability::max_physical_bits().min(*GPA_BITS.end());
+    match module::param_gpa_bits() {
+        0 => cpu,
+        bits => bits.min(cpu),
+    }
+}
+
+fn max_vcpus() -> u32 {
+    module::param_max_vcpus()
+}
+
+/// Checks the module's parameters. EINVAL with a log line.
+pub(crate) fn check_parameters() -> Result {
+    let bits = module::param_gpa_bits();
+    if bits != 0 && !GPA_BITS.contains(&bits) {
+        pr_err!("gpa_bits={} is not in {}..={}\n", bits, GPA_BITS.start(), GPA_BITS.end());
+        return Err(EINVAL);
+    }
+    let vcpus = module::param_max_vcpus();
+    if !(1..=4096).contains(&vcpus) {
+        pr_err!("max_vcpus={} is not in 1..=4096\n", vcpus);
+        return Err(EINVAL);
+    }
+    Ok(())
+}

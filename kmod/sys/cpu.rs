@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! CPUs, preemption and interrupts (linux/smp.h, linux/preempt.h, linux/irqflags.h).
+
+use super::bindings;
+use core::ffi::c_void;
+use core::marker::PhantomData;
+
+/// Token: preemption is off while it lives, so the thread stays on [`PreemptGuard::cpu`].
+pub(crate) struct PreemptGuard {
+    // Not Send: belongs to the thread that made it.
+    _not_send: PhantomData<*mut ()>,
+}
+
+impl PreemptGuard {
+    pub(crate) fn new() -> Self {
+        // SAFETY: May be called from any context; undone in `drop`.
+        unsafe { bindings::dune_preempt_disable() };
+        Self { _not_send: PhantomData }
+    }
+
+    /// The CPU this thread is on and stays on.
+    pub(crate) fn cpu(&self) -> usize {
+        cpu_hint()
+    }
+}
+
+impl Drop for PreemptGuard {
+    fn drop(&mut self) {
+        // SAFETY: Undoes the call in `new`.
+        unsafe { bindings::dune_preempt_enable() };
+    }
+}
+
+/// Token: interrupts are off on this CPU while it lives.
+///
+/// Made only where they were on before, so dropping it turns them on.
+pub(crate) struct IrqOff {
+    _not_send: PhantomData<*mut ()>,
+}
+
+impl IrqOff {
+    /// Turns interrupts off. To be called with interrupts on.
+    pub(crate) fn new() -> Self {
+        // SAFETY: Undone in `drop`.
+        unsafe { bindings::dune_irq_disable() };
+        Self { _not_send: PhantomData }
+    }
+
+    /// The CPU this thread is on and stays on.
+    pub(crate) fn cpu(&self) -> usize {
+        cpu_hint()
+    }
+}
+
+impl Drop for IrqOff {
+    fn drop(&mut self) {
+        // SAFETY: `new` was called with interrupts on.
+        unsafe { bindings::dune_irq_enable() };
+    }
+}
+
+/// The CPU this thread is on, which may change at any time unless a guard is held.
+pub(crate) fn cpu_hint() -> usize {
+    // SAFETY: Reads a per-CPU variable.
+    unsafe { bindings::dune_cpu() as usize }
+}
+
+/// One more than the highest CPU number that can ever come up.
+pub(crate) fn nr_cpu_ids() -> usize {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_nr_cpu_ids() as usize }
+}
+
+/// Calls `f(arg)` in an interrupt on `cpu` and waits until it has returned; does nothing if `cpu` is offline.
+///
+/// # Safety
+///
+/// `f(arg)` must be sound to call there, with interrupts off. The caller must have interrupts on.
+pub(crate) unsafe fn call_on(cpu: usize, f: unsafe extern "C" fn(*mut c_void), arg: *mut c_void) {
+    // SAFETY: By the caller.
+    unsafe { bindings::dune_call_on(cpu as u32, Some(f), arg) };
+}
+
+/// Does nothing, on another CPU: the interrupt itself is what makes a guest exit.
+pub(crate) fn kick(cpu: usize) {
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+    // SAFETY: `nothing` is sound anywhere.
+    unsafe { call_on(cpu, nothing, core::ptr::null_mut()) };
+}
+
+/// Whether executable huge EPT leaves can make this CPU raise a machine check (iTLB multihit).
+pub(crate) fn has_itlb_multihit() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_itlb_multihit() }
+}
+
+/// Whether the host takes its events through FRED.
+pub(crate) fn has_fred() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_fred() }
+}

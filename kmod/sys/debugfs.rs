@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Numbers in debugfs (linux/debugfs.h). Absent debugfs is no error.
+
+use super::bindings;
+use core::ffi::c_void;
+use core::sync::atomic::AtomicUsize;
+
+/// A directory of read-only numbers; removed when dropped.
+pub(crate) struct Dir(*mut c_void);
+
+// SAFETY: debugfs does its own locking.
+unsafe impl Send for Dir {}
+// SAFETY: As above.
+unsafe impl Sync for Dir {}
+
+impl Dir {
+    pub(crate) fn new() -> Self {
+        // SAFETY: The name is a C string. An error pointer is accepted by all other functions of debugfs.
+        Self(unsafe { bindings::dune_debugfs_create_dir(c"dune".as_ptr().cast()) })
+    }
+
+    /// Adds the file `name` that shows `value` in decimal.
+    pub(crate) fn add(&self, name: &core::ffi::CStr, value: &'static AtomicUsize) {
+        // SAFETY: `value` is static and as large as an unsigned long; debugfs only reads it (mode 0444).
+        unsafe { bindings::dune_debugfs_create_ulong(name.as_ptr().cast(), self.0, value.as_ptr().cast()) };
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        // SAFETY: Made in `new`, removed once.
+        unsafe { bindings::dune_debugfs_remove(self.0) };
+    }
+}

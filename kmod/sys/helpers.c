@@ -1,0 +1,608 @@
+// SPDX-License-Identifier: GPL-2.0
+/* See helpers.h. */
+
+#include <linux/context_tracking.h>
+#include <linux/cpu.h>
+#include <linux/debugfs.h>
+#include <linux/delay.h>
+#include <linux/entry-common.h>
+#include <linux/fs.h>
+#include <linux/kobject.h>
+#include <linux/kvm_host.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/sched.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+#include <linux/slab.h>
+#include <linux/smp.h>
+#include <linux/spinlock.h>
+#include <linux/uaccess.h>
+#include <linux/userfaultfd_k.h>
+#include <linux/version.h>
+#include <asm/cpu_entry_area.h>
+#include <asm/cpufeature.h>
+#include <asm/debugreg.h>
+#include <asm/desc.h>
+#include <asm/fpu/api.h>
+#include <asm/fsgsbase.h>
+#include <asm/mce.h>
+#include <asm/msr.h>
+#include <asm/reboot.h>
+#include <asm/tlbflush.h>
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
+#include <asm/fpu/xcr.h>
+#include <asm/intel_pt.h>
+#endif
+
+#include "helpers.h"
+
+unsigned int dune_param_gpa_bits;
+module_param_named(gpa_bits, dune_param_gpa_bits, uint, 0444);
+MODULE_PARM_DESC(gpa_bits, "Width of guest-physical addresses in bits, 32 to 48; 0: the CPU's (default)");
+
+unsigned int dune_param_max_vcpus = 512;
+module_param_named(max_vcpus, dune_param_max_vcpus, uint, 0444);
+MODULE_PARM_DESC(max_vcpus, "Most vCPUs of one process, 1 to 4096 (default 512)");
+
+#ifdef DUNE_DEBUG_KNOBS
+/* Writes behind an allocation, on purpose: the tests check that KASAN sees it. */
+static int dune_knob_set(const char *val, const struct kernel_param *kp)
+{
+	char *p = kmalloc(32, GFP_KERNEL);
+	volatile int past = 32;
+
+	if (!p)
+		return -ENOMEM;
+	p[past] = 1;
+	kfree(p);
+	return 0;
+}
+
+static const struct kernel_param_ops dune_knob_ops = { .set = dune_knob_set };
+module_param_cb(write_out_of_bounds, &dune_knob_ops, NULL, 0200);
+
+static unsigned int dune_fault_delay_us;
+module_param_named(fault_delay_us, dune_fault_delay_us, uint, 0600);
+
+void dune_knob_fault_delay(void)
+{
+	unsigned int us = READ_ONCE(dune_fault_delay_us);
+
+	while (us--)
+		udelay(1);
+}
+#endif
+
+/* Build configuration. */
+
+bool dune_kvm_intel_builtin(void)
+{
+	return IS_BUILTIN(CONFIG_KVM_INTEL);
+}
+
+struct module *dune_this_module(void)
+{
+	return THIS_MODULE;
+}
+
+bool dune_module_loaded(const char *name)
+{
+	/* The list of modules is private to the kernel; the set of /sys/module is not. */
+	struct kobject *kobj = kset_find_obj(THIS_MODULE->mkobj.kobj.kset, name);
+
+	kobject_put(kobj);
+	return kobj;
+}
+
+const char *dune_module_name(const struct module *mod)
+{
+	return mod->name;
+}
+
+/* Locks. */
+
+static DEFINE_MUTEX(dune_owner_mutex);
+
+unsigned long dune_spinlock_bytes(void)
+{
+	return sizeof(spinlock_t);
+}
+
+void dune_space_lock_init(void *lock)
+{
+	spin_lock_init((spinlock_t *)lock);
+}
+
+void dune_vcpus_lock_init(void *lock)
+{
+	spin_lock_init((spinlock_t *)lock);
+}
+
+void dune_global_lock_init(void *lock)
+{
+	spin_lock_init((spinlock_t *)lock);
+}
+
+void dune_spin_lock(void *lock)
+{
+	spin_lock((spinlock_t *)lock);
+}
+
+void dune_spin_unlock(void *lock)
+{
+	spin_unlock((spinlock_t *)lock);
+}
+
+unsigned long dune_spin_lock_irqsave(void *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave((spinlock_t *)lock, flags);
+	return flags;
+}
+
+void dune_spin_unlock_irqrestore(void *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore((spinlock_t *)lock, flags);
+}
+
+void dune_owner_mutex_lock(void)
+{
+	mutex_lock(&dune_owner_mutex);
+}
+
+void dune_owner_mutex_unlock(void)
+{
+	mutex_unlock(&dune_owner_mutex);
+}
+
+/* CPUs. */
+
+void dune_irq_disable(void)
+{
+	local_irq_disable();
+}
+
+void dune_irq_enable(void)
+{
+	local_irq_enable();
+}
+
+void dune_preempt_disable(void)
+{
+	preempt_disable();
+}
+
+void dune_preempt_enable(void)
+{
+	preempt_enable();
+}
+
+unsigned int dune_cpu(void)
+{
+	return raw_smp_processor_id();
+}
+
+unsigned int dune_nr_cpu_ids(void)
+{
+	return nr_cpu_ids;
+}
+
+bool dune_cpu_has_itlb_multihit(void)
+{
+	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
+}
+
+bool dune_cpu_has_fred(void)
+{
+#ifdef X86_FEATURE_FRED
+	return cpu_feature_enabled(X86_FEATURE_FRED);
+#else
+	return false;
+#endif
+}
+
+void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg)
+{
+	smp_call_function_single(cpu, f, arg, 1);
+}
+
+int dune_cpuhp_setup(const char *name, int (*up)(unsigned int), int (*down)(unsigned int))
+{
+	return cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, name, up, down);
+}
+
+void dune_cpuhp_remove(int state)
+{
+	cpuhp_remove_state(state);
+}
+
+/* Memory. */
+
+unsigned long dune_get_zeroed_page(void)
+{
+	return get_zeroed_page(GFP_KERNEL_ACCOUNT);
+}
+
+void dune_free_page(unsigned long addr)
+{
+	free_page(addr);
+}
+
+void *dune_kvzalloc(size_t bytes)
+{
+	return kvzalloc(bytes, GFP_KERNEL_ACCOUNT);
+}
+
+void dune_kvfree(const void *p)
+{
+	kvfree(p);
+}
+
+struct page *dune_virt_to_page(const void *addr)
+{
+	return virt_to_page(addr);
+}
+
+u64 dune_virt_to_phys(const void *addr)
+{
+	return __pa(addr);
+}
+
+void *dune_phys_to_virt(u64 pa)
+{
+	return __va(pa);
+}
+
+unsigned long dune_copy_from_user(void *to, const void __user *from, unsigned long n)
+{
+	return copy_from_user(to, from, n);
+}
+
+unsigned long dune_copy_to_user(void __user *to, const void *from, unsigned long n)
+{
+	return copy_to_user(to, from, n);
+}
+
+/* The process and its mm. */
+
+struct mm_struct *dune_current_mm(void)
+{
+	return current->mm;
+}
+
+void *dune_mm_pgd(struct mm_struct *mm)
+{
+	return mm->pgd;
+}
+
+bool dune_mmap_read_trylock(struct mm_struct *mm)
+{
+	return mmap_read_trylock(mm);
+}
+
+void dune_mmap_read_unlock(struct mm_struct *mm)
+{
+	mmap_read_unlock(mm);
+}
+
+unsigned long dune_vma_start(const struct vm_area_struct *vma)
+{
+	return vma->vm_start;
+}
+
+unsigned long dune_vma_pgoff(const struct vm_area_struct *vma)
+{
+	return vma->vm_pgoff;
+}
+
+unsigned long dune_vma_bytes(const struct vm_area_struct *vma)
+{
+	return vma->vm_end - vma->vm_start;
+}
+
+bool dune_vma_has_access(const struct vm_area_struct *vma, bool write, bool execute)
+{
+	if (write)
+		return vma->vm_flags & VM_WRITE;
+	if (execute)
+		return vma->vm_flags & VM_EXEC;
+	return vma->vm_flags & (VM_READ | VM_WRITE | VM_EXEC);
+}
+
+bool dune_vma_is_executable(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_EXEC;
+}
+
+bool dune_vma_is_userfaultfd(const struct vm_area_struct *vma)
+{
+	return userfaultfd_armed((struct vm_area_struct *)vma);
+}
+
+void dune_vma_set_run_page_flags(struct vm_area_struct *vma)
+{
+	vm_flags_set(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP);
+}
+
+bool dune_vma_is_shared(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_SHARED;
+}
+
+int dune_vma_insert_page(struct vm_area_struct *vma, struct page *page)
+{
+	return vm_insert_page(vma, vma->vm_start, page);
+}
+
+int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool write, bool execute)
+{
+	unsigned int flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_RETRY_NOWAIT;
+	vm_fault_t ret;
+
+	if (write)
+		flags |= FAULT_FLAG_WRITE;
+	if (execute)
+		flags |= FAULT_FLAG_INSTRUCTION;
+	ret = handle_mm_fault(vma, addr, flags, NULL);
+	if (ret & VM_FAULT_COMPLETED)
+		return DUNE_FAULT_DONE_UNLOCKED;
+	return ret & (VM_FAULT_ERROR | VM_FAULT_RETRY) ? DUNE_FAULT_FAILED : DUNE_FAULT_DONE;
+}
+
+/* The thread. */
+
+struct task_struct *dune_current(void)
+{
+	return current;
+}
+
+struct task_struct *dune_get_current(void)
+{
+	return get_task_struct(current);
+}
+
+void dune_put_task(struct task_struct *task)
+{
+	put_task_struct(task);
+}
+
+bool dune_task_is_exiting(const struct task_struct *task)
+{
+	return READ_ONCE(task->flags) & PF_EXITING;
+}
+
+struct pt_regs *dune_current_pt_regs(void)
+{
+	return current_pt_regs();
+}
+
+bool dune_signal_pending(void)
+{
+	return signal_pending(current);
+}
+
+bool dune_need_resched(void)
+{
+	return need_resched();
+}
+
+bool dune_user_work_pending(void)
+{
+	return read_thread_flags() & (EXIT_TO_USER_MODE_WORK & ~_TIF_NEED_RESCHED);
+}
+
+void dune_cond_resched(void)
+{
+	if (need_resched())
+		schedule();
+}
+
+void dune_yield(void)
+{
+	yield();
+}
+
+bool dune_cpuid_faults(void)
+{
+	return test_thread_flag(TIF_NOCPUID);
+}
+
+void *dune_file_private(const struct file *file)
+{
+	return file->private_data;
+}
+
+void dune_file_set_private(struct file *file, void *data)
+{
+	file->private_data = data;
+}
+
+/* CPU state of the host. */
+
+bool dune_fpu_load(void)
+{
+	if (likely(!test_thread_flag(TIF_NEED_FPU_LOAD)))
+		return true;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	switch_fpu_return();
+	return true;
+#else
+	return false;
+#endif
+}
+
+unsigned long dune_read_cr0(void)
+{
+	return read_cr0();
+}
+
+unsigned long dune_read_cr3(void)
+{
+	return __read_cr3();
+}
+
+unsigned long dune_read_cr4(void)
+{
+	return native_read_cr4();
+}
+
+void dune_cr4_set_vmxe(void)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	cr4_set_bits(X86_CR4_VMXE);
+#endif
+}
+
+void dune_cr4_clear_vmxe(void)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	cr4_clear_bits(X86_CR4_VMXE);
+#endif
+}
+
+unsigned long dune_fs_base(void)
+{
+	if (static_cpu_has(X86_FEATURE_FSGSBASE))
+		return rdfsbase();
+	/* Without FSGSBASE only system calls change it, and they keep this up to date. */
+	return current->thread.fsbase;
+}
+
+unsigned long dune_percpu_base(void)
+{
+	unsigned long base;
+
+	rdmsrl(MSR_GS_BASE, base);
+	return base;
+}
+
+unsigned long dune_tss_base(void)
+{
+	return (unsigned long)&get_cpu_entry_area(raw_smp_processor_id())->tss.x86_tss;
+}
+
+void dune_tss_limit_invalidate(void)
+{
+	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
+		refresh_tss_limit();
+	else
+		this_cpu_write(__tss_limit_invalid, true);
+}
+
+unsigned long dune_cpu_dr7(void)
+{
+	return __this_cpu_read(cpu_dr7);
+}
+
+void dune_set_dr7(unsigned long v)
+{
+	set_debugreg(v, 7);
+}
+
+void dune_set_dr6(unsigned long v)
+{
+	set_debugreg(v, 6);
+}
+
+int dune_rdmsr_safe(u32 msr, u64 *value)
+{
+	return rdmsrl_safe(msr, value);
+}
+
+int dune_wrmsr_safe(u32 msr, u64 value)
+{
+	return wrmsrl_safe(msr, value);
+}
+
+u64 dune_xcr0(void)
+{
+	return boot_cpu_has(X86_FEATURE_OSXSAVE) ? xgetbv(XCR_XFEATURE_ENABLED_MASK) : 0;
+}
+
+void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx)
+{
+	cpuid_count(leaf, subleaf, eax, ebx, ecx, edx);
+}
+
+void dune_vmx_emergency_register(void (*off)(void))
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	cpu_emergency_register_virt_callback(off);
+#endif
+}
+
+void dune_vmx_emergency_unregister(void (*off)(void))
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	cpu_emergency_unregister_virt_callback(off);
+#endif
+}
+
+void dune_intel_pt_vmx(bool on)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	intel_pt_handle_vmx(on);
+#endif
+}
+
+/* debugfs. */
+
+void *dune_debugfs_create_dir(const char *name)
+{
+	return debugfs_create_dir(name, NULL);
+}
+
+void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value)
+{
+	debugfs_create_ulong(name, 0444, dir, value);
+}
+
+void dune_debugfs_remove(void *dir)
+{
+	debugfs_remove(dir);
+}
+
+/* The guest. */
+
+void dune_guest_timing_enter(void)
+{
+	guest_timing_enter_irqoff();
+}
+
+void dune_guest_timing_exit(void)
+{
+	guest_timing_exit_irqoff();
+}
+
+/* noinstr: between the two calls RCU does not watch and lockdep believes that interrupts are on. */
+noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry)
+{
+	unsigned long ret;
+
+	guest_state_enter_irqoff();
+	ret = dune_vmenter(run_page, entry);
+	guest_state_exit_irqoff();
+	return ret;
+}
+
+void dune_nmi(void)
+{
+	/* The exit consumed the NMI and left NMIs blocked: run the host's handler, whose IRET unblocks them. */
+	asm volatile("int $2");
+}
+
+void dune_machine_check(void)
+{
+#ifdef CONFIG_X86_MCE
+	struct pt_regs regs = {
+		.cs = 3,	/* as if user mode were interrupted: the guest is a user process */
+		.flags = X86_EFLAGS_IF,
+	};
+
+	do_machine_check(&regs);
+#endif
+}

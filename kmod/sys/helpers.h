@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * C macros and inline functions of the kernel, as functions. Each forwards and does nothing else; what must be noinstr
+ * or is a macro that only C can expand is here too.
+ */
+#ifndef DUNE_HELPERS_H
+#define DUNE_HELPERS_H
+
+#include <linux/types.h>
+
+#include "../vmx/vmenter.h"
+
+struct file;
+struct mm_struct;
+struct module;
+struct page;
+struct pt_regs;
+struct task_struct;
+struct vm_area_struct;
+
+/* Module parameters. */
+extern unsigned int dune_param_gpa_bits;
+extern unsigned int dune_param_max_vcpus;
+
+#ifdef DUNE_DEBUG_KNOBS
+void dune_knob_fault_delay(void);
+#endif
+
+/* Build configuration. */
+bool dune_kvm_intel_builtin(void);
+struct module *dune_this_module(void);
+bool dune_module_loaded(const char *name);
+const char *dune_module_name(const struct module *mod);
+
+/* Locks. One function per lock class. */
+unsigned long dune_spinlock_bytes(void);
+void dune_space_lock_init(void *lock);
+void dune_vcpus_lock_init(void *lock);
+void dune_global_lock_init(void *lock);
+void dune_spin_lock(void *lock);
+void dune_spin_unlock(void *lock);
+unsigned long dune_spin_lock_irqsave(void *lock);
+void dune_spin_unlock_irqrestore(void *lock, unsigned long flags);
+void dune_owner_mutex_lock(void);
+void dune_owner_mutex_unlock(void);
+
+/* CPUs. */
+void dune_irq_disable(void);
+void dune_irq_enable(void);
+void dune_preempt_disable(void);
+void dune_preempt_enable(void);
+unsigned int dune_cpu(void);
+unsigned int dune_nr_cpu_ids(void);
+bool dune_cpu_has_itlb_multihit(void);
+bool dune_cpu_has_fred(void);
+
+/* Memory. */
+unsigned long dune_get_zeroed_page(void);
+void dune_free_page(unsigned long addr);
+void *dune_kvzalloc(size_t bytes);
+void dune_kvfree(const void *p);
+struct page *dune_virt_to_page(const void *addr);
+u64 dune_virt_to_phys(const void *addr);
+void *dune_phys_to_virt(u64 pa);
+unsigned long dune_copy_from_user(void *to, const void __user *from, unsigned long n);
+unsigned long dune_copy_to_user(void __user *to, const void *from, unsigned long n);
+
+/* The process and its mm. */
+struct mm_struct *dune_current_mm(void);
+void *dune_mm_pgd(struct mm_struct *mm);
+bool dune_mmap_read_trylock(struct mm_struct *mm);
+void dune_mmap_read_unlock(struct mm_struct *mm);
+unsigned long dune_vma_start(const struct vm_area_struct *vma);
+unsigned long dune_vma_pgoff(const struct vm_area_struct *vma);
+unsigned long dune_vma_bytes(const struct vm_area_struct *vma);
+bool dune_vma_has_access(const struct vm_area_struct *vma, bool write, bool execute);
+bool dune_vma_is_executable(const struct vm_area_struct *vma);
+bool dune_vma_is_userfaultfd(const struct vm_area_struct *vma);
+void dune_vma_set_run_page_flags(struct vm_area_struct *vma);
+bool dune_vma_is_shared(const struct vm_area_struct *vma);
+int dune_vma_insert_page(struct vm_area_struct *vma, struct page *page);
+
+#define DUNE_FAULT_DONE 0
+#define DUNE_FAULT_DONE_UNLOCKED 1
+#define DUNE_FAULT_FAILED 2
+int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool write, bool execute);
+
+/* The thread. */
+struct task_struct *dune_current(void);
+struct task_struct *dune_get_current(void);
+void dune_put_task(struct task_struct *task);
+bool dune_task_is_exiting(const struct task_struct *task);
+struct pt_regs *dune_current_pt_regs(void);
+bool dune_signal_pending(void);
+bool dune_need_resched(void);
+bool dune_user_work_pending(void);
+void dune_cond_resched(void);
+bool dune_cpuid_faults(void);
+void dune_yield(void);
+void *dune_file_private(const struct file *file);
+void dune_file_set_private(struct file *file, void *data);
+
+/* CPU state of the host. */
+bool dune_fpu_load(void);
+unsigned long dune_read_cr0(void);
+unsigned long dune_read_cr3(void);
+unsigned long dune_read_cr4(void);
+void dune_cr4_set_vmxe(void);
+void dune_cr4_clear_vmxe(void);
+unsigned long dune_fs_base(void);
+unsigned long dune_percpu_base(void);
+unsigned long dune_tss_base(void);
+void dune_tss_limit_invalidate(void);
+unsigned long dune_cpu_dr7(void);
+void dune_set_dr7(unsigned long v);
+void dune_set_dr6(unsigned long v);
+int dune_rdmsr_safe(u32 msr, u64 *value);
+int dune_wrmsr_safe(u32 msr, u64 value);
+u64 dune_xcr0(void);
+void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx);
+void dune_vmx_emergency_register(void (*off)(void));
+void dune_vmx_emergency_unregister(void (*off)(void));
+void dune_intel_pt_vmx(bool on);
+
+/* debugfs. */
+void *dune_debugfs_create_dir(const char *name);
+void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value);
+void dune_debugfs_remove(void *dir);
+
+/* Calls `f(arg)` on `cpu` and waits for it. */
+void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg);
+int dune_cpuhp_setup(const char *name, int (*up)(unsigned int), int (*down)(unsigned int));
+void dune_cpuhp_remove(int state);
+
+/* The guest. */
+void dune_guest_timing_enter(void);
+void dune_guest_timing_exit(void);
+unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry);
+void dune_nmi(void);
+void dune_machine_check(void);
+
+#endif

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device node and its files (linux/miscdevice.h, linux/fs.h, linux/anon_inodes.h).
+
+use super::bindings;
+use super::mm::Vma;
+use core::cell::UnsafeCell;
+use core::ffi::c_void;
+use core::mem::zeroed;
+use kernel::error::to_result;
+use kernel::ffi::c_int;
+use kernel::ffi::c_long;
+use kernel::ffi::c_uint;
+use kernel::ffi::c_ulong;
+use kernel::prelude::*;
+
+/// What a file of the device does.
+pub(crate) trait FileOps: Sized + Send + Sync {
+    /// Opens; the value lives until the last reference to the file is gone.
+    fn open() -> Result<KBox<Self>>;
+    /// `ioctl(2)`; what is returned is what the caller sees.
+    fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
+    /// `mmap(2)`.
+    fn mmap(&self, vma: &Vma) -> Result;
+}
+
+/// The registered device; dropping takes the node away.
+pub(crate) struct MiscDevice {
+    device: KBox<UnsafeCell<bindings::miscdevice>>,
+}
+
+// SAFETY: The structure belongs to the driver core while it is registered.
+unsafe impl Send for MiscDevice {}
+// SAFETY: As above.
+unsafe impl Sync for MiscDevice {}
+
+struct Fops(UnsafeCell<bindings::file_operations>);
+
+// SAFETY: Written once, in `register`, before anybody else sees it.
+unsafe impl Sync for Fops {}
+
+static FOPS: Fops = Fops(UnsafeCell::new(
+    // SAFETY: All of its fields are pointers, optional functions or integers.
+    unsafe { zeroed() },
+));
+
+impl MiscDevice {
+    /// Makes `/dev/<name>` with mode 0600; user space gives it to its group.
+    pub(crate) fn register<T: FileOps>(name: &'static core::ffi::CStr) -> Result<Self> {
+        // SAFETY: Called once, from module init; nobody has the table yet.
+        unsafe {
+            let fops = &mut *FOPS.0.get();
+            fops.owner = bindings::dune_this_module();
+            fops.open = Some(open::<T>);
+            fops.release = Some(release::<T>);
+            fops.unlocked_ioctl = Some(ioctl::<T>);
+            fops.mmap = Some(mmap::<T>);
+        }
+        // SAFETY: All bytes zero is a value of this C structure.
+        let mut device: bindings::miscdevice = unsafe { zeroed() };
+        device.minor = 255; // MISC_DYNAMIC_MINOR
+        device.name = name.as_ptr().cast();
+        device.fops = FOPS.0.get();
+        let device = KBox::new(UnsafeCell::new(device), GFP_KERNEL)?;
+        // SAFETY: The box does not move and lives until `misc_deregister`.
+        to_result(unsafe { bindings::misc_register(device.get()) })?;
+        Ok(Self { device })
+    }
+}
+
+impl Drop for MiscDevice {
+    fn drop(&mut self) {
+        // SAFETY: Registered in `register`.
+        unsafe { bindings::misc_deregister(self.device.get()) };
+    }
+}
+
+/// A new file descriptor (close-on-exec) of the calling process for `data`.
+pub(crate) fn new_fd<T: FileOps>(data: KBox<T>) -> Result<i32> {
+    let data = KBox::into_raw(data);
+    // SAFETY: The table lives as long as the module, which the file keeps alive; `release` takes `data` back.
+    let fd = unsafe {
+        bindings::anon_inode_getfd(c"[dune]".as_ptr().cast(), FOPS.0.get(), data.cast(), (O_RDWR | O_CLOEXEC) as c_int)
+    };
+    if fd < 0 {
+        // SAFETY: No file was made, so `release` will not run.
+        drop(unsafe { KBox::from_raw(data) });
+    }
+    to_result(fd.min(0))?;
+    Ok(fd)
+}
+
+const O_RDWR: u32 = 0o2;
+const O_CLOEXEC: u32 = 0o2000000;
+
+unsafe extern "C" fn open<T: FileOps>(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    match T::open() {
+        Ok(data) => {
+            // SAFETY: The file is being opened; nobody else uses it.
+            unsafe { bindings::dune_file_set_private(file, KBox::into_raw(data).cast::<c_void>()) };
+            0
+        }
+        Err(e) => e.to_errno(),
+    }
+}
+
+unsafe extern "C" fn release<T: FileOps>(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: Set in `open` or `new_fd`; `release` runs once, when nobody uses the file any more.
+    drop(unsafe { KBox::from_raw(bindings::dune_file_private(file).cast::<T>()) });
+    0
+}
+
+unsafe extern "C" fn ioctl<T: FileOps>(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+    // SAFETY: Set in `open` or `new_fd`; the file, and so the data, lives during the call.
+    let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
+    match data.ioctl(cmd, arg as u64) {
+        Ok(v) => v as c_long,
+        Err(e) => e.to_errno() as c_long,
+    }
+}
+
+unsafe extern "C" fn mmap<T: FileOps>(file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
+    // SAFETY: As in `ioctl`; the VMA is being set up for us.
+    let (data, vma) = unsafe { (&*bindings::dune_file_private(file).cast::<T>(), Vma::from_raw(vma)) };
+    match data.mmap(&vma) {
+        Ok(()) => 0,
+        Err(e) => e.to_errno(),
+    }
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Address spaces, VMAs, faults and notifiers (linux/mm.h, linux/mmu_notifier.h).
+
+use super::bindings;
+use super::mem::Page;
+use core::cell::UnsafeCell;
+use core::mem::zeroed;
+use core::ops::Range;
+use core::ptr::NonNull;
+use kernel::error::to_result;
+use kernel::ffi::c_int;
+use kernel::ffi::c_ulong;
+use kernel::prelude::*;
+
+/// An `mm_struct` that a notifier of ours keeps allocated; compared by address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mm(NonNull<bindings::mm_struct>);
+
+// SAFETY: Only an address; each use says what it needs.
+unsafe impl Send for Mm {}
+// SAFETY: As above.
+unsafe impl Sync for Mm {}
+
+impl Mm {
+    /// The calling process' address space; `None` in a kernel thread.
+    pub(crate) fn current() -> Option<Self> {
+        // SAFETY: Reads a field of the current task.
+        NonNull::new(unsafe { bindings::dune_current_mm() }).map(Self)
+    }
+
+    pub(crate) fn is_current(self) -> bool {
+        Self::current() == Some(self)
+    }
+
+    /// Top of the page table. The caller must be a thread of this process for it to stay.
+    pub(crate) fn pgd(self) -> *const u64 {
+        // SAFETY: The structure is allocated.
+        unsafe { bindings::dune_mm_pgd(self.0.as_ptr()) }.cast()
+    }
+
+    /// Lets Linux settle a fault of the calling process, if it can without waiting for anything.
+    pub(crate) fn fault_in(self, hva: u64, write: bool, execute: bool) -> FaultIn {
+        let mm = self.0.as_ptr();
+        // SAFETY: The caller is a thread of this process (checked by `is_current` at each ioctl), so the mm is in use.
+        // The VMA is used under the lock, which is released unless `handle_mm_fault` did.
+        unsafe {
+            if !bindings::dune_mmap_read_trylock(mm) {
+                return FaultIn::NotNow;
+            }
+            let vma = bindings::find_vma(mm, hva as c_ulong);
+            let result = if vma.is_null()
+                || bindings::dune_vma_start(vma) as u64 > hva
+                || bindings::dune_vma_is_userfaultfd(vma)
+            {
+                FaultIn::NotNow
+            } else if execute && !bindings::dune_vma_is_executable(vma) {
+                FaultIn::NotExecutable
+            } else if !bindings::dune_vma_has_access(vma, write, execute) {
+                FaultIn::NotNow
+            } else {
+                match bindings::dune_handle_mm_fault(vma, hva as c_ulong, write, execute) as u32 {
+                    bindings::DUNE_FAULT_DONE => FaultIn::Done,
+                    bindings::DUNE_FAULT_DONE_UNLOCKED => return FaultIn::Done,
+                    _ => FaultIn::NotNow,
+                }
+            };
+            bindings::dune_mmap_read_unlock(mm);
+            result
+        }
+    }
+}
+
+/// Answer of [`Mm::fault_in`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FaultIn {
+    /// The page table has the page now, or had it.
+    Done,
+    /// A native access must do it: it has to wait, or to grow a stack, or is refused.
+    NotNow,
+    /// The VMA does not allow execution.
+    NotExecutable,
+}
+
+/// A VMA that is being mapped.
+pub(crate) struct Vma(*mut bindings::vm_area_struct);
+
+impl Vma {
+    /// # Safety
+    ///
+    /// To be used only in `file_operations::mmap`, with its argument.
+    pub(crate) unsafe fn from_raw(vma: *mut bindings::vm_area_struct) -> Self {
+        Self(vma)
+    }
+
+    /// Offset in the file, in pages.
+    pub(crate) fn page_offset(&self) -> u64 {
+        // SAFETY: By `from_raw` the VMA is ours.
+        unsafe { bindings::dune_vma_pgoff(self.0) as u64 }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        // SAFETY: As above.
+        unsafe { bindings::dune_vma_bytes(self.0) as u64 }
+    }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        // SAFETY: As above.
+        unsafe { bindings::dune_vma_is_shared(self.0) }
+    }
+
+    /// Maps `page` there; not inherited over fork, not in core dumps. The mapping holds a reference to the page.
+    pub(crate) fn insert_run_page(&self, page: &Page) -> Result {
+        // SAFETY: As above; the VMA has one page, as the caller checked.
+        to_result(unsafe {
+            bindings::dune_vma_set_run_page_flags(self.0);
+            bindings::dune_vma_insert_page(self.0, page.struct_page())
+        })
+    }
+}
+
+/// What an address space tells its notifier. None of these may sleep; a page-table lock may be held in the `young` ones.
+pub(crate) trait NotifierOps: Sync {
+    /// The address space is going away: drop all mappings, for good.
+    fn release(&self);
+    /// Drop all mappings of the range, and install none in it until [`NotifierOps::invalidate_end`].
+    fn invalidate_start(&self, range: Range<u64>);
+    fn invalidate_end(&self, range: Range<u64>);
+    /// Whether the range was accessed through us; `clear`: forget it; `flush`: and do so at once.
+    fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool;
+}
+
+/// A notifier of the calling process' address space, embedded in `T` as its first field.
+///
+/// # Invariants
+///
+/// While `mm` is `Some`, it is registered, and the `mm_struct` stays allocated.
+#[repr(C)]
+pub(crate) struct Notifier {
+    // First, so that its address is the notifier's.
+    raw: UnsafeCell<bindings::mmu_notifier>,
+    ops: UnsafeCell<bindings::mmu_notifier_ops>,
+    mm: Option<Mm>,
+}
+
+// SAFETY: The raw part belongs to the kernel while it is registered.
+unsafe impl Sync for Notifier {}
+// SAFETY: As above.
+unsafe impl Send for Notifier {}
+
+impl Notifier {
+    pub(crate) fn new() -> Self {
+        // SAFETY: All bytes zero is a value of these C structures.
+        unsafe { Self { raw: zeroed(), ops: zeroed(), mm: None } }
+    }
+
+    /// Registers for `mm`, the calling process'. ENOMEM, EINTR.
+    ///
+    /// # Safety
+    ///
+    /// `this` must be the first field of a `T` that neither moves nor goes before [`Notifier::unregister`].
+    pub(crate) unsafe fn register<T: NotifierOps>(this: *mut Notifier, mm: Mm) -> Result {
+        // SAFETY: By the caller, `this` is valid and nobody else uses it yet.
+        unsafe {
+            let ops = &mut *(*this).ops.get();
+            ops.release = Some(release::<T>);
+            ops.clear_flush_young = Some(clear_flush_young::<T>);
+            ops.clear_young = Some(clear_young::<T>);
+            ops.test_young = Some(test_young::<T>);
+            ops.invalidate_range_start = Some(invalidate_range_start::<T>);
+            ops.invalidate_range_end = Some(invalidate_range_end::<T>);
+            (*(*this).raw.get()).ops = ops;
+            to_result(bindings::mmu_notifier_register((*this).raw.get(), mm.0.as_ptr()))?;
+            // INVARIANT: Registered; registering took a reference to the `mm_struct`.
+            (*this).mm = Some(mm);
+        }
+        Ok(())
+    }
+
+    /// Ends it: when this returns no callback runs or will run. Calls `release` unless that happened.
+    pub(crate) fn unregister(&mut self) {
+        if let Some(mm) = self.mm.take() {
+            // SAFETY: By the invariant it is registered.
+            unsafe { bindings::mmu_notifier_unregister(self.raw.get(), mm.0.as_ptr()) };
+        }
+    }
+}
+
+/// # Safety
+///
+/// `n` must be the notifier that [`Notifier::register::<T>`] registered.
+unsafe fn owner<'a, T>(n: *mut bindings::mmu_notifier) -> &'a T {
+    // SAFETY: `raw` is the first field of `Notifier`, which is the first field of `T`.
+    unsafe { &*n.cast::<T>() }
+}
+
+unsafe extern "C" fn release<T: NotifierOps>(n: *mut bindings::mmu_notifier, _mm: *mut bindings::mm_struct) {
+    // SAFETY: Called for a notifier registered for `T`.
+    unsafe { owner::<T>(n) }.release();
+}
+
+unsafe extern "C" fn clear_flush_young<T: NotifierOps>(
+    n: *mut bindings::mmu_notifier,
+    _mm: *mut bindings::mm_struct,
+    start: c_ulong,
+    end: c_ulong,
+) -> c_int {
+    // SAFETY: As above.
+    unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, true) as c_int
+}
+
+unsafe extern "C" fn clear_young<T: NotifierOps>(
+    n: *mut bindings::mmu_notifier,
+    _mm: *mut bindings::mm_struct,
+    start: c_ulong,
+    end: c_ulong,
+) -> c_int {
+    // SAFETY: As above.
+    unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, false) as c_int
+}
+
+unsafe extern "C" fn test_young<T: NotifierOps>(
+    n: *mut bindings::mmu_notifier,
+    _mm: *mut bindings::mm_struct,
+    address: c_ulong,
+) -> c_int {
+    let start = address as u64;
+    // SAFETY: As above.
+    unsafe { owner::<T>(n) }.young(start..start + 1, false, false) as c_int
+}
+
+unsafe extern "C" fn invalidate_range_start<T: NotifierOps>(
+    n: *mut bindings::mmu_notifier,
+    range: *const bindings::mmu_notifier_range,
+) -> c_int {
+    // SAFETY: As above; the range lives during the call.
+    let (this, range) = unsafe { (owner::<T>(n), &*range) };
+    this.invalidate_start(range.start as u64..range.end as u64);
+    0
+}
+
+unsafe extern "C" fn invalidate_range_end<T: NotifierOps>(
+    n: *mut bindings::mmu_notifier,
+    range: *const bindings::mmu_notifier_range,
+) {
+    // SAFETY: As above.
+    let (this, range) = unsafe { (owner::<T>(n), &*range) };
+    this.invalidate_end(range.start as u64..range.end as u64);
+}

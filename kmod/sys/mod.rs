@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the `kernel` crate lacks, one thin wrapper per header; the only place that names bindings or a kernel version.
+
+#[allow(clippy::all, dead_code, missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]
+#[allow(unsafe_op_in_unsafe_fn, unreachable_pub, improper_ctypes, unused_imports)]
+#[rustfmt::skip]
+pub(crate) mod bindings {
+    include!("bindings_generated.rs");
+}
+
+pub(crate) mod cpu;
+pub(crate) mod cpuhp;
+pub(crate) mod debugfs;
+pub(crate) mod lock;
+pub(crate) mod mem;
+pub(crate) mod misc;
+pub(crate) mod mm;
+pub(crate) mod module;
+pub(crate) mod regs;
+pub(crate) mod thread;
+pub(crate) mod user;
+
+/// Tells the driver of Intel PT that VMX goes on or off on this CPU (asm/intel_pt.h).
+pub(crate) fn pt_vmx(on: bool) {
+    // SAFETY: Called on the CPU in question with interrupts off.
+    unsafe { bindings::dune_intel_pt_vmx(on) };
+}
+
+/// Widens the window between the walk and the installation of a leaf, for the test of the retry check; only in builds
+/// with `DUNE_DEBUG_KNOBS=y`.
+#[inline(always)]
+pub(crate) fn knob_fault_delay() {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Waits.
+    unsafe {
+        bindings::dune_knob_fault_delay()
+    };
+}

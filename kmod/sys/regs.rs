@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! State of the host's CPU that VMX switches or that must be put back (asm/processor.h, asm/desc.h, asm/msr.h).
+
+use super::bindings;
+use super::cpu::IrqOff;
+use core::arch::asm;
+use kernel::prelude::*;
+
+/// Operand of SGDT, LGDT and SIDT.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct TableRegister {
+    pub(crate) limit: u16,
+    pub(crate) base: u64,
+}
+
+pub(crate) fn sgdt() -> TableRegister {
+    let mut t = TableRegister::default();
+    // SAFETY: Stores 10 bytes.
+    unsafe { asm!("sgdt [{}]", in(reg) &mut t, options(nostack, preserves_flags)) };
+    t
+}
+
+pub(crate) fn sidt() -> TableRegister {
+    let mut t = TableRegister::default();
+    // SAFETY: Stores 10 bytes.
+    unsafe { asm!("sidt [{}]", in(reg) &mut t, options(nostack, preserves_flags)) };
+    t
+}
+
+/// Puts the GDT's limit back, which a VM exit sets to 0xffff.
+///
+/// # Safety
+///
+/// `t` must be what [`sgdt`] gave on this CPU.
+pub(crate) unsafe fn lgdt(t: &TableRegister, _: &IrqOff) {
+    // SAFETY: By the caller this is the table that Linux has there.
+    unsafe { asm!("lgdt [{}]", in(reg) t, options(nostack, preserves_flags, readonly)) };
+}
+
+/// The selectors of DS, ES, FS and GS, ORed: 0 when the thread uses none, as 64-bit programs do.
+pub(crate) fn data_selectors() -> u16 {
+    let (ds, es, fs, gs): (u16, u16, u16, u16);
+    // SAFETY: Reads segment registers.
+    unsafe {
+        asm!("mov {0:x}, ds", "mov {1:x}, es", "mov {2:x}, fs", "mov {3:x}, gs",
+             out(reg) ds, out(reg) es, out(reg) fs, out(reg) gs, options(nomem, nostack, preserves_flags));
+    }
+    ds | es | fs | gs
+}
+
+pub(crate) fn cr0() -> u64 {
+    // SAFETY: Reads a register.
+    unsafe { bindings::dune_read_cr0() as u64 }
+}
+
+/// CR3 as it is now; stays so while interrupts are off.
+pub(crate) fn cr3(_: &IrqOff) -> u64 {
+    // SAFETY: Reads a register.
+    unsafe { bindings::dune_read_cr3() as u64 }
+}
+
+pub(crate) fn cr4() -> u64 {
+    // SAFETY: Reads a register.
+    unsafe { bindings::dune_read_cr4() as u64 }
+}
+
+/// Sets CR4.VMXE, and Linux' shadow of it, on this CPU.
+pub(crate) fn set_cr4_vmxe() {
+    // SAFETY: The bit has no effect by itself.
+    unsafe { bindings::dune_cr4_set_vmxe() };
+}
+
+/// Clears CR4.VMXE. VMX must be off.
+pub(crate) fn clear_cr4_vmxe() {
+    // SAFETY: As above.
+    unsafe { bindings::dune_cr4_clear_vmxe() };
+}
+
+/// FS base of the current thread's user mode.
+pub(crate) fn fs_base() -> u64 {
+    // SAFETY: Reads a register or the current task.
+    unsafe { bindings::dune_fs_base() as u64 }
+}
+
+/// This CPU's GS base in the kernel.
+pub(crate) fn percpu_base(_: &IrqOff) -> u64 {
+    // SAFETY: Reads an MSR that every 64-bit CPU has.
+    unsafe { bindings::dune_percpu_base() as u64 }
+}
+
+/// This CPU's TSS.
+pub(crate) fn tss_base(_: &IrqOff) -> u64 {
+    // SAFETY: Address arithmetic.
+    unsafe { bindings::dune_tss_base() as u64 }
+}
+
+/// A VM exit left TR's limit at 0x67: have Linux put it back where a thread uses port I/O.
+pub(crate) fn invalidate_tss_limit(_: &IrqOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::dune_tss_limit_invalidate() };
+}
+
+/// Puts back DR7, which a VM exit clears, where breakpoints are in use.
+pub(crate) fn restore_dr7(_: &IrqOff) {
+    // SAFETY: `cpu_dr7` is what Linux has in DR7.
+    unsafe {
+        let dr7 = bindings::dune_cpu_dr7();
+        if dr7 != 0 {
+            bindings::dune_set_dr7(dr7);
+        }
+    }
+}
+
+/// DR6, for a #DB that is given back to the guest; Linux clears it in its own handler.
+pub(crate) fn set_dr6(v: u64, _: &IrqOff) {
+    // SAFETY: Bits that the CPU itself reported.
+    unsafe { bindings::dune_set_dr6(v as _) };
+}
+
+/// Reads an MSR that may not exist. EIO.
+pub(crate) fn read_msr(msr: u32) -> Result<u64> {
+    let mut v = 0;
+    // SAFETY: Faults are caught.
+    kernel::error::to_result(unsafe { bindings::dune_rdmsr_safe(msr, &mut v) })?;
+    Ok(v)
+}
+
+/// Writes IA32_LSTAR.
+///
+/// # Safety
+///
+/// Linux' value must be back before interrupts come on.
+pub(crate) unsafe fn write_lstar(v: u64, _: &IrqOff) {
+    const IA32_LSTAR: u32 = 0xc000_0082;
+    // SAFETY: The MSR exists on every 64-bit CPU; the value is canonical, as the callers check.
+    unsafe {
+        asm!("wrmsr", in("ecx") IA32_LSTAR, in("eax") v as u32, in("edx") (v >> 32) as u32,
+             options(nostack, preserves_flags));
+    }
+}
+
+/// XCR0; 0 without XSAVE.
+pub(crate) fn xcr0() -> u64 {
+    // SAFETY: Checks for the instruction first.
+    unsafe { bindings::dune_xcr0() }
+}
+
+/// CPUID of this CPU: EAX, EBX, ECX, EDX.
+pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let [mut a, mut b, mut c, mut d] = [0; 4];
+    // SAFETY: The pointers are valid.
+    unsafe { bindings::dune_cpuid(leaf, subleaf, &mut a, &mut b, &mut c, &mut d) };
+    [a, b, c, d]
+}
+
+/// Loads the thread's FPU state where it is not; false: only the way through user mode can.
+pub(crate) fn load_fpu(_: &IrqOff) -> bool {
+    // SAFETY: Interrupts are off, and the caller is in an ioctl of the current thread.
+    unsafe { bindings::dune_fpu_load() }
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The current thread (linux/sched.h, linux/entry-common.h, asm/ptrace.h).
+
+use super::bindings;
+use core::ptr::NonNull;
+
+/// A reference to a task.
+pub(crate) struct Task(NonNull<bindings::task_struct>);
+
+// SAFETY: Reference-counted.
+unsafe impl Send for Task {}
+// SAFETY: Only flags are read, atomically.
+unsafe impl Sync for Task {}
+
+impl Task {
+    pub(crate) fn current() -> Self {
+        // SAFETY: There is always a current task; the reference is given back in `drop`.
+        Self(unsafe { NonNull::new_unchecked(bindings::dune_get_current()) })
+    }
+
+    pub(crate) fn is_current(&self) -> bool {
+        // SAFETY: Reads a per-CPU variable.
+        unsafe { bindings::dune_current() == self.0.as_ptr() }
+    }
+
+    /// Whether it is past the point where it could run user code again.
+    pub(crate) fn is_exiting(&self) -> bool {
+        // SAFETY: The task is allocated.
+        unsafe { bindings::dune_task_is_exiting(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // SAFETY: Taken in `current`.
+        unsafe { bindings::dune_put_task(self.0.as_ptr()) };
+    }
+}
+
+/// A system call to be made by the instruction behind the current one.
+pub(crate) struct Forward {
+    pub(crate) args: [u64; 6],
+}
+
+/// Puts `exit_kind` into R12 of the current system call's caller, and the arguments of a call to make into its registers.
+pub(crate) fn set_user_result(exit_kind: u32, forward: Option<Forward>) {
+    // SAFETY: The current thread is in a system call, so its registers are there and nobody else uses them.
+    let regs = unsafe { &mut *bindings::dune_current_pt_regs() };
+    regs.r12 = exit_kind as _;
+    if let Some(Forward { args: [di, si, dx, r10, r8, r9] }) = forward {
+        regs.di = di as _;
+        regs.si = si as _;
+        regs.dx = dx as _;
+        regs.r10 = r10 as _;
+        regs.r8 = r8 as _;
+        regs.r9 = r9 as _;
+    }
+}
+
+/// What Linux wants of this thread before it goes on in user mode, or in a guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pending {
+    Nothing,
+    /// Somebody else should run.
+    Reschedule,
+    /// A signal.
+    Signal,
+    /// Work that is done on the way to user mode.
+    UserWork,
+}
+
+pub(crate) fn pending() -> Pending {
+    // SAFETY: Each reads flags of the current thread.
+    unsafe {
+        if bindings::dune_user_work_pending() {
+            if bindings::dune_signal_pending() {
+                Pending::Signal
+            } else {
+                Pending::UserWork
+            }
+        } else if bindings::dune_need_resched() {
+            Pending::Reschedule
+        } else {
+            Pending::Nothing
+        }
+    }
+}
+
+/// Lets somebody else run if somebody should; may sleep.
+pub(crate) fn reschedule() {
+    // SAFETY: Called with interrupts and preemption on.
+    unsafe { bindings::dune_cond_resched() };
+}
+
+/// Lets others run before this thread goes on; may sleep.
+pub(crate) fn yield_now() {
+    // SAFETY: Called with interrupts and preemption on.
+    unsafe { bindings::dune_yield() };
+}
+
+/// Whether CPUID faults in this thread (arch_prctl(ARCH_CPUID_GET)).
+pub(crate) fn cpuid_faults() -> bool {
+    // SAFETY: Reads a flag of the current thread.
+    unsafe { bindings::dune_cpuid_faults() }
+}
+
+/// Account the time from here on as the guest's, that is, as user time.
+pub(crate) fn guest_timing_enter(_: &super::cpu::IrqOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::dune_guest_timing_enter() };
+}
+
+pub(crate) fn guest_timing_exit(_: &super::cpu::IrqOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::dune_guest_timing_exit() };
+}

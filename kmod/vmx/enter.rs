@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One VM entry and its exit: the caller of vmenter.S.
+
+use super::vmcs::Entry;
+use crate::abi;
+use crate::sys::bindings;
+use crate::sys::cpu::IrqOff;
+use core::mem::offset_of;
+use core::sync::atomic::Ordering::Relaxed;
+
+// vmenter.h says the same as abi.rs.
+const _: () = {
+    use abi::Gprs;
+    use abi::RunPage;
+    let gprs = offset_of!(RunPage, gprs);
+    assert!(bindings::DUNE_RUN_RAX as usize == gprs + offset_of!(Gprs, rax));
+    assert!(bindings::DUNE_RUN_RCX as usize == gprs + offset_of!(Gprs, rcx));
+    assert!(bindings::DUNE_RUN_RDX as usize == gprs + offset_of!(Gprs, rdx));
+    assert!(bindings::DUNE_RUN_RBX as usize == gprs + offset_of!(Gprs, rbx));
+    assert!(bindings::DUNE_RUN_RBP as usize == gprs + offset_of!(Gprs, rbp));
+    assert!(bindings::DUNE_RUN_RSI as usize == gprs + offset_of!(Gprs, rsi));
+    assert!(bindings::DUNE_RUN_RDI as usize == gprs + offset_of!(Gprs, rdi));
+    assert!(bindings::DUNE_RUN_R8 as usize == gprs + offset_of!(Gprs, r8));
+    assert!(bindings::DUNE_RUN_R9 as usize == gprs + offset_of!(Gprs, r9));
+    assert!(bindings::DUNE_RUN_R10 as usize == gprs + offset_of!(Gprs, r10));
+    assert!(bindings::DUNE_RUN_R11 as usize == gprs + offset_of!(Gprs, r11));
+    assert!(bindings::DUNE_RUN_R12 as usize == gprs + offset_of!(Gprs, r12));
+    assert!(bindings::DUNE_RUN_R13 as usize == gprs + offset_of!(Gprs, r13));
+    assert!(bindings::DUNE_RUN_R14 as usize == gprs + offset_of!(Gprs, r14));
+    assert!(bindings::DUNE_RUN_R15 as usize == gprs + offset_of!(Gprs, r15));
+    assert!(bindings::DUNE_RUN_CR2 as usize == offset_of!(RunPage, cr2));
+    assert!(bindings::DUNE_ENTRY_HOST_RSP as usize == offset_of!(Entry, host_rsp));
+    assert!(bindings::DUNE_ENTRY_LAUNCHED as usize == offset_of!(Entry, launched));
+    assert!(core::mem::size_of::<bindings::dune_entry>() == core::mem::size_of::<Entry>());
+    assert!(bindings::DUNE_VMCS_HOST_RSP == crate::arch::vmcs_field::host::RSP.encoding());
+};
+
+/// How an entry ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Entered {
+    /// With an exit reason in the VMCS; it may be that of a failed entry.
+    Exit,
+    /// VMfailValid: `exit_info::INSTRUCTION_ERROR` says why.
+    FailValid,
+    /// VMfailInvalid, or the instruction faulted: no VMCS is current, or VMX is off.
+    NoVmx,
+}
+
+/// Where a VM exit goes.
+pub(crate) fn exit_rip() -> u64 {
+    (&raw const bindings::dune_vmexit) as u64
+}
+
+/// Enters the guest with the registers of `run`, and stores them there on its exit.
+///
+/// # Safety
+///
+/// A VMCS made by `setup` with `entry`'s values must be current, its host state up to date, the thread's FPU state loaded.
+/// `run` must point to a run page. The caller runs what has to follow an exit before interrupts come on.
+#[inline]
+pub(crate) unsafe fn enter(run: *mut abi::RunPage, entry: &Entry, _: &IrqOff) -> Entered {
+    let entry_ptr: *const Entry = entry;
+    // SAFETY: By the caller.
+    let result = unsafe { bindings::dune_guest_enter(run.cast(), entry_ptr.cast_mut().cast()) };
+    match result as u32 {
+        bindings::DUNE_ENTER_EXIT => {
+            entry.launched.store(1, Relaxed);
+            Entered::Exit
+        }
+        bindings::DUNE_ENTER_FAIL_VALID => Entered::FailValid,
+        _ => Entered::NoVmx,
+    }
+}
+
+/// Runs the host's NMI handler for an NMI that ended the guest.
+pub(crate) fn handle_nmi(_: &IrqOff) {
+    // SAFETY: Called right after the exit with interrupts off; the IDT entry is the host's.
+    unsafe { bindings::dune_nmi() };
+}
+
+/// Gives a machine check that ended the guest to Linux.
+pub(crate) fn handle_machine_check(_: &IrqOff) {
+    // SAFETY: Called right after the exit with interrupts off.
+    unsafe { bindings::dune_machine_check() };
+}

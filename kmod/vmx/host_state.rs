@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Host state in the VMCS, and what a VM exit leaves wrong (SDM, "Loading Host State").
+//!
+//! CR3, CR4 and the FS base are compared on every entry with interrupts off (a context switch may change any of them);
+//! what belongs to a CPU is written when the vCPU comes to another one.
+
+use super::vmcs::CurrentVmcs;
+use crate::arch::msr;
+use crate::arch::vmcs_field::host;
+use crate::sys::cpu::IrqOff;
+use crate::sys::regs;
+use crate::sys::regs::TableRegister;
+
+/// Linux' selectors (asm/segment.h).
+const KERNEL_CS: u64 = 0x10;
+const KERNEL_DS: u64 = 0x18;
+const TSS: u64 = 0x40;
+
+/// What the host-state area of one VMCS holds, to spare VMWRITEs.
+pub(crate) struct HostState {
+    cr3: u64,
+    cr4: u64,
+    fs_base: u64,
+    gdt: TableRegister,
+}
+
+impl HostState {
+    pub(crate) const fn new() -> Self {
+        // Values that no CPU has: the first comparison writes.
+        Self { cr3: !0, cr4: !0, fs_base: !0, gdt: TableRegister { limit: 0, base: 0 } }
+    }
+
+    /// Whether nothing was written for this CPU yet.
+    pub(crate) fn is_new(&self) -> bool {
+        self.gdt.base == 0
+    }
+
+    /// Writes what never changes. `exit_rip`: where a VM exit goes.
+    pub(crate) fn write_constant(vmcs: &mut CurrentVmcs<'_>, exit_rip: u64) {
+        vmcs.write(host::CR0, regs::cr0());
+        vmcs.write(host::CS_SELECTOR, KERNEL_CS);
+        vmcs.write(host::SS_SELECTOR, KERNEL_DS);
+        vmcs.write(host::DS_SELECTOR, 0);
+        vmcs.write(host::ES_SELECTOR, 0);
+        vmcs.write(host::FS_SELECTOR, 0);
+        vmcs.write(host::GS_SELECTOR, 0);
+        vmcs.write(host::TR_SELECTOR, TSS);
+        vmcs.write(host::IDTR_BASE, regs::sidt().base);
+        vmcs.write(host::RIP, exit_rip);
+        // Present on every 64-bit CPU.
+        vmcs.write(host::EFER, regs::read_msr(msr::IA32_EFER).unwrap_or(0));
+        vmcs.write(host::SYSENTER_CS, regs::read_msr(msr::IA32_SYSENTER_CS).unwrap_or(0));
+        vmcs.write(host::SYSENTER_EIP, regs::read_msr(msr::IA32_SYSENTER_EIP).unwrap_or(0));
+    }
+
+    /// Brings the area up to date for an entry on this CPU.
+    #[inline]
+    pub(crate) fn refresh(&mut self, vmcs: &mut CurrentVmcs<'_>, moved: bool, irq: &IrqOff) {
+        if moved {
+            self.gdt = regs::sgdt();
+            vmcs.write(host::GDTR_BASE, self.gdt.base);
+            vmcs.write(host::TR_BASE, regs::tss_base(irq));
+            vmcs.write(host::GS_BASE, regs::percpu_base(irq));
+            vmcs.write(host::SYSENTER_ESP, regs::read_msr(msr::IA32_SYSENTER_ESP).unwrap_or(0));
+        }
+        let cr3 = regs::cr3(irq);
+        if cr3 != self.cr3 {
+            self.cr3 = cr3;
+            vmcs.write(host::CR3, cr3);
+        }
+        let cr4 = regs::cr4();
+        if cr4 != self.cr4 {
+            self.cr4 = cr4;
+            vmcs.write(host::CR4, cr4);
+        }
+        let fs_base = regs::fs_base();
+        if fs_base != self.fs_base {
+            self.fs_base = fs_base;
+            vmcs.write(host::FS_BASE, fs_base);
+        }
+    }
+
+    /// Puts back what a VM exit does not load from the host-state area.
+    #[inline]
+    pub(crate) fn restore_after_exit(&self, irq: &IrqOff) {
+        // SAFETY: What `refresh` read on this CPU; interrupts were off since.
+        unsafe { regs::lgdt(&self.gdt, irq) };
+        regs::invalidate_tss_limit(irq);
+        regs::restore_dr7(irq);
+    }
+}

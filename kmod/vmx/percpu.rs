@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What this module has on each CPU: a VMXON region, whether VMX is usable, and which VMCS is current.
+
+use crate::sys::cpu;
+use crate::sys::mem::Page;
+use core::cell::UnsafeCell;
+use core::sync::atomic::AtomicBool;
+use core::sync::atomic::AtomicPtr;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering;
+use kernel::prelude::*;
+
+/// No VMCS is current, or not one of ours.
+pub(crate) const NO_VMCS: u64 = !0;
+
+/// One CPU's part. On a cache line of its own.
+#[repr(align(64))]
+pub(crate) struct PerCpu {
+    /// VMX is on here by us and may be used. Written on this CPU with interrupts off; read there likewise.
+    pub(crate) usable: AtomicBool,
+    /// Host-physical address of our VMCS that is current here; written and read as above.
+    pub(crate) current: AtomicU64,
+    /// The VMXON region while VMX is on. Only the CPU's hotplug callbacks use it, one at a time.
+    pub(crate) vmxon_region: UnsafeCell<Option<Page>>,
+}
+
+// SAFETY: Atomics, and a cell that is used as said.
+unsafe impl Sync for PerCpu {}
+// SAFETY: As above.
+unsafe impl Send for PerCpu {}
+
+static TABLE: AtomicPtr<PerCpu> = AtomicPtr::new(core::ptr::null_mut());
+
+/// Owns the table of all CPUs; one exists while the module is loaded.
+pub(crate) struct Table(KVec<PerCpu>);
+
+impl Table {
+    /// Makes the table and publishes it. ENOMEM.
+    pub(crate) fn publish() -> Result<Self> {
+        let mut table = KVec::with_capacity(cpu::nr_cpu_ids(), GFP_KERNEL)?;
+        for _ in 0..cpu::nr_cpu_ids() {
+            table.push(
+                PerCpu {
+                    usable: AtomicBool::new(false),
+                    current: AtomicU64::new(NO_VMCS),
+                    vmxon_region: UnsafeCell::new(None),
+                },
+                GFP_KERNEL,
+            )?;
+        }
+        TABLE.store(table.as_mut_ptr(), Ordering::Release);
+        Ok(Self(table))
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        TABLE.store(core::ptr::null_mut(), Ordering::Release);
+        let _ = &self.0;
+    }
+}
+
+/// The part of CPU `cpu`.
+pub(crate) fn of(cpu: usize) -> &'static PerCpu {
+    assert!(cpu < cpu::nr_cpu_ids());
+    // SAFETY: The table has an entry per possible CPU and is there as long as anything of the module runs.
+    unsafe { &*TABLE.load(Ordering::Relaxed).add(cpu) }
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The VMCS: one that we own ([`Vmcs`]), and one that is loaded on this CPU ([`CurrentVmcs`]).
+//!
+//! A VMCS may be cached by the one CPU it is *active* on. It moves by a VMCLEAR there, which only that CPU can do: in an
+//! interrupt, or when it goes offline. Everything that concerns a VMCS active on CPU X happens on X with interrupts off.
+
+use super::ops;
+use super::percpu;
+use crate::arch::vmcs_field::Field;
+use crate::arch::vmcs_field::ReadWrite;
+use crate::counters;
+use crate::sys::cpu;
+use crate::sys::cpu::IrqOff;
+use crate::sys::cpu::PreemptGuard;
+use crate::sys::lock::SpinLock;
+use crate::sys::mem::Page;
+use core::ffi::c_void;
+use core::marker::PhantomData;
+use core::ptr::null_mut;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::SeqCst;
+use kernel::prelude::*;
+
+const NO_CPU: usize = usize::MAX;
+
+/// `struct dune_entry` of vmenter.h.
+#[repr(C)]
+pub(crate) struct Entry {
+    /// What HOST_RSP holds.
+    pub(crate) host_rsp: AtomicU64,
+    /// Not 0: entered since it was last cleared, so the next entry is a VMRESUME.
+    pub(crate) launched: AtomicU64,
+}
+
+/// An owned VMCS region, in the list of all.
+///
+/// # Invariants
+///
+/// `cpu` is the CPU where it is active. It changes only on that CPU, or from `NO_CPU` to the CPU that loads it, with
+/// interrupts off. The `KBox` it lives in does not move, and `links` is protected by the lock of [`ALL`].
+pub(crate) struct Vmcs {
+    page: Page,
+    hpa: u64,
+    cpu: AtomicUsize,
+    pub(crate) entry: Entry,
+    prev: *mut Vmcs,
+    next: *mut Vmcs,
+}
+
+// SAFETY: The links are used under the lock of `ALL`, the rest as the invariants say.
+unsafe impl Send for Vmcs {}
+// SAFETY: As above.
+unsafe impl Sync for Vmcs {}
+
+struct Head(*mut Vmcs);
+// SAFETY: Used under the lock.
+unsafe impl Send for Head {}
+
+/// Every VMCS of the module, so that a CPU that goes offline finds those active on it.
+static ALL: SpinLock<Head> = SpinLock::new(Head(null_mut()));
+
+/// To be called once, before any VMCS is made.
+pub(crate) fn init() {
+    // SAFETY: A static, and nobody uses it yet.
+    unsafe { ALL.init(crate::sys::lock::Class::Global) };
+}
+
+/// How [`Vmcs::load`] went.
+pub(crate) enum Loaded<'a> {
+    /// It is current; `moved`: it was active on another CPU before, or on none.
+    Here { vmcs: CurrentVmcs<'a>, moved: bool },
+    /// It is active elsewhere: [`Vmcs::clear_elsewhere`] with interrupts on, then again.
+    Elsewhere,
+    /// VMX is not usable on this CPU.
+    Unusable,
+}
+
+impl Vmcs {
+    /// A clear VMCS with that revision id. ENOMEM.
+    pub(crate) fn new(revision_id: u32) -> Result<KBox<Self>> {
+        let page = Page::new()?;
+        // SAFETY: The page is ours and nobody else's.
+        unsafe { page.as_ptr().cast::<u32>().write(revision_id) };
+        let hpa = page.hpa();
+        let mut vmcs = KBox::new(
+            Self {
+                page,
+                hpa,
+                cpu: AtomicUsize::new(NO_CPU),
+                entry: Entry { host_rsp: AtomicU64::new(!0), launched: AtomicU64::new(0) },
+                prev: null_mut(),
+                next: null_mut(),
+            },
+            GFP_KERNEL,
+        )?;
+        counters::VMCS_PAGES.fetch_add(1, Relaxed);
+        let raw: *mut Vmcs = &mut *vmcs;
+        let mut all = ALL.lock_irqsave();
+        // SAFETY: The list's elements are alive: each takes itself out when it is dropped. The box does not move its
+        // contents.
+        unsafe {
+            (*raw).next = all.0;
+            if !all.0.is_null() {
+                (*all.0).prev = raw;
+            }
+        }
+        all.0 = raw;
+        drop(all);
+        Ok(vmcs)
+    }
+
+    /// Makes it current on this CPU.
+    pub(crate) fn load<'a>(&self, irq: &'a IrqOff) -> Loaded<'a> {
+        let here = irq.cpu();
+        let percpu = percpu::of(here);
+        if !percpu.usable.load(Relaxed) {
+            return Loaded::Unusable;
+        }
+        let active = self.cpu.load(Relaxed);
+        if active != here {
+            if active != NO_CPU {
+                return Loaded::Elsewhere;
+            }
+            // INVARIANT: It was active nowhere, and becomes so here.
+            self.cpu.store(here, Relaxed);
+        }
+        if percpu.current.load(Relaxed) != self.hpa {
+            // SAFETY: A VMCS of ours, active here or nowhere; interrupts are off and VMX is on.
+            if unsafe { ops::vmptrld(self.hpa) }.is_err() {
+                return Loaded::Unusable;
+            }
+            percpu.current.store(self.hpa, Relaxed);
+        }
+        Loaded::Here { vmcs: CurrentVmcs { failed: 0, ops: OpCounts::default(), _irq: PhantomData }, moved: active != here }
+    }
+
+    /// If it is active on another CPU, has that CPU clear it. With interrupts on; may wait for the other CPU.
+    pub(crate) fn clear_elsewhere(&self) {
+        let preempt = PreemptGuard::new();
+        let active = self.cpu.load(Relaxed);
+        if active != NO_CPU && active != preempt.cpu() {
+            self.clear_on(active);
+        }
+    }
+
+    fn clear_on(&self, cpu: usize) {
+        unsafe extern "C" fn clear(vmcs: *mut c_void) {
+            // SAFETY: The caller waits, so the VMCS is alive; interrupts are off.
+            unsafe { (*vmcs.cast::<Vmcs>()).clear_here() };
+        }
+        let this: *const Vmcs = self;
+        // SAFETY: `clear` is sound with interrupts off on any CPU; the call is waited for.
+        unsafe { cpu::call_on(cpu, clear, this.cast_mut().cast()) };
+    }
+
+    /// Clears it if it is active on this CPU.
+    ///
+    /// # Safety
+    ///
+    /// Interrupts must be off.
+    unsafe fn clear_here(&self) {
+        let here = cpu::cpu_hint();
+        if self.cpu.load(Relaxed) != here {
+            return;
+        }
+        // SAFETY: Active here, interrupts off. Where VMX is off by now there is nothing left to write back.
+        let _ = unsafe { ops::vmclear(self.hpa) };
+        let current = &percpu::of(here).current;
+        if current.load(Relaxed) == self.hpa {
+            current.store(percpu::NO_VMCS, Relaxed);
+        }
+        self.entry.launched.store(0, Relaxed);
+        // INVARIANT: On the CPU where it was active. Last, since another CPU may load it from here on.
+        self.cpu.store(NO_CPU, SeqCst);
+    }
+
+    /// Clears every VMCS that is active on this CPU, which is about to turn VMX off.
+    ///
+    /// # Safety
+    ///
+    /// Interrupts must be off.
+    pub(crate) unsafe fn clear_all_here() {
+        let all = ALL.lock_irqsave();
+        let mut p = all.0;
+        while !p.is_null() {
+            // SAFETY: In the list, so alive while its lock is held; interrupts are off.
+            unsafe {
+                (*p).clear_here();
+                p = (*p).next;
+            }
+        }
+    }
+}
+
+impl Drop for Vmcs {
+    fn drop(&mut self) {
+        loop {
+            let active = self.cpu.load(SeqCst);
+            if active == NO_CPU {
+                break;
+            }
+            self.clear_on(active);
+        }
+        let this: *mut Vmcs = self;
+        let mut all = ALL.lock_irqsave();
+        // SAFETY: The neighbours are in the list, so alive.
+        unsafe {
+            if self.prev.is_null() {
+                debug_assert!(core::ptr::eq(all.0, this));
+                all.0 = self.next;
+            } else {
+                (*self.prev).next = self.next;
+            }
+            if !self.next.is_null() {
+                (*self.next).prev = self.prev;
+            }
+        }
+        drop(all);
+        let _ = &self.page;
+        counters::VMCS_PAGES.fetch_sub(1, Relaxed);
+    }
+}
+
+/// How many heavy operations were done; all zero, and free, unless built with `DUNE_COUNT_OPS=y`.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct OpCounts {
+    pub(crate) vmreads: u64,
+    pub(crate) vmwrites: u64,
+    pub(crate) rdmsrs: u64,
+    pub(crate) wrmsrs: u64,
+}
+
+/// A VMCS of ours that is current on this CPU; interrupts stay off while it lives.
+pub(crate) struct CurrentVmcs<'a> {
+    failed: u64,
+    pub(crate) ops: OpCounts,
+    _irq: PhantomData<&'a IrqOff>,
+}
+
+impl CurrentVmcs<'_> {
+    #[inline(always)]
+    pub(crate) fn read<W, A>(&mut self, field: Field<W, A>) -> u64 {
+        if cfg!(dune_count_ops) {
+            self.ops.vmreads += 1;
+        }
+        // SAFETY: By the type interrupts are off and a VMCS of ours is current.
+        unsafe { ops::vmread(field.encoding(), &mut self.failed) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn write<W>(&mut self, field: Field<W, ReadWrite>, value: u64) {
+        if cfg!(dune_count_ops) {
+            self.ops.vmwrites += 1;
+        }
+        // SAFETY: As above; only `setup`, `host_state` and `guest_state` write other than guest registers.
+        unsafe { ops::vmwrite(field.encoding(), value, &mut self.failed) };
+    }
+
+    /// Whether any access failed since it was loaded.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed != 0
+    }
+}

@@ -7,6 +7,7 @@ use dune_abi::Info;
 use dune_abi::MapSlot;
 use dune_abi::RunPage;
 
+use crate::framework::Test;
 use crate::raw::Device;
 use crate::raw::Ended;
 use crate::raw::Errno;
@@ -14,6 +15,25 @@ use crate::raw::RawGuest;
 use crate::raw::RFLAGS_IOPL3;
 use crate::raw::TRAP;
 use crate::raw::USER_CS;
+
+pub const TESTS: &[Test] = &[
+    Test::asserting("raw_guest_runs", raw_guest_runs),
+    Test::asserting("run_leaves_the_call_in_registers", run_leaves_the_call_in_registers),
+    Test::asserting("vm_entry_failure_is_reported", vm_entry_failure_is_reported),
+    Test::asserting("state_beyond_the_policy_is_refused", state_beyond_the_policy_is_refused),
+    Test::asserting("event_is_delivered", event_is_delivered),
+    Test::asserting("triple_fault_is_reported", triple_fault_is_reported),
+    Test::asserting("vmcall_at_cpl3_is_refused", vmcall_at_cpl3_is_refused),
+    Test::asserting("mov_cr8_and_port_io_are_refused", mov_cr8_and_port_io_are_refused),
+    Test::asserting("refused_instructions_fault", refused_instructions_fault),
+    Test::asserting("emulated_instructions_go_on", emulated_instructions_go_on),
+    Test::asserting("gpa_outside_every_slot_is_reported", gpa_outside_every_slot_is_reported),
+    Test::asserting("bad_cr3_faults_in_the_guest", bad_cr3_faults_in_the_guest),
+    Test::asserting("bad_calls_are_refused", bad_calls_are_refused),
+    Test::asserting("bad_maps_are_refused", bad_maps_are_refused),
+    Test::asserting("out_of_vcpus", out_of_vcpus),
+    Test::asserting("out_of_slots", out_of_slots),
+];
 
 /// `mov eax, 0x1234; vmcall`: what a healthy guest does.
 const HEALTHY: &[u8] = &[0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1];

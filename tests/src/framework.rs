@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a test is.
+
+use clap::ValueEnum;
+
+/// How a test ended.
+#[derive(Debug)]
+pub enum Outcome {
+    Pass,
+    /// What was seen and what was expected.
+    Fail(String),
+    /// The requirement that is not met.
+    Skip(String),
+}
+
+impl From<Result<(), String>> for Outcome {
+    fn from(result: Result<(), String>) -> Self {
+        match result {
+            Ok(()) => Outcome::Pass,
+            Err(message) => Outcome::Fail(message),
+        }
+    }
+}
+
+/// Who runs a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum User {
+    /// An ordinary user in the group `dune`.
+    Tester,
+    /// An ordinary user who is not in the group.
+    Outsider,
+    Root,
+}
+
+impl User {
+    pub fn name(self) -> &'static str {
+        match self {
+            User::Tester => "tester",
+            User::Outsider => "outsider",
+            User::Root => "root",
+        }
+    }
+}
+
+/// When a test is run; the matrix of `vm/src/matrix.rs` names suites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Suite {
+    /// Every `make test`, on every machine that can run Dune.
+    Short,
+    /// `make test-long` only.
+    Long,
+    /// Only where the kernel is built to find mistakes by itself.
+    Debug,
+    /// Only on machines that cannot run Dune.
+    NoVmx,
+    /// Tests that make the harness red on purpose.
+    Harness,
+}
+
+impl Suite {
+    pub fn name(self) -> &'static str {
+        match self {
+            Suite::Short => "short",
+            Suite::Long => "long",
+            Suite::Debug => "debug",
+            Suite::NoVmx => "no-vmx",
+            Suite::Harness => "harness",
+        }
+    }
+}
+
+/// What a test cannot do without; unmet, it is skipped with the reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code)]
+pub enum Need {
+    /// At least so many CPUs.
+    Cpus(usize),
+    /// A word in the flags of /proc/cpuinfo.
+    CpuFlag(&'static str),
+    /// A path that exists.
+    Path(&'static str),
+}
+
+impl Need {
+    /// Why the need is not met here; `None` when it is.
+    pub fn unmet(self) -> Option<String> {
+        match self {
+            Need::Cpus(count) => {
+                let here = crate::helpers::online_cpus();
+                (here < count).then(|| format!("needs {count} CPUs, has {here}"))
+            }
+            Need::CpuFlag(flag) => {
+                (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}"))
+            }
+            Need::Path(path) => (!std::path::Path::new(path).exists()).then(|| format!("there is no {path}")),
+        }
+    }
+}
+
+/// One test. Its function runs in a process of its own.
+pub struct Test {
+    /// A behaviour, in the indicative: `ept_follows_munmap`.
+    pub name: &'static str,
+    pub suite: Suite,
+    pub run_as: User,
+    /// Seconds after which it is killed and has failed.
+    pub timeout_s: u64,
+    pub needs: &'static [Need],
+    pub body: Body,
+}
+
+/// The function of a test, of either kind.
+#[derive(Clone, Copy)]
+pub enum Body {
+    /// Returns how it ended.
+    Tells(fn() -> Outcome),
+    /// Panics when something is wrong.
+    Asserts(fn()),
+}
+
+impl Test {
+    /// A test of the short suite, run by `tester`, killed after 20 s.
+    pub const fn new(name: &'static str, run: fn() -> Outcome) -> Self {
+        Self::with(name, Body::Tells(run))
+    }
+
+    /// The same, for a function that asserts.
+    #[allow(dead_code)]
+    pub const fn asserting(name: &'static str, run: fn()) -> Self {
+        Self::with(name, Body::Asserts(run))
+    }
+
+    const fn with(name: &'static str, body: Body) -> Self {
+        Self {
+            name,
+            suite: Suite::Short,
+            run_as: User::Tester,
+            timeout_s: 20,
+            needs: &[],
+            body,
+        }
+    }
+
+    pub const fn suite(self, suite: Suite) -> Self {
+        Self { suite, ..self }
+    }
+
+    pub const fn run_as(self, run_as: User) -> Self {
+        Self { run_as, ..self }
+    }
+
+    #[allow(dead_code)]
+    pub const fn timeout_s(self, timeout_s: u64) -> Self {
+        Self { timeout_s, ..self }
+    }
+
+    #[allow(dead_code)]
+    pub const fn needs(self, needs: &'static [Need]) -> Self {
+        Self { needs, ..self }
+    }
+}
+
+/// Ends a test that returns [`Outcome`] with a failure when the condition does
+/// not hold.
+#[macro_export]
+macro_rules! check {
+    ($condition:expr $(,)?) => {
+        if !$condition {
+            return $crate::framework::Outcome::Fail(
+                format!("{}:{}: {}", file!(), line!(), stringify!($condition)));
+        }
+    };
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return $crate::framework::Outcome::Fail(
+                format!("{}:{}: {}", file!(), line!(), format_args!($($message)+)));
+        }
+    };
+}
+
+/// Ends a test with a failure when two values differ; shows both.
+#[macro_export]
+macro_rules! check_eq {
+    ($left:expr, $right:expr $(,)?) => {{
+        let (left, right) = (&$left, &$right);
+        if left != right {
+            return $crate::framework::Outcome::Fail(format!(
+                "{}:{}: {} is {:?}, expected {} = {:?}",
+                file!(), line!(), stringify!($left), left, stringify!($right), right));
+        }
+    }};
+}
+
+/// Takes the value out of a `Result`, or ends the test with the error.
+#[macro_export]
+macro_rules! check_ok {
+    ($result:expr $(,)?) => {
+        match $result {
+            Ok(value) => value,
+            Err(error) => {
+                return $crate::framework::Outcome::Fail(format!(
+                    "{}:{}: {}: {error}", file!(), line!(), stringify!($result)));
+            }
+        }
+    };
+}

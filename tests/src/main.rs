@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Behaviour tests of Dune: what needs `/dev/dune`. `tests/README.md` says how
+//! to add one.
+
+mod enter;
+mod framework;
+mod harness;
+mod helpers;
+mod machine;
+mod memory;
+mod module;
+#[allow(dead_code)]
+mod raw;
+mod robust;
+mod runner;
+mod sched;
+mod syscall;
+mod trap;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::Subcommand;
+
+use crate::framework::Suite;
+use crate::framework::Test;
+
+/// Every test, topic by topic.
+const TOPICS: &[&[Test]] = &[
+    harness::TESTS,
+    machine::TESTS,
+    enter::TESTS,
+    syscall::TESTS,
+    trap::TESTS,
+    memory::TESTS,
+    sched::TESTS,
+    robust::TESTS,
+    module::TESTS,
+];
+
+#[derive(Parser)]
+#[command(name = "dune-tests", about = "Behaviour tests of Dune")]
+struct Cli {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Run tests and report in KTAP; needs root.
+    Run {
+        /// Suites to run: short, long, debug, no-vmx, harness.
+        #[arg(long = "suite", default_value = "short")]
+        suites: Vec<Suite>,
+        /// Only these tests, whatever their suite.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+    },
+    /// Run one test in this very process.
+    Exec {
+        /// Its name.
+        name: String,
+    },
+    /// List the tests.
+    List,
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().action {
+        Action::Run { suites, only } => runner::run_all(&all_tests(), &suites, &only),
+        Action::Exec { name } => runner::exec(&all_tests(), &name),
+        Action::List => {
+            for test in all_tests() {
+                println!("{:8} {:9} {}", test.suite.name(), test.run_as.name(), test.name);
+            }
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn all_tests() -> Vec<&'static Test> {
+    TOPICS.iter().flat_map(|topic| topic.iter()).collect()
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Addresses that cannot hold a bad value, one type per address space.
+
+use core::fmt;
+
+/// Bytes in the smallest page.
+pub const PAGE_BYTES: u64 = dune_abi::PAGE_BYTES as u64;
+
+/// First address behind the part of the address space that Linux gives to user space.
+pub(crate) const USER_END: u64 = 1 << 47;
+
+macro_rules! address {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(transparent)]
+        pub struct $name(u64);
+
+        impl $name {
+            /// The address as a number.
+            pub const fn as_u64(self) -> u64 {
+                self.0
+            }
+
+            /// The address rounded down to a multiple of `bytes`, a power of two.
+            #[must_use]
+            pub const fn align_down(self, bytes: u64) -> Self {
+                Self(self.0 & !(bytes - 1))
+            }
+
+            /// Whether the address is a multiple of `bytes`, a power of two.
+            pub const fn is_aligned(self, bytes: u64) -> bool {
+                self.0 & (bytes - 1) == 0
+            }
+
+            /// The address `bytes` further on, if there is one.
+            pub const fn checked_add(self, bytes: u64) -> Option<Self> {
+                match self.0.checked_add(bytes) {
+                    Some(sum) => Self::new(sum),
+                    None => None,
+                }
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+    };
+}
+
+address! {
+    /// Guest-virtual address; canonical.
+    Gva
+}
+address! {
+    /// Guest-physical address; below 2^48.
+    Gpa
+}
+address! {
+    /// Host-virtual address of this process; below 2^47.
+    Hva
+}
+
+impl Gva {
+    /// The address, if it is canonical (bits 63:47 alike).
+    pub const fn new(address: u64) -> Option<Self> {
+        let high = address >> 47;
+        if high == 0 || high == 0x1_ffff {
+            Some(Self(address))
+        } else {
+            None
+        }
+    }
+
+    /// The address of a byte of this program.
+    pub fn of<T: ?Sized>(pointer: *const T) -> Option<Self> {
+        Self::new(pointer.cast::<u8>() as u64)
+    }
+
+    /// The HVA of the same number: what the default page table maps it to.
+    pub const fn identity(self) -> Option<Hva> {
+        Hva::new(self.0)
+    }
+
+    /// Index into the table of `level` (1 … 4).
+    pub(crate) const fn index(self, level: u32) -> usize {
+        (self.0 >> (12 + 9 * (level - 1)) & 0x1ff) as usize
+    }
+}
+
+impl Gpa {
+    /// The address, if it is below 2^48.
+    pub const fn new(address: u64) -> Option<Self> {
+        if address >> 48 == 0 {
+            Some(Self(address))
+        } else {
+            None
+        }
+    }
+}
+
+impl Hva {
+    /// The address, if Linux gives it to user space.
+    pub const fn new(address: u64) -> Option<Self> {
+        if address < USER_END {
+            Some(Self(address))
+        } else {
+            None
+        }
+    }
+
+    /// Number of the 1 GiB that the address lies in.
+    pub(crate) const fn gib(self) -> u64 {
+        self.0 >> 30
+    }
+
+    /// The address as a pointer.
+    pub(crate) const fn as_ptr<T>(self) -> *mut T {
+        self.0 as *mut T
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_canonical_gva() {
+        assert!(Gva::new(0x7fff_ffff_ffff).is_some());
+        assert!(Gva::new(0x8000_0000_0000).is_none());
+        assert!(Gva::new(0xffff_7fff_ffff_ffff).is_none());
+        assert!(Gva::new(0xffff_8000_0000_0000).is_some());
+        assert_eq!(Gva::new(0x7fff_ffff_f000).unwrap().checked_add(0x1000), None);
+        assert_eq!(Gva::new(u64::MAX).unwrap().checked_add(1), None);
+    }
+
+    #[test]
+    fn only_user_hva() {
+        assert!(Hva::new((1 << 47) - 1).is_some());
+        assert!(Hva::new(1 << 47).is_none());
+        assert_eq!(Gva::new(u64::MAX).unwrap().identity(), None);
+    }
+
+    #[test]
+    fn index_takes_nine_bits_per_level() {
+        let gva = Gva::new(0x7f80_4020_1000).unwrap();
+        assert_eq!([4, 3, 2, 1].map(|level| gva.index(level)), [255, 1, 1, 1]);
+    }
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The memory of a Dune thread (see `layout`): reserved, guarded, given back.
+
+use crate::layout;
+use crate::sys;
+use crate::sys::Errno;
+
+/// A reservation of `layout::ARENA_BYTES`, aligned to its size, zeroed where nobody wrote.
+pub(crate) struct Arena {
+    start: u64,
+}
+
+impl Arena {
+    /// Reserves the memory and takes the guard pages out.
+    pub fn new() -> Result<Self, Errno> {
+        let bytes = layout::ARENA_BYTES as u64;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: Fresh memory; what is given back or protected is part of it and nobody has seen it.
+        unsafe {
+            let got = sys::mmap(2 * bytes as usize, protection, flags, -1, 0)?;
+            let start = got.next_multiple_of(bytes);
+            let arena = Self { start };
+            if start > got {
+                sys::munmap(got, (start - got) as usize)?;
+            }
+            let rest = got + 2 * bytes - (start + bytes);
+            if rest > 0 {
+                sys::munmap(start + bytes, rest as usize)?;
+            }
+            // A few pages of it are used: huge ones would be zeroed at the first touch. An old kernel may refuse.
+            let _ = sys::madvise(start, bytes as usize, libc::MADV_NOHUGEPAGE);
+            for guard in layout::GUARDS {
+                sys::mprotect(start + guard as u64, layout::PAGE, libc::PROT_NONE)?;
+            }
+            Ok(arena)
+        }
+    }
+
+    /// Address of the byte at an offset of `layout`.
+    pub fn at(&self, offset: usize) -> u64 {
+        self.start + offset as u64
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: The owner drops it when nothing uses it any more.
+        let _ = unsafe { sys::munmap(self.start, layout::ARENA_BYTES) };
+    }
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Why a thread could not enter Dune mode, and what to do about it.
+
+use crate::paging::PagingError;
+
+/// Result of what can fail with an [`Error`].
+pub type Result<T> = core::result::Result<T, Error>;
+
+/// Why a thread could not enter Dune mode. The message says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no device node.
+    #[error("/dev/dune does not exist: the module dune.ko is not loaded; load it as root with `make load` or `modprobe dune`")]
+    NotLoaded,
+    /// There is no device node, and the CPU has no VT-x.
+    #[error("/dev/dune does not exist, and this CPU has no VT-x (no `vmx` in /proc/cpuinfo): use an Intel CPU, or a virtual machine with nested virtualization, and enable VT-x in the firmware")]
+    NoVtx,
+    /// The caller may not open the device.
+    #[error("no permission for /dev/dune: it belongs to the group `{group}`; add yourself to it with `usermod -aG {group} $USER` and log in again")]
+    NoPermission {
+        /// The group that may.
+        group: String,
+    },
+    /// Something else uses VMX on this machine.
+    #[error("{step}: EBUSY: KVM has VMX on this machine; stop its virtual machines and unload kvm_intel (`modprobe -r kvm_intel`); sharing VMX with KVM is not there yet")]
+    Busy {
+        /// What was tried.
+        step: &'static str,
+    },
+    /// The module cannot run guests on this CPU.
+    #[error("{step}: ENODEV: the CPU or its firmware does not let the module run guests; `dmesg | grep dune` says what is missing")]
+    NoDevice {
+        /// What was tried.
+        step: &'static str,
+    },
+    /// Module and library are of different versions.
+    #[error("the module speaks ABI version {module}, this library version {library}: install both from the same release and load the module again")]
+    AbiMismatch {
+        /// The module's version.
+        module: u32,
+        /// The library's version.
+        library: u32,
+    },
+    /// No vCPU is left.
+    #[error("DUNE_CREATE_VCPU: ENOSPC: this process has all {max} vCPUs that the module gives one (parameter max_vcpus): let a thread leave Dune mode, or load the module with more")]
+    OutOfVcpus {
+        /// Most that one process may have.
+        max: u32,
+    },
+    /// No memory.
+    #[error("{step}: not enough memory: free some, or raise the limit of the memory cgroup or RLIMIT_AS")]
+    OutOfMemory {
+        /// What was tried.
+        step: &'static str,
+    },
+    /// The page table could not be built.
+    #[error("cannot build the guest's page table: {0}")]
+    Paging(#[from] PagingError),
+    /// The calling thread is in Dune mode.
+    #[error("this thread is in Dune mode already: use the `Dune` it has")]
+    AlreadyInside,
+    /// Another thread of the process is in Dune mode.
+    #[error("thread {tid} of this process is in Dune mode, and there can be one only: let it leave first")]
+    SecondThread {
+        /// The other thread.
+        tid: u32,
+    },
+    /// The CPU refused to enter the guest.
+    #[error("the CPU refused the first entry into the guest (reason {reason:#x}, qualification {qualification:#x}, VM-instruction error {instruction_error}): please report this with the CPU model and `dmesg | grep dune`")]
+    EntryFailed {
+        /// Basic exit reason, bit 31 set for a VM-entry failure.
+        reason: u32,
+        /// Exit qualification.
+        qualification: u64,
+        /// VM-instruction error, or 0.
+        instruction_error: u32,
+    },
+    /// A system call failed in a way that has no error of its own.
+    #[error("{step} failed with errno {errno}: see docs/abi.md")]
+    System {
+        /// What was tried.
+        step: &'static str,
+        /// Linux' error number.
+        errno: i32,
+    },
+}
+
+impl Error {
+    /// What an error number means at a step that has no better to say.
+    pub(crate) fn at(step: &'static str, errno: i32) -> Self {
+        match errno {
+            libc::EBUSY => Self::Busy { step },
+            libc::ENODEV | libc::EOPNOTSUPP => Self::NoDevice { step },
+            libc::ENOMEM => Self::OutOfMemory { step },
+            _ => Self::System { step, errno },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_the_step_and_the_remedy() {
+        let busy = Error::at("open /dev/dune", libc::EBUSY).to_string();
+        assert!(busy.contains("open /dev/dune") && busy.contains("kvm_intel"), "{busy}");
+        let group = Error::NoPermission { group: "dune".into() }.to_string();
+        assert!(group.contains("group `dune`"), "{group}");
+        let other = Error::at("mmap", libc::EPERM).to_string();
+        assert!(other.contains("mmap") && other.contains('1'), "{other}");
+    }
+}

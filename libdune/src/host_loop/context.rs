@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the host loop knows: lives in the arena, found by RBP.
+
+use dune_abi::RunPage;
+
+use crate::percpu::Block;
+use crate::sys::SigAction;
+use crate::trap::TrapFrame;
+
+/// Registers to go on with outside Dune mode, in the order in which they are popped.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Registers {
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub rdi: u64,
+    pub rsi: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub rdx: u64,
+    pub rcx: u64,
+    pub rax: u64,
+    pub rip: u64,
+    pub cs: u64,
+    pub rflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+}
+
+/// Bytes of [`Registers`] on a stack.
+pub(crate) const REGISTERS_BYTES: u64 = size_of::<Registers>() as u64;
+
+/// Linux' selectors for 64-bit user space.
+const USER_CS: u64 = 0x33;
+const USER_DS: u64 = 0x2b;
+
+/// RFLAGS bits that user space has: no IOPL, VM, RF, NT.
+const USER_RFLAGS: u64 = 0x0024_0fd5 & !0x3000 | 2;
+
+impl Registers {
+    /// The general registers of the run page, at a place in the program.
+    pub fn new(gprs: &dune_abi::Gprs, rip: u64, rsp: u64, rflags: u64) -> Self {
+        Self {
+            r15: gprs.r15,
+            r14: gprs.r14,
+            r13: gprs.r13,
+            r12: gprs.r12,
+            r11: gprs.r11,
+            r10: gprs.r10,
+            r9: gprs.r9,
+            r8: gprs.r8,
+            rdi: gprs.rdi,
+            rsi: gprs.rsi,
+            rbp: gprs.rbp,
+            rbx: gprs.rbx,
+            rdx: gprs.rdx,
+            rcx: gprs.rcx,
+            rax: gprs.rax,
+            rip,
+            cs: USER_CS,
+            rflags: rflags & USER_RFLAGS | 0x202,
+            rsp,
+            ss: USER_DS,
+        }
+    }
+
+    /// The registers of an exception.
+    pub fn of_frame(frame: &TrapFrame) -> Self {
+        Self {
+            r15: frame.r15,
+            r14: frame.r14,
+            r13: frame.r13,
+            r12: frame.r12,
+            r11: frame.r11,
+            r10: frame.r10,
+            r9: frame.r9,
+            r8: frame.r8,
+            rdi: frame.rdi,
+            rsi: frame.rsi,
+            rbp: frame.rbp,
+            rbx: frame.rbx,
+            rdx: frame.rdx,
+            rcx: frame.rcx,
+            rax: frame.rax,
+            rip: frame.rip,
+            cs: USER_CS,
+            rflags: frame.rflags & USER_RFLAGS | 0x202,
+            rsp: frame.rsp,
+            ss: USER_DS,
+        }
+    }
+}
+
+/// A native access that the host refused.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Refusal {
+    pub signal: i32,
+    pub code: i32,
+}
+
+/// What was touched last, to find a vCPU that does not get on.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Touched {
+    pub rip: u64,
+    pub hva: u64,
+    pub access: u32,
+}
+
+/// State of the host loop of one Dune thread.
+#[repr(C)]
+pub(crate) struct HostContext {
+    pub run: *mut RunPage,
+    pub block: *const Block,
+    /// Top of the host stack.
+    pub stack_top: u64,
+    pub fd: u64,
+    pub vcpu: u64,
+    /// 1: XSAVE, 0: FXSAVE.
+    pub has_xsave: u64,
+    /// Where the slow path saves the FPU state; aligned to 64.
+    pub fpu: u64,
+    /// Number and arguments of a call that assembly makes: RAX, RDI, RSI, RDX, R10, R8, R9.
+    pub call: [u64; 7],
+    /// What to go on with outside Dune mode, or in a child.
+    pub registers: Registers,
+    /// Copy of a `struct clone_args`.
+    pub clone_args: [u64; 32],
+    pub tid: u32,
+    /// The vCPU is gone.
+    pub left: bool,
+    /// The program's actions for SIGSEGV and SIGBUS.
+    pub actions: [SigAction; 2],
+    pub refusal: Refusal,
+    pub touched: Touched,
+    pub touched_entries: u64,
+    pub touched_times: u32,
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The last words of a thread that cannot go on: one line to standard error, then SIGSEGV.
+
+use core::fmt;
+use core::fmt::Write;
+
+use dune_abi::RunPage;
+
+use super::context::HostContext;
+use crate::abi;
+use crate::sys;
+use crate::trap::Fatal;
+use crate::trap::TrapFrame;
+
+/// A line on the stack; what does not fit is cut off.
+struct Line {
+    bytes: [u8; 1024],
+    used: usize,
+}
+
+impl Line {
+    fn new() -> Self {
+        Self {
+            bytes: [0; 1024],
+            used: 0,
+        }
+    }
+
+    fn print(&mut self) {
+        self.used = self.used.min(self.bytes.len() - 1);
+        self.bytes[self.used] = b'\n';
+        let mut rest = &self.bytes[..=self.used];
+        while !rest.is_empty() {
+            let done = sys::write(libc::STDERR_FILENO, rest);
+            if done == 0 {
+                break;
+            }
+            rest = &rest[done..];
+        }
+    }
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = self.bytes.len() - self.used;
+        let taken = text.len().min(room);
+        self.bytes[self.used..self.used + taken].copy_from_slice(&text.as_bytes()[..taken]);
+        self.used += taken;
+        Ok(())
+    }
+}
+
+/// Name of an exit kind.
+pub(crate) fn kind_name(kind: u32) -> &'static str {
+    match kind {
+        abi::EXIT_SYSCALL => "EXIT_SYSCALL",
+        abi::EXIT_TOUCH => "EXIT_TOUCH",
+        abi::EXIT_REFUSED => "EXIT_REFUSED",
+        abi::EXIT_NO_SLOT => "EXIT_NO_SLOT",
+        abi::EXIT_FAIL_ENTRY => "EXIT_FAIL_ENTRY",
+        abi::EXIT_TRIPLE_FAULT => "EXIT_TRIPLE_FAULT",
+        abi::EXIT_UNHANDLED => "EXIT_UNHANDLED",
+        abi::EXIT_AGAIN => "EXIT_AGAIN",
+        _ => "unknown exit",
+    }
+}
+
+/// Reports an exit without a way on, and ends the process.
+pub(super) fn die_of_exit(context: &HostContext, run: &RunPage, what: &str) -> ! {
+    let mut line = Line::new();
+    let exit = &run.exit;
+    let _ = write!(
+        line,
+        "dune: fatal: {what}: {} (reason {:#x}, qualification {:#x}, gpa {:#x}, gla {:#x}, hva {:#x}, access {:#x}, flags {:#x}, interruption {:#x}, instruction error {}), RIP {:#x}, RSP {:#x}, CR3 {:#x}, vCPU {}, thread {}",
+        kind_name(exit.kind),
+        exit.reason,
+        exit.qualification,
+        exit.gpa,
+        exit.gla,
+        exit.hva,
+        exit.access,
+        exit.flags,
+        exit.interruption_info,
+        exit.instruction_error,
+        run.rip,
+        run.gprs.rsp,
+        run.sregs.cr3,
+        context.vcpu,
+        context.tid,
+    );
+    line.print();
+    sys::die_by(libc::SIGSEGV)
+}
+
+/// Reports that RUN itself failed, and ends the process.
+pub(super) fn die_of_run(context: &HostContext, errno: i64) -> ! {
+    let mut line = Line::new();
+    let _ = write!(
+        line,
+        "dune: fatal: DUNE_RUN failed with errno {errno}: the run page or the device was damaged, vCPU {}, thread {}",
+        context.vcpu, context.tid
+    );
+    line.print();
+    sys::die_by(libc::SIGSEGV)
+}
+
+/// Reports an exception without a way on, and ends the process.
+pub(super) fn die_of_exception(context: &HostContext, reason: u32, frame: Option<&TrapFrame>) -> ! {
+    let mut line = Line::new();
+    let text = Fatal::from_raw(reason).map_or("unknown reason", Fatal::text);
+    let _ = write!(line, "dune: fatal: {text}: ");
+    if let Some(frame) = frame {
+        let _ = write!(
+            line,
+            "{}, error code {:#x}, address {:#x}, RIP {:#x}, CS {:#x}, RSP {:#x}, RFLAGS {:#x}, ",
+            frame.vector(),
+            frame.error_code,
+            frame.cr2,
+            frame.rip,
+            frame.cs,
+            frame.rsp,
+            frame.rflags,
+        );
+    }
+    let _ = write!(line, "vCPU {}, thread {}", context.vcpu, context.tid);
+    line.print();
+    sys::die_by(libc::SIGSEGV)
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! SIGSEGV and SIGBUS of the host loop's own accesses; all others are the program's.
+//!
+//! # Safety
+//!
+//! The handler runs on whatever stack was interrupted, touches no errno and no TLS. It trusts `HOST`, which points
+//! to the context of the Dune thread from `install` to `restore`.
+
+use core::arch::global_asm;
+use core::ptr;
+use core::sync::atomic::AtomicPtr;
+use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::Release;
+
+use super::context::HostContext;
+use super::context::Refusal;
+use super::touch;
+use crate::sys;
+use crate::sys::Errno;
+use crate::sys::SigAction;
+
+/// The signals that an access can give, in the order of `HostContext::actions`.
+pub(super) const SIGNALS: [i32; 2] = [libc::SIGSEGV, libc::SIGBUS];
+
+static HOST: AtomicPtr<HostContext> = AtomicPtr::new(ptr::null_mut());
+
+extern "C" {
+    fn dune_host_sigreturn();
+}
+
+global_asm!(
+    ".pushsection .text.dune_host, \"ax\", @progbits",
+    ".balign 16",
+    ".hidden dune_host_sigreturn",
+    ".globl dune_host_sigreturn",
+    "dune_host_sigreturn:",
+    "mov eax, {sigreturn}",
+    "syscall",
+    "ud2",
+    ".popsection",
+    sigreturn = const libc::SYS_rt_sigreturn,
+);
+
+fn handler_address() -> u64 {
+    dune_host_signal as *const () as u64
+}
+
+/// Takes the two signals over and keeps the program's actions in the context.
+///
+/// # Safety
+///
+/// `context` must stay alive until `restore`.
+pub(crate) unsafe fn install(context: *mut HostContext) -> Result<(), Errno> {
+    HOST.store(context, Release);
+    let ours = SigAction {
+        handler: handler_address(),
+        flags: libc::SA_SIGINFO as u64 | sys::SA_RESTORER,
+        restorer: dune_host_sigreturn as *const () as u64,
+        mask: u64::MAX,
+    };
+    for (index, signal) in SIGNALS.into_iter().enumerate() {
+        // SAFETY: A handler and a restorer as Linux wants them. The action is noted before it can be asked for.
+        unsafe {
+            (*context).actions[index] = sys::sigaction(signal, None)?;
+            sys::sigaction(signal, Some(&ours))?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the program its actions back, unless it has set others behind our back.
+///
+/// # Safety
+///
+/// `context` is the one given to `install`.
+pub(crate) unsafe fn restore(context: *mut HostContext) {
+    for (index, signal) in SIGNALS.into_iter().enumerate() {
+        // SAFETY: Actions that the program had, or asked for.
+        unsafe {
+            if sys::sigaction(signal, None).is_ok_and(|now| now.handler == handler_address()) {
+                let _ = sys::sigaction(signal, Some(&(*context).actions[index]));
+            }
+        }
+    }
+    HOST.store(ptr::null_mut(), Release);
+}
+
+unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::ucontext_t) {
+    let context = HOST.load(Acquire);
+    // SAFETY: Linux passes a siginfo and a ucontext; the context is alive while it is in HOST.
+    unsafe {
+        let rip = &mut (*ucontext).uc_mcontext.gregs[libc::REG_RIP as usize];
+        if let Some(recovery) = touch::recovery(*rip as u64) {
+            if (*info).si_code > 0 && !context.is_null() {
+                (*context).refusal = Refusal {
+                    signal,
+                    code: (*info).si_code,
+                };
+                *rip = recovery as i64;
+                return;
+            }
+        }
+        let action = if context.is_null() {
+            SigAction::default()
+        } else {
+            (*context).actions[usize::from(signal == libc::SIGBUS)]
+        };
+        pass_on(signal, info, ucontext, action);
+    }
+}
+
+/// Does what the program's own action would have done.
+unsafe fn pass_on(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::ucontext_t, action: SigAction) {
+    const IGNORE: u64 = libc::SIG_IGN as u64;
+    // SAFETY: Linux' arguments, handed on; the address is what the program gave to sigaction.
+    unsafe {
+        let raised_by_fault = (*info).si_code > 0;
+        match action.handler {
+            IGNORE if !raised_by_fault => {}
+            0 | IGNORE => {
+                let default = SigAction::default();
+                let _ = sys::sigaction(signal, Some(&default));
+                if !raised_by_fault {
+                    sys::die_by(signal);
+                }
+                // The instruction is executed again and dies of its own fault.
+            }
+            handler => {
+                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t) =
+                    core::mem::transmute(handler);
+                handler(signal, info, ucontext);
+            }
+        }
+    }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Native accesses that may fail: for the guest's sake, and to arguments of system calls.
+//!
+//! # Safety
+//!
+//! Each access is one instruction at a known address. Where Linux answers it with SIGSEGV or SIGBUS, the handler in
+//! `signal` goes on at `dune_touch_failed`, which makes the function return 1.
+
+use core::arch::global_asm;
+
+use crate::sys;
+
+extern "C" {
+    fn dune_touch_read(address: u64) -> u32;
+    fn dune_touch_write(address: u64) -> u32;
+    fn dune_touch_read_at();
+    fn dune_touch_write_at();
+    fn dune_touch_failed();
+}
+
+global_asm!(
+    ".pushsection .text.dune_host, \"ax\", @progbits",
+    ".balign 16",
+    ".hidden dune_touch_read",
+    ".globl dune_touch_read",
+    "dune_touch_read:",
+    ".hidden dune_touch_read_at",
+    ".globl dune_touch_read_at",
+    "dune_touch_read_at:",
+    "mov al, [rdi]",
+    "xor eax, eax",
+    "ret",
+    ".balign 16",
+    ".hidden dune_touch_write",
+    ".globl dune_touch_write",
+    "dune_touch_write:",
+    ".hidden dune_touch_write_at",
+    ".globl dune_touch_write_at",
+    // Makes the page writable in the process and changes nothing, whoever else writes to it.
+    "dune_touch_write_at:",
+    "lock or byte ptr [rdi], 0",
+    "xor eax, eax",
+    "ret",
+    ".hidden dune_touch_failed",
+    ".globl dune_touch_failed",
+    "dune_touch_failed:",
+    "mov eax, 1",
+    "ret",
+    ".popsection",
+);
+
+/// Where to go on when the instruction at `rip` got a signal.
+pub(super) fn recovery(rip: u64) -> Option<u64> {
+    let known = rip == dune_touch_read_at as *const () as u64 || rip == dune_touch_write_at as *const () as u64;
+    known.then_some(dune_touch_failed as *const () as u64)
+}
+
+const SIGNALS: u64 = sys::signal_bit(libc::SIGSEGV) | sys::signal_bit(libc::SIGBUS);
+
+/// Reads or writes the byte at `address`; says whether Linux allowed it.
+///
+/// A signal that the program blocks would kill the process here, so it is unblocked meanwhile.
+pub(super) fn touch(address: u64, write: bool) -> bool {
+    let mask = sys::sigprocmask(libc::SIG_UNBLOCK, SIGNALS);
+    // SAFETY: A fault comes back as 1; reading, or writing what is there, changes nothing.
+    let failed = unsafe {
+        if write {
+            dune_touch_write(address)
+        } else {
+            dune_touch_read(address)
+        }
+    };
+    if mask & SIGNALS != 0 {
+        sys::sigprocmask(libc::SIG_SETMASK, mask);
+    }
+    failed == 0
+}
+
+/// The program gave an address that it cannot access itself.
+#[derive(Debug)]
+pub(super) struct BadAddress;
+
+fn touch_range(address: u64, bytes: usize, write: bool) -> Result<(), BadAddress> {
+    let last = address.checked_add(bytes as u64 - 1).ok_or(BadAddress)?;
+    if last >= crate::addr::USER_END {
+        return Err(BadAddress);
+    }
+    let mut at = address;
+    while at <= last {
+        if !touch(at, write) {
+            return Err(BadAddress);
+        }
+        at = (at | 0xfff) + 1;
+    }
+    Ok(())
+}
+
+/// Copies a plain structure from the program.
+pub(super) fn read<T: Copy>(address: u64) -> Result<T, BadAddress> {
+    touch_range(address, size_of::<T>(), false)?;
+    // SAFETY: Readable a moment ago. The callers use types for which every bit pattern is valid. Another thread that
+    // unmaps it now gets the SIGSEGV that it asks for.
+    Ok(unsafe { (address as *const T).read_unaligned() })
+}
+
+/// Copies a plain structure to the program.
+pub(super) fn write<T: Copy>(address: u64, value: &T) -> Result<(), BadAddress> {
+    touch_range(address, size_of::<T>(), true)?;
+    // SAFETY: As in `read`.
+    unsafe { (address as *mut T).write_unaligned(*value) };
+    Ok(())
+}

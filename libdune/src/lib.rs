@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Runs the calling thread of a Linux process in VMX non-root mode, at CPL0, and keeps it a Linux process.
+//!
+//! [`Dune::enter`] turns the calling thread into a Dune thread. It goes on behind the call, on the same stack, with
+//! the same memory; system calls, std and libc work as before. But it is the kernel of its own small machine: it
+//! takes its own exceptions ([`Dune::set_exception_handler`]) and owns its page table ([`Dune::address_space`]),
+//! with no exit to the host.
+//!
+//! # What it does not do
+//!
+//! - One Dune thread per process. Other threads, and children of fork and vfork, run outside Dune mode.
+//! - The program's signal handlers run outside Dune mode, on the host loop's stack; one that jumps out of itself
+//!   (`siglongjmp`) takes the thread out of Dune mode.
+//! - An exception that no handler takes is given to Linux from outside Dune mode, and the thread stays there.
+//! - CPL3 inside Dune mode has no API.
+#![deny(unsafe_op_in_unsafe_fn)]
+#![deny(clippy::undocumented_unsafe_blocks)]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+pub mod error;
+
+pub mod abi;
+mod addr;
+mod layout;
+mod sys;
+
+mod arena;
+mod device;
+
+pub mod paging;
+
+mod percpu;
+pub mod trap;
+
+mod syscall;
+
+mod host_loop;
+
+mod entry;
+
+pub use addr::Gpa;
+pub use addr::Gva;
+pub use addr::Hva;
+pub use entry::Builder;
+pub use entry::Dune;
+pub use error::Error;
+pub use error::Result;
+pub use paging::AddressSpace;
+pub use paging::PagingError;
+pub use paging::Permissions;
+pub use trap::Outcome;
+pub use trap::Thread;
+pub use trap::TrapFrame;
+pub use trap::Vector;

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! One entry of a page table (SDM, "4-Level Paging and 5-Level Paging").
+
+use core::fmt;
+use core::ops::BitOr;
+
+use crate::addr::Gpa;
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+/// Software bit: a leaf whose permissions were taken away; its address is kept.
+const HELD: u64 = 1 << 9;
+/// Software bit: unmapped on purpose; not to be filled in on a page fault.
+const GONE: u64 = 1 << 10;
+const NO_EXECUTE: u64 = 1 << 63;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// What a page may be used for. A present page can always be read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Permissions(u8);
+
+impl Permissions {
+    /// No access: a page fault with error code P = 0. The page's address is kept.
+    pub const NONE: Self = Self(0);
+    /// Reading.
+    pub const READ: Self = Self(1);
+    /// Reading and writing.
+    pub const WRITE: Self = Self(1 | 2);
+    /// Reading and executing.
+    pub const EXECUTE: Self = Self(1 | 4);
+    /// Reading, and also from CPL3.
+    pub const USER: Self = Self(1 | 8);
+    /// What the default page table gives: all, from CPL0 only.
+    pub const ALL: Self = Self(1 | 2 | 4);
+
+    /// Whether all of `other` is allowed.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    const fn bits(self) -> u64 {
+        if self.0 == 0 {
+            return HELD;
+        }
+        let mut bits = PRESENT;
+        if self.0 & 2 != 0 {
+            bits |= WRITABLE;
+        }
+        if self.0 & 4 == 0 {
+            bits |= NO_EXECUTE;
+        }
+        if self.0 & 8 != 0 {
+            bits |= USER;
+        }
+        bits
+    }
+}
+
+impl BitOr for Permissions {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl fmt::Debug for Permissions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letters = [(1, "r"), (2, "w"), (4, "x"), (8, "u")];
+        for (bit, letter) in letters {
+            f.write_str(if self.0 & bit != 0 { letter } else { "-" })?;
+        }
+        Ok(())
+    }
+}
+
+/// An entry at any level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry(pub u64);
+
+/// What an entry stands for; the level decides what a present entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Never filled.
+    Empty,
+    /// Unmapped on purpose.
+    Gone,
+    /// Refers to a table.
+    Table,
+    /// Maps a page, perhaps with no permission at all.
+    Leaf,
+}
+
+impl Entry {
+    pub const EMPTY: Self = Self(0);
+    pub const GONE: Self = Self(GONE);
+
+    /// An entry that refers to a table; it restricts nothing.
+    pub const fn table(table: Gpa) -> Self {
+        Self(table.as_u64() | PRESENT | WRITABLE | USER | ACCESSED)
+    }
+
+    /// An entry of `level` that maps a page. Accessed and dirty are set: nobody asked the CPU to track them.
+    pub const fn leaf(page: Gpa, level: u32, permissions: Permissions) -> Self {
+        let large = if level > 1 { LARGE } else { 0 };
+        Self(page.as_u64() | permissions.bits() | large | ACCESSED | DIRTY)
+    }
+
+    pub const fn kind(self, level: u32) -> Kind {
+        if self.0 & PRESENT != 0 {
+            if level == 1 || (level < 4 && self.0 & LARGE != 0) {
+                Kind::Leaf
+            } else {
+                Kind::Table
+            }
+        } else if self.0 & HELD != 0 {
+            Kind::Leaf
+        } else if self.0 & GONE != 0 {
+            Kind::Gone
+        } else {
+            Kind::Empty
+        }
+    }
+
+    /// The GPA that the entry refers to, without the bits that an offset into its page would have.
+    pub const fn address(self) -> u64 {
+        self.0 & ADDRESS
+    }
+
+    pub const fn permissions(self) -> Permissions {
+        if self.0 & PRESENT == 0 {
+            return Permissions::NONE;
+        }
+        let mut bits = 1;
+        if self.0 & WRITABLE != 0 {
+            bits |= 2;
+        }
+        if self.0 & NO_EXECUTE == 0 {
+            bits |= 4;
+        }
+        if self.0 & USER != 0 {
+            bits |= 8;
+        }
+        Permissions(bits)
+    }
+
+    pub const fn is_accessed(self) -> bool {
+        self.0 & ACCESSED != 0
+    }
+
+    pub const fn is_dirty(self) -> bool {
+        self.0 & DIRTY != 0
+    }
+
+    /// The same leaf with other permissions.
+    pub const fn with_permissions(self, permissions: Permissions) -> Self {
+        Self(self.0 & !(PRESENT | WRITABLE | USER | HELD | NO_EXECUTE) | permissions.bits())
+    }
+
+    /// The same leaf for CPL3 too, or for CPL0 only. A leaf without permissions stays so.
+    pub const fn with_user(self, user: bool) -> Self {
+        if self.0 & PRESENT != 0 && user {
+            Self(self.0 | USER)
+        } else {
+            Self(self.0 & !USER)
+        }
+    }
+
+    /// The same leaf with accessed and dirty cleared.
+    pub const fn with_accessed_dirty_clear(self) -> Self {
+        Self(self.0 & !(ACCESSED | DIRTY))
+    }
+
+    /// Entry number `index` of the table that replaces this leaf (or gap) of `level`.
+    pub const fn piece(self, level: u32, index: u64) -> Self {
+        match self.kind(level) {
+            Kind::Leaf => {
+                let flags = self.0 & !(ADDRESS | LARGE);
+                let large = if level - 1 > 1 { LARGE } else { 0 };
+                Self((self.address() + index * leaf_bytes(level - 1)) | flags | large)
+            }
+            _ => self,
+        }
+    }
+}
+
+/// Bytes that an entry of `level` (1 … 4) covers.
+pub(super) const fn leaf_bytes(level: u32) -> u64 {
+    1 << (12 + 9 * (level - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every_permission() -> impl Iterator<Item = Permissions> {
+        (0..16).filter(|bits| *bits == 0 || bits & 1 != 0).map(Permissions)
+    }
+
+    #[test]
+    fn permissions_round_trip_at_every_level() {
+        let page = Gpa::new(0x40_0000_0000).unwrap();
+        for level in 1..=3 {
+            for permissions in every_permission() {
+                let entry = Entry::leaf(page, level, permissions);
+                assert_eq!(entry.permissions(), permissions);
+                assert_eq!(entry.kind(level), Kind::Leaf);
+                assert_eq!(entry.address(), page.as_u64());
+                for other in every_permission() {
+                    let changed = entry.with_permissions(other);
+                    assert_eq!(changed.permissions(), other);
+                    assert_eq!(changed, Entry::leaf(page, level, other));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_cover_the_leaf_with_its_permissions() {
+        let page = Gpa::new(0x8000_0000).unwrap();
+        for level in 2..=3 {
+            for permissions in every_permission() {
+                let entry = Entry::leaf(page, level, permissions);
+                for index in 0..512 {
+                    let piece = entry.piece(level, index);
+                    assert_eq!(piece.kind(level - 1), Kind::Leaf);
+                    assert_eq!(piece.permissions(), permissions);
+                    assert_eq!(piece.address(), page.as_u64() + index * leaf_bytes(level - 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gaps_stay_gaps_in_pieces() {
+        assert_eq!(Entry::GONE.piece(3, 5).kind(2), Kind::Gone);
+        assert_eq!(Entry::EMPTY.piece(3, 5).kind(2), Kind::Empty);
+    }
+
+    #[test]
+    fn user_bit_never_makes_a_held_leaf_present() {
+        let held = Entry::leaf(Gpa::new(0x1000).unwrap(), 1, Permissions::NONE);
+        assert_eq!(held.with_user(true).permissions(), Permissions::NONE);
+        let user = Entry::leaf(Gpa::new(0x1000).unwrap(), 1, Permissions::ALL).with_user(true);
+        assert!(user.permissions().contains(Permissions::USER));
+        assert!(!user.with_user(false).permissions().contains(Permissions::USER));
+    }
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Table pages from the arena, and the slots that the module hands out.
+//!
+//! # Safety
+//!
+//! Raw pointers into the arena, which lives until the thread has left Dune mode. Everything is used by one thread
+//! only, but re-entered by its trap handlers: a page is taken off its list before it is touched.
+
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
+
+use dune_abi::MapSlot;
+use dune_abi::DUNE_MAP_SLOT;
+
+use super::tree::Frames;
+use super::tree::Table;
+use super::PagingError;
+use crate::addr::Gpa;
+use crate::addr::Hva;
+use crate::layout;
+use crate::sys;
+
+const PAGE: u64 = layout::PAGE as u64;
+
+/// Bytes by which the pool grows when it is used up; chunks are aligned to their size.
+const CHUNK_BYTES: u64 = 4 << 20;
+
+/// Where page tables live and what is where in GPA space.
+///
+/// # Invariants
+///
+/// `forward` has `GIBS` and `reverse` has `SLOTS` entries, alive as long as this. `next .. end` is unused memory of
+/// the pool, zeroed, in one GiB. `free` heads a list of pages linked through their first word.
+#[repr(C)]
+pub(crate) struct Memory {
+    fd: i32,
+    has_1g: bool,
+    forward: *const AtomicU32,
+    reverse: *const AtomicU32,
+    next: AtomicU64,
+    end: AtomicU64,
+    free: AtomicU64,
+    /// Chunks beyond the arena, linked through their first word; their first page is used for nothing else.
+    chunks: AtomicU64,
+}
+
+impl Memory {
+    /// Starts with the pool and the tables of a fresh arena.
+    ///
+    /// # Safety
+    ///
+    /// `arena` must be a zeroed arena that outlives this, and `fd` the device.
+    pub unsafe fn new(fd: i32, has_1g: bool, arena: u64) -> Self {
+        // INVARIANT: The arena is laid out so.
+        Self {
+            fd,
+            has_1g,
+            forward: (arena + layout::FORWARD as u64) as *const AtomicU32,
+            reverse: (arena + layout::REVERSE as u64) as *const AtomicU32,
+            next: AtomicU64::new(arena + layout::POOL as u64),
+            end: AtomicU64::new(arena + layout::ARENA_BYTES as u64),
+            free: AtomicU64::new(0),
+            chunks: AtomicU64::new(0),
+        }
+    }
+
+    fn forward(&self, gib: u64) -> &AtomicU32 {
+        assert!(gib < layout::GIBS as u64);
+        // SAFETY: In bounds by the type invariant.
+        unsafe { &*self.forward.add(gib as usize) }
+    }
+
+    fn reverse(&self, slot: u64) -> Option<&AtomicU32> {
+        // SAFETY: In bounds by the type invariant.
+        (slot < layout::SLOTS as u64).then(|| unsafe { &*self.reverse.add(slot as usize) })
+    }
+
+    /// The HVA of a byte at a GPA in a known slot.
+    pub fn hva(&self, gpa: Gpa) -> Option<Hva> {
+        match self.reverse(gpa.as_u64() >> 30)?.load(Relaxed) {
+            0 => None,
+            gib => Hva::new((u64::from(gib - 1) << 30) | (gpa.as_u64() & 0x3fff_ffff)),
+        }
+    }
+
+    fn take_free(&self) -> Option<u64> {
+        let page = self.free.load(Relaxed);
+        if page == 0 {
+            return None;
+        }
+        // SAFETY: Pages on the list are unused and mapped; the first word links them.
+        let next = unsafe { (page as *const u64).read() };
+        self.free.store(next, Relaxed);
+        // SAFETY: The page is off the list now and nobody else's.
+        unsafe { (page as *mut [u8; layout::PAGE]).write_bytes(0, 1) };
+        Some(page)
+    }
+
+    fn grow(&self) -> Result<(), PagingError> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: Fresh anonymous memory, of which the unaligned ends are given back.
+        let chunk = unsafe {
+            let got = sys::mmap(2 * CHUNK_BYTES as usize, protection, flags, -1, 0)
+                .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
+            let chunk = got.next_multiple_of(CHUNK_BYTES);
+            if chunk > got {
+                let _ = sys::munmap(got, (chunk - got) as usize);
+            }
+            let rest = got + 2 * CHUNK_BYTES - (chunk + CHUNK_BYTES);
+            if rest > 0 {
+                let _ = sys::munmap(chunk + CHUNK_BYTES, rest as usize);
+            }
+            chunk
+        };
+        // INVARIANT: The chunk's GiB gets its slot before a page of it is used, and a chunk has one GiB only.
+        if let Err(error) = self.gpa(Hva::new(chunk).ok_or(PagingError::Corrupt(chunk))?) {
+            // SAFETY: Nobody has seen the chunk.
+            let _ = unsafe { sys::munmap(chunk, CHUNK_BYTES as usize) };
+            return Err(error);
+        }
+        // SAFETY: The first word of a fresh chunk.
+        unsafe { (chunk as *mut u64).write(self.chunks.load(Relaxed)) };
+        self.chunks.store(chunk, Relaxed);
+        self.end.store(chunk + CHUNK_BYTES, Relaxed);
+        self.next.store(chunk + PAGE, Relaxed);
+        Ok(())
+    }
+
+    /// Unmaps what was added to the arena's pool.
+    ///
+    /// # Safety
+    ///
+    /// No page table may be used afterwards.
+    pub unsafe fn release(&self) {
+        let mut chunk = self.chunks.swap(0, Relaxed);
+        while chunk != 0 {
+            // SAFETY: The first word links the chunks; nothing uses them any more.
+            unsafe {
+                let next = (chunk as *const u64).read();
+                let _ = sys::munmap(chunk, CHUNK_BYTES as usize);
+                chunk = next;
+            }
+        }
+    }
+}
+
+// SAFETY: A page leaves the list or the pool before it is given out, and `hva` undoes `gpa`.
+unsafe impl Frames for Memory {
+    fn allocate(&self) -> Result<Gpa, PagingError> {
+        let page = match self.take_free() {
+            Some(page) => page,
+            None => {
+                if self.next.load(Relaxed) >= self.end.load(Relaxed) {
+                    self.grow()?;
+                }
+                self.next.fetch_add(PAGE, Relaxed)
+            }
+        };
+        self.gpa(Hva::new(page).ok_or(PagingError::Corrupt(page))?)
+    }
+
+    fn free(&self, table: Gpa) {
+        if let Some(hva) = self.hva(table) {
+            // SAFETY: The caller's page, unused from now on.
+            unsafe { hva.as_ptr::<u64>().write(self.free.load(Relaxed)) };
+            self.free.store(hva.as_u64(), Relaxed);
+        }
+    }
+
+    fn table(&self, gpa: Gpa) -> Option<&Table> {
+        let hva = self.hva(gpa.align_down(PAGE))?;
+        // SAFETY: GPAs of tables come from `allocate`: a page that holds only atomic entries.
+        Some(unsafe { &*hva.as_ptr::<Table>() })
+    }
+
+    fn gpa(&self, hva: Hva) -> Result<Gpa, PagingError> {
+        let offset = hva.as_u64() & 0x3fff_ffff;
+        let known = self.forward(hva.gib()).load(Relaxed);
+        if known != 0 {
+            return Gpa::new((u64::from(known) << 30) | offset).ok_or(PagingError::Corrupt(u64::from(known)));
+        }
+        let mut ask = MapSlot {
+            size: size_of::<MapSlot>() as u32,
+            flags: 0,
+            hva: hva.gib() << 30,
+            gpa: 0,
+        };
+        // SAFETY: The request takes a pointer to this structure.
+        match unsafe { sys::ioctl(self.fd, DUNE_MAP_SLOT, &raw mut ask as u64) } {
+            Ok(_) => {}
+            Err(sys::Errno(libc::ENOSPC)) => return Err(PagingError::OutOfSlots(hva)),
+            Err(errno) => return Err(PagingError::MapSlot { hva, errno: errno.0 }),
+        }
+        let slot = ask.gpa >> 30;
+        let reverse = self.reverse(slot).ok_or(PagingError::Corrupt(ask.gpa))?;
+        reverse.store(hva.gib() as u32 + 1, Relaxed);
+        self.forward(hva.gib()).store(slot as u32, Relaxed);
+        Gpa::new((slot << 30) | offset).ok_or(PagingError::Corrupt(ask.gpa))
+    }
+
+    fn has_1g(&self) -> bool {
+        self.has_1g
+    }
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The per-thread block: descriptor tables, and what assembly finds by masking RSP.
+
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::AtomicUsize;
+
+use dune_abi::RunPage;
+
+use crate::addr::Gpa;
+use crate::layout;
+use crate::paging::memory::Memory;
+use crate::trap;
+
+/// Selectors in Linux' order: STAR stays the host's.
+pub(crate) const KERNEL_CS: u16 = 0x10;
+pub(crate) const KERNEL_DS: u16 = 0x18;
+pub(crate) const TSS: u16 = 0x40;
+
+/// Last byte of a 64-bit TSS (SDM, "TSS Descriptor in 64-bit mode").
+pub(crate) const TSS_LIMIT: u32 = 0x67;
+
+/// Flat segments, accessed, in Linux' order: null, KERNEL32_CS, KERNEL_CS, KERNEL_DS, USER32_CS, USER_DS, USER_CS.
+const SEGMENTS: [u64; 7] = [
+    0,
+    0x00cf_9b00_0000_ffff,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x00cf_fb00_0000_ffff,
+    0x00cf_f300_0000_ffff,
+    0x00af_fb00_0000_ffff,
+];
+
+/// Entries of the GDT: the segments, a free one, the TSS' two.
+pub(crate) const GDT_ENTRIES: usize = 10;
+
+/// Global descriptor table.
+#[repr(C, align(16))]
+pub(crate) struct Gdt(pub [u64; GDT_ENTRIES]);
+
+/// Interrupt descriptor table; an entry is two words.
+#[repr(C, align(16))]
+pub(crate) struct Idt(pub [[u64; 2]; 256]);
+
+/// 64-bit task-state segment, in words of 4 bytes because its fields are not aligned to 8.
+#[repr(C, align(16))]
+pub(crate) struct Tss(pub [u32; 26]);
+
+/// What is at the start of the block.
+#[repr(C)]
+pub(crate) struct Block {
+    /// Nonzero: the system call of this number needs the host loop's slow path.
+    pub special: [u8; 512],
+    /// Bytes that XSAVE writes, rounded up to 64.
+    pub fpu_bytes: u64,
+    /// 1: XSAVE, 0: FXSAVE.
+    pub has_xsave: u64,
+    /// Why CALL_FATAL was made: a `trap::Fatal`.
+    pub fatal: AtomicU32,
+    /// A report is under way.
+    pub reporting: AtomicU32,
+    /// The detail of a report.
+    pub fatal_detail: AtomicU64,
+    pub run: *mut RunPage,
+    pub memory: Memory,
+    pub root: Gpa,
+    /// Handlers by vector, `trap::Handler` or 0.
+    pub handlers: [AtomicUsize; 256],
+    pub gdt: Gdt,
+    pub tss: Tss,
+    pub idt: Idt,
+}
+
+const _: () = assert!(size_of::<Block>() <= layout::IST - layout::PAGE);
+
+impl Gdt {
+    /// The table with a busy TSS at `tss`.
+    pub fn new(tss: u64) -> Self {
+        let mut entries = [0; GDT_ENTRIES];
+        entries[..SEGMENTS.len()].copy_from_slice(&SEGMENTS);
+        let limit = u64::from(TSS_LIMIT);
+        // Present, busy 64-bit TSS.
+        entries[8] = limit | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
+        entries[9] = tss >> 32;
+        Self(entries)
+    }
+}
+
+impl Tss {
+    /// A TSS with two interrupt stacks and no I/O bitmap.
+    pub fn new(ist1: u64, ist2: u64) -> Self {
+        let mut words = [0; 26];
+        let mut set = |index: usize, value: u64| {
+            words[index] = value as u32;
+            words[index + 1] = (value >> 32) as u32;
+        };
+        // RSP0 is not used, every gate names an IST; IST1 is at byte 36.
+        set(1, ist1);
+        set(9, ist1);
+        set(11, ist2);
+        words[25] = (TSS_LIMIT + 1) << 16;
+        Self(words)
+    }
+}
+
+impl Idt {
+    /// Interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP and #OF also from CPL3.
+    pub fn new(stubs: u64) -> Self {
+        let mut gates = [[0; 2]; 256];
+        for (vector, gate) in gates.iter_mut().enumerate() {
+            let target = stubs + vector as u64 * trap::STUB_BYTES;
+            let ist = if vector == 8 { 2 } else { 1 };
+            let dpl = if vector == 3 || vector == 4 { 3 } else { 0 };
+            gate[0] = target & 0xffff
+                | u64::from(KERNEL_CS) << 16
+                | ist << 32
+                | (0x8e | dpl << 5) << 40
+                | (target >> 16 & 0xffff) << 48;
+            gate[1] = target >> 32;
+        }
+        Self(gates)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tss_descriptor_holds_the_address() {
+        let base = 0x7f12_3456_7890;
+        let gdt = Gdt::new(base);
+        let low = gdt.0[8];
+        let found = (low >> 16 & 0xff_ffff) | (low >> 56) << 24 | gdt.0[9] << 32;
+        assert_eq!(found, base);
+        assert_eq!(low & 0xffff, 0x67);
+        assert_eq!(low >> 40 & 0xff, 0x8b);
+    }
+
+    #[test]
+    fn segments_are_accessed_and_in_linux_order() {
+        let gdt = Gdt::new(0);
+        for segment in &gdt.0[1..7] {
+            assert_eq!(segment >> 40 & 1, 1);
+        }
+        assert_eq!(gdt.0[usize::from(KERNEL_CS) / 8] >> 53 & 1, 1, "KERNEL_CS is 64-bit");
+        assert_eq!(gdt.0[6] >> 45 & 3, 3, "USER_CS has DPL 3");
+    }
+
+    #[test]
+    fn tss_holds_the_stacks_where_the_cpu_looks() {
+        let tss = Tss::new(0x1122_3344_5566_7780, 0x99aa_bbcc_ddee_ff00);
+        // SAFETY: Plain words.
+        let bytes: [u8; 104] = unsafe { core::mem::transmute(tss.0) };
+        assert_eq!(bytes[36..44], 0x1122_3344_5566_7780u64.to_le_bytes());
+        assert_eq!(bytes[44..52], 0x99aa_bbcc_ddee_ff00u64.to_le_bytes());
+        assert_eq!(bytes[102..104], 104u16.to_le_bytes());
+    }
+
+    #[test]
+    fn gates_lead_to_their_stubs() {
+        let stubs = 0x7fff_dead_b000;
+        let idt = Idt::new(stubs);
+        for (vector, gate) in idt.0.iter().enumerate() {
+            let target = gate[0] & 0xffff | gate[0] >> 48 << 16 | gate[1] << 32;
+            assert_eq!(target, stubs + 16 * vector as u64);
+            assert_eq!(gate[0] >> 32 & 7, if vector == 8 { 2 } else { 1 });
+            assert_eq!(gate[0] >> 40 & 0x9f, 0x8e);
+        }
+        assert_eq!(idt.0[3][0] >> 45 & 3, 3);
+        assert_eq!(idt.0[14][0] >> 45 & 3, 0);
+    }
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Linux system calls without libc: no errno, no TLS, no cancellation point.
+//!
+//! # Safety
+//!
+//! The same instruction works in and out of Dune mode: at CPL0 it goes through the LSTAR stub (`syscall`).
+//! The wrappers are safe where no argument can make Linux break memory safety, and `unsafe` where one can.
+
+use core::arch::asm;
+
+/// A Linux error number, positive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Errno(pub i32);
+
+/// Makes a system call and returns what Linux leaves in RAX.
+///
+/// # Safety
+///
+/// As the system call asks.
+#[inline(always)]
+pub(crate) unsafe fn raw(number: i64, args: [u64; 6]) -> i64 {
+    let result;
+    // SAFETY: The caller's; the clobbers are those of SYSCALL.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") args[0],
+            in("rsi") args[1],
+            in("rdx") args[2],
+            in("r10") args[3],
+            in("r8") args[4],
+            in("r9") args[5],
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result
+}
+
+fn check(result: i64) -> Result<u64, Errno> {
+    if (-4095..0).contains(&result) {
+        Err(Errno(-result as i32))
+    } else {
+        Ok(result as u64)
+    }
+}
+
+/// `ioctl` with a number or a pointer.
+///
+/// # Safety
+///
+/// `argument` must be what `request` asks for.
+pub(crate) unsafe fn ioctl(fd: i32, request: u32, argument: u64) -> Result<u64, Errno> {
+    // SAFETY: The caller's.
+    check(unsafe { raw(libc::SYS_ioctl, [fd as u64, request as u64, argument, 0, 0, 0]) })
+}
+
+/// `mmap` at an address of Linux' choice.
+///
+/// # Safety
+///
+/// `fd` and `offset` must be what the file behind `fd` asks for; -1 and 0 for anonymous memory.
+pub(crate) unsafe fn mmap(bytes: usize, protection: i32, flags: i32, fd: i32, offset: u64) -> Result<u64, Errno> {
+    debug_assert!(flags & libc::MAP_FIXED == 0);
+    // SAFETY: Without MAP_FIXED nothing that exists is replaced; the rest is the caller's.
+    check(unsafe {
+        raw(
+            libc::SYS_mmap,
+            [
+                0,
+                bytes as u64,
+                protection as u64,
+                flags as u64,
+                fd as i64 as u64,
+                offset,
+            ],
+        )
+    })
+}
+
+/// `munmap`.
+///
+/// # Safety
+///
+/// Nothing may use the memory afterwards.
+pub(crate) unsafe fn munmap(address: u64, bytes: usize) -> Result<(), Errno> {
+    // SAFETY: The caller's.
+    check(unsafe { raw(libc::SYS_munmap, [address, bytes as u64, 0, 0, 0, 0]) }).map(drop)
+}
+
+/// `mprotect`.
+///
+/// # Safety
+///
+/// Nothing may rely on the access that is taken away.
+pub(crate) unsafe fn mprotect(address: u64, bytes: usize, protection: i32) -> Result<(), Errno> {
+    // SAFETY: The caller's.
+    check(unsafe { raw(libc::SYS_mprotect, [address, bytes as u64, protection as u64, 0, 0, 0]) }).map(drop)
+}
+
+/// `madvise` with an advice that keeps the contents (MADV_DONTFORK, MADV_NOHUGEPAGE).
+pub(crate) fn madvise(address: u64, bytes: usize, advice: i32) -> Result<(), Errno> {
+    debug_assert!(advice == libc::MADV_DONTFORK || advice == libc::MADV_NOHUGEPAGE);
+    // SAFETY: Neither advice changes what this process sees.
+    check(unsafe { raw(libc::SYS_madvise, [address, bytes as u64, advice as u64, 0, 0, 0]) }).map(drop)
+}
+
+/// `write`; returns the bytes written, 0 on any error.
+pub(crate) fn write(fd: i32, bytes: &[u8]) -> usize {
+    // SAFETY: Linux reads from a live slice.
+    let done = unsafe {
+        raw(
+            libc::SYS_write,
+            [fd as u64, bytes.as_ptr() as u64, bytes.len() as u64, 0, 0, 0],
+        )
+    };
+    usize::try_from(done).unwrap_or(0)
+}
+
+/// Number of the calling process.
+pub(crate) fn getpid() -> u32 {
+    // SAFETY: Has no arguments.
+    unsafe { raw(libc::SYS_getpid, [0; 6]) as u32 }
+}
+
+/// Number of the calling thread.
+pub(crate) fn gettid() -> u32 {
+    // SAFETY: Has no arguments.
+    unsafe { raw(libc::SYS_gettid, [0; 6]) as u32 }
+}
+
+const ARCH_SET_GS: u64 = 0x1001;
+const ARCH_SET_FS: u64 = 0x1002;
+const ARCH_GET_FS: u64 = 0x1003;
+const ARCH_GET_GS: u64 = 0x1004;
+
+/// FS base and GS base of the calling thread, as Linux has them.
+pub(crate) fn segment_bases() -> Result<(u64, u64), Errno> {
+    let (mut fs, mut gs) = (0u64, 0u64);
+    // SAFETY: Linux writes one u64 each.
+    unsafe {
+        check(raw(libc::SYS_arch_prctl, [ARCH_GET_FS, &raw mut fs as u64, 0, 0, 0, 0]))?;
+        check(raw(libc::SYS_arch_prctl, [ARCH_GET_GS, &raw mut gs as u64, 0, 0, 0, 0]))?;
+    }
+    Ok((fs, gs))
+}
+
+/// Sets FS base and GS base of the calling thread.
+///
+/// # Safety
+///
+/// Compiled code finds its TLS through FS.
+pub(crate) unsafe fn set_segment_bases(fs: u64, gs: u64) {
+    // SAFETY: The caller's; a bad address gives an error and changes nothing.
+    unsafe {
+        let _ = raw(libc::SYS_arch_prctl, [ARCH_SET_FS, fs, 0, 0, 0, 0]);
+        let _ = raw(libc::SYS_arch_prctl, [ARCH_SET_GS, gs, 0, 0, 0, 0]);
+    }
+}
+
+/// Linux' `struct sigaction` (not libc's).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SigAction {
+    pub handler: u64,
+    pub flags: u64,
+    pub restorer: u64,
+    pub mask: u64,
+}
+
+/// Linux' SA_RESTORER, which libc does not have on every target.
+pub(crate) const SA_RESTORER: u64 = 0x0400_0000;
+
+/// `rt_sigaction`; returns the old action.
+///
+/// # Safety
+///
+/// The handler of `new` must be a signal handler and its restorer must make `rt_sigreturn`.
+pub(crate) unsafe fn sigaction(signal: i32, new: Option<&SigAction>) -> Result<SigAction, Errno> {
+    let mut old = SigAction::default();
+    let new = new.map_or(core::ptr::null(), |action| action as *const SigAction);
+    // SAFETY: Linux reads one structure and writes one; the rest is the caller's.
+    check(unsafe {
+        raw(
+            libc::SYS_rt_sigaction,
+            [signal as u64, new as u64, &raw mut old as u64, 8, 0, 0],
+        )
+    })?;
+    Ok(old)
+}
+
+/// Bit of a signal in Linux' signal mask.
+pub(crate) const fn signal_bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+/// `rt_sigprocmask`; returns the old mask.
+pub(crate) fn sigprocmask(how: i32, set: u64) -> u64 {
+    let mut old = 0u64;
+    // SAFETY: Linux reads and writes one u64 each.
+    let _ = unsafe {
+        raw(
+            libc::SYS_rt_sigprocmask,
+            [how as u64, &raw const set as u64, &raw mut old as u64, 8, 0, 0],
+        )
+    };
+    old
+}
+
+/// Ends the process as if it had got `signal` with its default action.
+pub(crate) fn die_by(signal: i32) -> ! {
+    let default = SigAction::default();
+    // SAFETY: SIG_DFL needs no handler; nothing returns to the program.
+    unsafe {
+        let _ = sigaction(signal, Some(&default));
+        sigprocmask(libc::SIG_UNBLOCK, signal_bit(signal));
+        let _ = raw(
+            libc::SYS_tgkill,
+            [getpid() as u64, gettid() as u64, signal as u64, 0, 0, 0],
+        );
+        loop {
+            let _ = raw(libc::SYS_exit_group, [128 + signal as u64, 0, 0, 0, 0, 0]);
+        }
+    }
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What happens to an exception: fill in a page-table leaf, call a handler, or the default.
+//!
+//! # Safety
+//!
+//! Called by the stub with pointers into the block of this thread. Allocates nothing, takes no lock, uses no TLS: it
+//! can interrupt the program anywhere.
+
+use core::marker::PhantomData;
+use core::sync::atomic::Ordering::Relaxed;
+
+use super::frame::TrapFrame;
+use super::frame::Vector;
+use super::stub;
+use crate::abi::Counters;
+use crate::abi::CALL_FATAL;
+use crate::abi::CALL_NATIVE;
+use crate::abi::PAGE_FAULT_HOST_REFUSED;
+use crate::addr::Gpa;
+use crate::addr::Gva;
+use crate::addr::PAGE_BYTES;
+use crate::addr::USER_END;
+use crate::paging::fill;
+use crate::paging::read_cr3;
+use crate::paging::AddressSpace;
+use crate::paging::PagingError;
+use crate::percpu::Block;
+
+/// Level codes by which the stub says that there is no way on.
+pub(super) const LEVEL_TOO_DEEP: u32 = 100;
+pub(super) const LEVEL_WINDOW: u32 = 101;
+pub(super) const LEVEL_DOUBLE_FAULT: u32 = 102;
+
+/// A function of libdune whose surroundings the page table must map before the first exception.
+pub(crate) const ANCHOR: *const () = dune_trap_dispatch as *const ();
+
+/// What a handler made of an exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The program goes on with the registers of the frame.
+    Resume,
+    /// Not this handler's: do as if there were none.
+    Unhandled,
+}
+
+/// A handler, called at CPL0 on a stack of its own, with exceptions possible inside it.
+///
+/// It can interrupt the program anywhere, also inside the allocator or while it holds a lock, so it may do what a
+/// signal handler may do (signal-safety(7)): no allocation, no lock that the program can hold. System calls are
+/// possible. It may change any register in the frame. It must not unwind.
+pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
+
+/// The Dune thread as a handler sees it.
+pub struct Thread<'a> {
+    block: *const Block,
+    _block: PhantomData<&'a Block>,
+}
+
+impl<'a> Thread<'a> {
+    /// # Safety
+    ///
+    /// `block` must be alive for `'a`.
+    pub(crate) unsafe fn new(block: *const Block) -> Self {
+        Self {
+            block,
+            _block: PhantomData,
+        }
+    }
+
+    fn block(&self) -> &'a Block {
+        // SAFETY: Alive for 'a.
+        unsafe { &*self.block }
+    }
+
+    /// The page table that the thread started with.
+    pub fn address_space(&self) -> AddressSpace<'a> {
+        let block = self.block();
+        // SAFETY: The block's root is a tree in the block's memory.
+        unsafe { AddressSpace::borrowed(&block.memory, block.root) }
+    }
+
+    /// The page table that CR3 holds.
+    pub fn current_address_space(&self) -> AddressSpace<'a> {
+        let root = Gpa::new(read_cr3() & !(PAGE_BYTES - 1)).unwrap_or(self.block().root);
+        // SAFETY: What is loaded is a tree in the block's memory.
+        unsafe { AddressSpace::borrowed(&self.block().memory, root) }
+    }
+
+    /// What the vCPU did so far; reading it costs no exit.
+    pub fn counters(&self) -> Counters {
+        // SAFETY: The run page is mapped as long as the block lives; the module may write it at any time.
+        unsafe { (&raw const (*self.block().run).counters).read_volatile() }
+    }
+}
+
+/// Why a thread cannot go on; stored in the block for the host loop's report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Fatal {
+    TooDeep = 1,
+    Window = 2,
+    DoubleFault = 3,
+    PageTable = 4,
+    OutOfSlots = 5,
+    OutOfMemory = 6,
+    Vector = 7,
+    HandlerFault = 8,
+}
+
+impl Fatal {
+    pub fn from_raw(raw: u32) -> Option<Self> {
+        [
+            Self::TooDeep,
+            Self::Window,
+            Self::DoubleFault,
+            Self::PageTable,
+            Self::OutOfSlots,
+            Self::OutOfMemory,
+            Self::Vector,
+            Self::HandlerFault,
+        ]
+        .into_iter()
+        .find(|fatal| *fatal as u32 == raw)
+    }
+
+    /// What happened and what to do, in one sentence.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::TooDeep => "exceptions nested deeper than the 8 handler stacks: a handler must not cause the exception that it handles",
+            Self::Window => "exception in libdune's own entry code or on its interrupt stack: the loaded page table must map libdune's memory, and a handler's frame must hold a canonical RIP and valid selectors",
+            Self::DoubleFault => "double fault: the IDT, GDT or interrupt stack was damaged or unmapped",
+            Self::PageTable => "page fault that only the guest's own page table caused, and no handler took it: set a #PF handler or give the page its permissions back",
+            Self::OutOfSlots => "no GPA slot is left for the 1 GiB at this address: the process uses more 1 GiB pieces than the GPA width has slots",
+            Self::OutOfMemory => "no memory for a page-table page",
+            Self::Vector => "no handler for this vector, and Linux has no signal for it",
+            Self::HandlerFault => "exception inside a handler, and no handler took it",
+        }
+    }
+}
+
+/// Decides about an exception. Returns 0 to go on with the frame, or the number of a private VMCALL.
+pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block: *const Block) -> u32 {
+    // SAFETY: The stub passes its frame, which nobody else uses, and the block.
+    let (frame, block) = unsafe { (&mut *frame, &*block) };
+    let fatal = |reason: Fatal| {
+        block.fatal.store(reason as u32, Relaxed);
+        block.reporting.store(1, Relaxed);
+        CALL_FATAL
+    };
+    if block.reporting.load(Relaxed) != 0 {
+        return CALL_FATAL;
+    }
+    match frame.level as u32 {
+        LEVEL_TOO_DEEP => return fatal(Fatal::TooDeep),
+        LEVEL_WINDOW => return fatal(Fatal::Window),
+        LEVEL_DOUBLE_FAULT => return fatal(Fatal::DoubleFault),
+        _ => {}
+    }
+    let (start, end) = stub::stubs();
+    if (start..end).contains(&frame.rip) && !frame.is_cpl3() {
+        return fatal(Fatal::Window);
+    }
+    if frame.vector() == Vector::PF {
+        match fill_leaf(frame, block) {
+            Ok(true) => return 0,
+            Ok(false) => {}
+            Err(error) => {
+                let reason = match error {
+                    PagingError::OutOfSlots(_) => Fatal::OutOfSlots,
+                    PagingError::OutOfMemory(_) => Fatal::OutOfMemory,
+                    _ => Fatal::PageTable,
+                };
+                return fatal(reason);
+            }
+        }
+    }
+    let handler = block.handlers[frame.vector as usize & 0xff].load(Relaxed);
+    if handler != 0 {
+        // SAFETY: Only `set_exception_handler` writes the table, and only functions of this type.
+        let handler = unsafe { core::mem::transmute::<usize, Handler>(handler) };
+        // SAFETY: The block lives as long as the thread is in Dune mode.
+        let thread = unsafe { Thread::new(block) };
+        if handler(frame, &thread) == Outcome::Resume {
+            return 0;
+        }
+    }
+    match default(frame) {
+        Ok(()) => CALL_NATIVE,
+        Err(reason) => fatal(reason),
+    }
+}
+
+/// Fills in the leaf of a GiB that is used for the first time.
+fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
+    const PRESENT: u64 = 1;
+    if frame.error_code & (PRESENT | PAGE_FAULT_HOST_REFUSED) != 0 || frame.cr2 >= USER_END {
+        return Ok(false);
+    }
+    let (Some(gva), Some(root)) = (Gva::new(frame.cr2), Gpa::new(read_cr3() & !(PAGE_BYTES - 1))) else {
+        return Ok(false);
+    };
+    fill(&block.memory, root, gva)
+}
+
+/// The default: Linux raises its signal, from the same instruction executed outside Dune mode.
+///
+/// Only where the instruction would do the same there.
+fn default(frame: &mut TrapFrame) -> Result<(), Fatal> {
+    if frame.level > 0 {
+        return Err(Fatal::HandlerFault);
+    }
+    match frame.vector() {
+        // The breakpoint instructions are behind us: go back to them. An int3 of two bytes (CD 03) is not met.
+        Vector::BP => frame.rip = frame.rip.wrapping_sub(1),
+        Vector::PF if frame.error_code & PAGE_FAULT_HOST_REFUSED == 0 && frame.cr2 < USER_END => {
+            return Err(Fatal::PageTable);
+        }
+        Vector::DE
+        | Vector::DB
+        | Vector::BR
+        | Vector::UD
+        | Vector::NM
+        | Vector::NP
+        | Vector::SS
+        | Vector::GP
+        | Vector::PF
+        | Vector::MF
+        | Vector::AC
+        | Vector::XM => {}
+        _ => return Err(Fatal::Vector),
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What a handler sees of the interrupted program.
+
+use core::fmt;
+
+use crate::abi::PAGE_FAULT_HOST_REFUSED;
+
+/// Registers of the interrupted program. Changes are what it goes on with.
+///
+/// ```text
+/// low   level cr2 r15 … rax   pushed by the stub
+///       vector error          pushed by the stub and the CPU
+/// high  rip cs rflags rsp ss  what IRETQ takes
+/// ```
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrapFrame {
+    /// Handlers that this one interrupted.
+    pub(crate) level: u64,
+    /// CR2 as it was when the exception came: the address of a page fault.
+    pub cr2: u64,
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub rdi: u64,
+    pub rsi: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub rdx: u64,
+    pub rcx: u64,
+    pub rax: u64,
+    pub(crate) vector: u64,
+    /// Error code of the exception, 0 where it has none.
+    pub error_code: u64,
+    pub rip: u64,
+    pub cs: u64,
+    pub rflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+}
+
+impl TrapFrame {
+    /// The exception.
+    pub fn vector(&self) -> Vector {
+        Vector(self.vector as u8)
+    }
+
+    /// How many handlers this one interrupted.
+    pub fn level(&self) -> usize {
+        self.level as usize
+    }
+
+    /// Whether the interrupted code ran at CPL3.
+    pub fn is_cpl3(&self) -> bool {
+        self.cs & 3 == 3
+    }
+
+    /// Page fault: the process itself has no such access there, the guest's page table is not the cause.
+    pub fn host_refused(&self) -> bool {
+        self.vector() == Vector::PF && self.error_code & PAGE_FAULT_HOST_REFUSED != 0
+    }
+}
+
+/// Number of an exception or interrupt, with the SDM's mnemonics.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Vector(pub u8);
+
+macro_rules! vectors {
+    ($($name:ident $number:literal $text:literal,)*) => {
+        impl Vector {
+            $(#[doc = $text]
+            pub const $name: Self = Self($number);)*
+
+            /// The SDM's mnemonic and name, or "vector".
+            pub const fn name(self) -> &'static str {
+                match self.0 {
+                    $($number => concat!("#", stringify!($name), " (", $text, ")"),)*
+                    _ => "vector",
+                }
+            }
+        }
+    };
+}
+
+vectors! {
+    DE 0 "divide error",
+    DB 1 "debug exception",
+    NMI 2 "non-maskable interrupt",
+    BP 3 "breakpoint",
+    OF 4 "overflow",
+    BR 5 "bound range exceeded",
+    UD 6 "invalid opcode",
+    NM 7 "device not available",
+    DF 8 "double fault",
+    TS 10 "invalid TSS",
+    NP 11 "segment not present",
+    SS 12 "stack-segment fault",
+    GP 13 "general protection",
+    PF 14 "page fault",
+    MF 16 "x87 floating-point error",
+    AC 17 "alignment check",
+    MC 18 "machine check",
+    XM 19 "SIMD floating-point exception",
+    VE 20 "virtualization exception",
+    CP 21 "control protection exception",
+}
+
+impl fmt::Debug for Vector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name(), self.0)
+    }
+}
+
+impl fmt::Display for Vector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_sdms() {
+        assert_eq!(Vector::PF.to_string(), "#PF (page fault) 14");
+        assert_eq!(Vector(0x80).to_string(), "vector 128");
+    }
+
+    #[test]
+    fn the_frame_ends_in_what_iretq_takes() {
+        assert_eq!(size_of::<TrapFrame>(), 24 * 8);
+        assert_eq!(core::mem::offset_of!(TrapFrame, rip), 19 * 8);
+        assert_eq!(core::mem::offset_of!(TrapFrame, ss), 23 * 8);
+    }
+}

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Exceptions in Dune mode: taken at CPL0 through the guest's IDT, with no VM exit.
+//!
+//! # Life of an exception
+//!
+//! 1. The CPU pushes onto the IST stack (the red zone of what was interrupted stays whole) and enters a stub
+//!    (`stub.rs`), which finds the block by masking RSP.
+//! 2. The stub takes the nesting level from the *interrupted* RSP: inside handler stack k means level k + 1. No
+//!    counter: a handler that never returns leaves nothing behind.
+//! 3. It builds a [`TrapFrame`] on that level's stack and goes over to it: the IST stack is free again.
+//! 4. FPU state is saved, `dispatch` fills in page-table leaves that were never used, or calls the handler.
+//! 5. FPU state and registers are loaded from the frame, IRETQ.
+
+mod dispatch;
+mod frame;
+mod stub;
+
+pub use dispatch::Handler;
+pub use dispatch::Outcome;
+pub use dispatch::Thread;
+pub use frame::TrapFrame;
+pub use frame::Vector;
+
+pub(crate) use dispatch::Fatal;
+pub(crate) use dispatch::ANCHOR;
+pub(crate) use stub::stubs;
+pub(crate) use stub::STUB_BYTES;

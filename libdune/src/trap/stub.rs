@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The 256 entry points of the IDT, and the way off the IST stack and back.
+//!
+//! # Safety
+//!
+//! Assembly. Between `dune_trap_stubs` and `dune_trap_end` it touches only the block, which every page table maps; a
+//! fault in there is found by `dispatch` and reported. It clobbers nothing: all registers and the whole FPU state
+//! come back from the frame and the save area.
+
+use core::arch::global_asm;
+use core::mem::offset_of;
+
+use super::dispatch::dune_trap_dispatch;
+use super::dispatch::LEVEL_DOUBLE_FAULT;
+use super::dispatch::LEVEL_TOO_DEEP;
+use super::dispatch::LEVEL_WINDOW;
+use crate::abi::IOPL_CPL0;
+use crate::layout;
+use crate::percpu::Block;
+
+/// Distance of the stubs.
+pub(crate) const STUB_BYTES: u64 = 16;
+
+extern "C" {
+    fn dune_trap_stubs();
+    fn dune_trap_end();
+}
+
+/// Addresses of the first stub and of the end of the assembly.
+pub(crate) fn stubs() -> (u64, u64) {
+    (dune_trap_stubs as *const () as u64, dune_trap_end as *const () as u64)
+}
+
+global_asm!(
+    ".pushsection .text.dune_trap, \"ax\", @progbits",
+    ".balign 16",
+    ".hidden dune_trap_stubs",
+    ".globl dune_trap_stubs",
+    "dune_trap_stubs:",
+    ".set dune_vector, 0",
+    ".rept 256",
+    ".balign 16, 0xcc",
+    // #DF #TS #NP #SS #GP #PF #AC #CP #VC #SX have an error code.
+    ".if (dune_vector == 8) || ((dune_vector >= 10) && (dune_vector <= 14)) || (dune_vector == 17) \
+        || (dune_vector == 21) || (dune_vector == 29) || (dune_vector == 30)",
+    ".else",
+    "push 0",
+    ".endif",
+    "push dune_vector",
+    "jmp 20f",
+    ".set dune_vector, dune_vector + 1",
+    ".endr",
+    ".balign 16, 0xcc",
+    // On the IST stack: vector, error code, RIP, CS, RFLAGS, RSP, SS. CR2 is read before anything else can fault.
+    "20:",
+    "push rax",
+    "push rbx",
+    "push rcx",
+    "push rdx",
+    "push rdi",
+    "mov rax, cr2",
+    "cld",
+    "mov rdx, rsp",
+    "mov rbx, rsp",
+    "and rbx, -{block}",
+    // RDX: what is on the IST stack: rdi 0, rdx 8, rcx 16, rbx 24, rax 32, vector 40, error 48, rip 56, cs 64,
+    // rflags 72, rsp 80, ss 88.
+    "cmp dword ptr [rdx + 40], 8",
+    "je 24f",
+    "xor ecx, ecx",
+    "test byte ptr [rdx + 64], 3",
+    "jnz 21f",
+    "mov rdi, [rdx + 80]",
+    "sub rdi, rbx",
+    "cmp rdi, {block}",
+    "jae 21f",
+    "sub rdi, {handlers}",
+    "jb 23f",
+    "shr rdi, {handler_shift}",
+    "lea ecx, [rdi + 1]",
+    "cmp ecx, {levels}",
+    "jae 22f",
+    "21:",
+    "lea rdi, [rcx + 1]",
+    "shl rdi, {handler_shift}",
+    "lea rdi, [rdi + rbx + {handlers}]",
+    "jmp 25f",
+    "22:",
+    "mov ecx, {too_deep}",
+    "jmp 26f",
+    "23:",
+    "mov ecx, {window}",
+    "jmp 26f",
+    "24:",
+    "mov ecx, {double_fault}",
+    "26:",
+    "lea rdi, [rbx + {report}]",
+    // RDI: top of the new stack, RCX: level.
+    "25:",
+    "mov rsp, rdi",
+    "push qword ptr [rdx + 88]",
+    "push qword ptr [rdx + 80]",
+    "push qword ptr [rdx + 72]",
+    "push qword ptr [rdx + 64]",
+    "push qword ptr [rdx + 56]",
+    "push qword ptr [rdx + 48]",
+    "push qword ptr [rdx + 40]",
+    "push qword ptr [rdx + 32]",
+    "push qword ptr [rdx + 16]",
+    "push qword ptr [rdx + 8]",
+    "push qword ptr [rdx + 24]",
+    "push rbp",
+    "push rsi",
+    "push qword ptr [rdx]",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "push rax",
+    "push rcx",
+    "mov rbp, rsp",
+    // The IST stack is free from here on. Compiled code at CPL0 needs its IOPL for SYSCALL.
+    "test byte ptr [rdx + 64], 3",
+    "jz 27f",
+    "pushfq",
+    "or dword ptr [rsp], {iopl}",
+    "popfq",
+    "27:",
+    "sub rsp, [rbx + {fpu_bytes}]",
+    "and rsp, -64",
+    "xor eax, eax",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "je 28f",
+    // XRSTOR wants the header that XSAVE does not write to be zero.
+    "mov [rsp + 512], rax",
+    "mov [rsp + 520], rax",
+    "mov [rsp + 528], rax",
+    "mov [rsp + 536], rax",
+    "mov [rsp + 544], rax",
+    "mov [rsp + 552], rax",
+    "mov [rsp + 560], rax",
+    "mov [rsp + 568], rax",
+    "dec rax",
+    "mov rdx, rax",
+    "xsave64 [rsp]",
+    "jmp 29f",
+    "28:",
+    "fxsave64 [rsp]",
+    "29:",
+    ".hidden dune_trap_handler_part",
+    ".globl dune_trap_handler_part",
+    "dune_trap_handler_part:",
+    "mov rdi, rbp",
+    "mov rsi, rbx",
+    "call {dispatch}",
+    "mov r12d, eax",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "je 30f",
+    "mov rax, -1",
+    "mov rdx, rax",
+    "xrstor64 [rsp]",
+    "jmp 31f",
+    "30:",
+    "fxrstor64 [rsp]",
+    "31:",
+    "mov rsp, rbp",
+    "test r12d, r12d",
+    "jnz 32f",
+    "add rsp, 16",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rbp",
+    "pop rbx",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "add rsp, 16",
+    "iretq",
+    // A private VMCALL that does not come back; RDI: the frame.
+    "32:",
+    "mov eax, r12d",
+    "mov rdi, rbp",
+    "vmcall",
+    "ud2",
+    ".hidden dune_trap_end",
+    ".globl dune_trap_end",
+    "dune_trap_end:",
+    ".popsection",
+    block = const layout::BLOCK_BYTES,
+    handlers = const layout::HANDLERS,
+    handler_shift = const layout::HANDLER_SHIFT,
+    levels = const layout::LEVELS,
+    report = const layout::REPORT_TOP,
+    too_deep = const LEVEL_TOO_DEEP,
+    window = const LEVEL_WINDOW,
+    double_fault = const LEVEL_DOUBLE_FAULT,
+    iopl = const IOPL_CPL0,
+    fpu_bytes = const offset_of!(Block, fpu_bytes),
+    has_xsave = const offset_of!(Block, has_xsave),
+    dispatch = sym dune_trap_dispatch,
+);

@@ -31,7 +31,6 @@ use crate::abi::CALL_NATIVE;
 use crate::abi::PRIVATE_CALLS;
 use crate::sys;
 use crate::sys::SigAction;
-use crate::syscall;
 use crate::trap::TrapFrame;
 
 const CALLS: [i64; 11] = [
@@ -142,18 +141,6 @@ fn sync(context: &HostContext) -> Result<RunPage, i32> {
     }
 }
 
-/// Bytes of a VMCALL.
-const VMCALL_BYTES: u64 = 3;
-
-/// Where the guest goes on after the system call it is in: RIP and RFLAGS.
-fn resume_point(run: &RunPage) -> (u64, u64) {
-    if run.rip == syscall::vmcall() {
-        (run.gprs.rcx, run.gprs.r11)
-    } else {
-        (run.rip + VMCALL_BYTES, run.rflags)
-    }
-}
-
 /// Offsets into `struct clone_args`, in words.
 const CLONE_ARGS_STACK: usize = 5;
 const CLONE_ARGS_STACK_SIZE: usize = 6;
@@ -163,8 +150,8 @@ const CLONE_ARGS_SIZE_VER0: u64 = 64;
 /// fork, vfork, clone, clone3. The child pops its registers from where its RSP points and never sees Dune mode.
 fn clone(context: &mut HostContext, number: i64, gprs: &Gprs) -> Result<Action, i32> {
     let run = sync(context)?;
-    let (rip, rflags) = resume_point(&run);
-    let mut registers = Registers::new(gprs, rip, run.gprs.rsp, rflags);
+    // The module has moved the guest behind its call: RIP and RFLAGS are where it goes on.
+    let mut registers = Registers::new(gprs, run.rip, run.gprs.rsp, run.rflags);
     registers.rax = 0;
     context.call = [number as u64, gprs.rdi, gprs.rsi, gprs.rdx, gprs.r10, gprs.r8, gprs.r9];
     let top = match number {

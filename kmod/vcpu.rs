@@ -34,6 +34,8 @@ use crate::vmx::vmcs::CurrentVmcs;
 use crate::vmx::vmcs::Loaded;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
+use core::mem::offset_of;
+use core::mem::size_of;
 use core::ptr::addr_of;
 use core::ptr::addr_of_mut;
 use core::sync::atomic::Ordering::Relaxed;
@@ -50,8 +52,6 @@ pub(crate) struct Injection {
     pub(crate) info: InterruptionInfo,
     pub(crate) error_code: u32,
     pub(crate) instruction_len: u32,
-    /// For a #DB: bits of DR6.
-    pub(crate) dr6: Option<u64>,
 }
 
 /// What the next window writes before it enters.
@@ -163,11 +163,13 @@ impl Vcpu {
         unsafe { addr_of_mut!((*self.run_ptr()).gprs).write_volatile(*gprs) };
     }
 
-    /// Adds to a counter of the run page.
-    pub(crate) fn count(&self, field: impl FnOnce(*mut abi::Counters) -> *mut u64, n: u64) {
-        // SAFETY: The page is there; `field` gives a field of it. What user space writes there is its own loss.
+    /// Adds to the counter of the run page at that offset in [`abi::Counters`].
+    #[inline]
+    pub(crate) fn count(&self, offset: usize, n: u64) {
+        assert!(offset % 8 == 0 && offset < size_of::<abi::Counters>());
+        // SAFETY: The page is there, and the counter inside. What user space writes there is its own loss.
         unsafe {
-            let p = field(addr_of_mut!((*self.run_ptr()).counters));
+            let p = addr_of_mut!((*self.run_ptr()).counters).cast::<u64>().add(offset / 8);
             p.write_volatile(p.read_volatile().wrapping_add(n));
         }
     }
@@ -183,13 +185,18 @@ impl Vcpu {
             info: InterruptionInfo::hardware_exception(vector, error_code),
             error_code: error_code.unwrap_or(0),
             instruction_len: 0,
-            dr6: None,
         });
     }
 
     /// The next entry delivers that event.
     pub(crate) fn inject(&mut self, injection: Injection) {
         self.next.injection = Some(injection);
+    }
+
+    /// The last entry failed: what it was to deliver may still stand in the VMCS.
+    pub(crate) fn drop_injection(&mut self) {
+        self.next.injection = None;
+        self.next.clear_injection = true;
     }
 
     pub(crate) fn lstar(&self) -> u64 {
@@ -228,7 +235,7 @@ impl Vcpu {
             let flow = match self.enter_once(space) {
                 Window::Exited(info) => exit::handle(self, space, &info)?,
                 Window::Failed { instruction_error } => {
-                    self.next.clear_injection = true;
+                    self.drop_injection();
                     Flow::User(abi::Exit { kind: abi::EXIT_FAIL_ENTRY, instruction_error, ..Default::default() })
                 }
                 // A CPU that goes offline: the scheduler is about to move this thread.
@@ -325,8 +332,7 @@ impl Vcpu {
                 info: event_info,
                 error_code: event.error_code,
                 instruction_len: event.instruction_len,
-                dr6: None,
-            });
+                });
         }
         // SAFETY: As above.
         unsafe { addr_of_mut!((*run).dirty).write_volatile(0) };
@@ -404,7 +410,7 @@ impl Vcpu {
         };
         let moved = moved || self.host.is_new();
         self.host.refresh(&mut vmcs, moved, &irq);
-        self.write_next(&mut vmcs, &irq);
+        self.write_next(&mut vmcs);
 
         // From here on an invalidation interrupts this CPU.
         if space.ept.translations.enter(&irq) {
@@ -432,7 +438,10 @@ impl Vcpu {
         }
         self.host.restore_after_exit(&irq);
         let info = ExitInfo::read(&mut vmcs, self.soft.syscall_vmcall, self.run_ptr());
-        self.count_exit(&info, &vmcs, moved);
+        self.count_exit(&info, &vmcs);
+        if !info.is_entry_failure() {
+            self.vmcs.entry.launched.store(1, Relaxed);
+        }
         if info.is_nmi() {
             enter::handle_nmi(&irq);
         } else if info.is_machine_check() {
@@ -456,7 +465,7 @@ impl Vcpu {
 
     /// Writes what earlier exits, or user space, left for this entry.
     #[inline]
-    fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) {
+    fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         if let Some(rip) = self.next.rip.take() {
             vmcs.write(guest::RIP, rip);
         }
@@ -467,9 +476,6 @@ impl Vcpu {
             }
             if injection.info.is_software() {
                 vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, injection.instruction_len.into());
-            }
-            if let Some(dr6) = injection.dr6 {
-                regs::set_dr6(dr6, irq);
             }
         } else if self.next.clear_injection {
             vmcs.write(control::ENTRY_INTERRUPTION_INFO, 0);
@@ -483,7 +489,7 @@ impl Vcpu {
         if result.is_err() {
             pr_err!("INVEPT failed\n");
         }
-        self.count(|c| unsafe { addr_of_mut!((*c).invept) }, 1);
+        self.count(offset_of!(abi::Counters, invept), 1);
     }
 
     fn flush_vpid(&self) {
@@ -495,23 +501,23 @@ impl Vcpu {
         if result.is_err() {
             pr_err!("INVVPID failed\n");
         }
-        self.count(|c| unsafe { addr_of_mut!((*c).invvpid) }, 1);
-        self.count(|c| unsafe { addr_of_mut!((*c).migrations) }, 1);
+        self.count(offset_of!(abi::Counters, invvpid), 1);
+        self.count(offset_of!(abi::Counters, migrations), 1);
     }
 
-    fn count_exit(&self, info: &ExitInfo, vmcs: &CurrentVmcs<'_>, _moved: bool) {
+    fn count_exit(&self, info: &ExitInfo, vmcs: &CurrentVmcs<'_>) {
         let reason = (info.basic_reason() as usize).min(abi::EXIT_REASONS - 1);
-        self.count(|c| unsafe { addr_of_mut!((*c).exits[reason]) }, 1);
+        self.count(offset_of!(abi::Counters, exits) + 8 * reason, 1);
         if !info.is_entry_failure() {
-            self.count(|c| unsafe { addr_of_mut!((*c).entries) }, 1);
+            self.count(offset_of!(abi::Counters, entries), 1);
         }
         if cfg!(dune_count_ops) {
             let ops = vmcs.ops;
-            self.count(|c| unsafe { addr_of_mut!((*c).vmreads) }, ops.vmreads);
-            self.count(|c| unsafe { addr_of_mut!((*c).vmwrites) }, ops.vmwrites);
-            self.count(|c| unsafe { addr_of_mut!((*c).rdmsrs) }, ops.rdmsrs);
+            self.count(offset_of!(abi::Counters, vmreads), ops.vmreads);
+            self.count(offset_of!(abi::Counters, vmwrites), ops.vmwrites);
+            self.count(offset_of!(abi::Counters, rdmsrs), ops.rdmsrs);
             // LSTAR, in and out.
-            self.count(|c| unsafe { addr_of_mut!((*c).wrmsrs) }, ops.wrmsrs + 2);
+            self.count(offset_of!(abi::Counters, wrmsrs), ops.wrmsrs + 2);
         }
     }
 }

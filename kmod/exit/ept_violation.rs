@@ -5,6 +5,7 @@
 use super::ExitInfo;
 use super::Flow;
 use crate::abi;
+use crate::abi::Counters;
 use crate::arch::addr::Gpa;
 use crate::arch::addr::Hva;
 use crate::arch::exit::EptViolation;
@@ -13,7 +14,7 @@ use crate::ept::fault::Effort;
 use crate::ept::fault::Fault;
 use crate::space::Space;
 use crate::vcpu::Vcpu;
-use core::ptr::addr_of_mut;
+use core::mem::offset_of;
 use kernel::prelude::*;
 
 pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
@@ -24,11 +25,11 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     let access = Access { write: violation.write(), execute: violation.execute() };
     let mut effort = Effort::default();
     let fault = space.ept.fault(space.mm, gpa, access, &mut effort);
-    vcpu.count(|c| unsafe { addr_of_mut!((*c).mm_faults) }, effort.mm_faults);
-    vcpu.count(|c| unsafe { addr_of_mut!((*c).retries) }, effort.retries);
+    vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
+    vcpu.count(offset_of!(Counters, retries), effort.retries);
     match fault? {
-        Fault::Mapped { large: false } => vcpu.count(|c| unsafe { addr_of_mut!((*c).ept_4k) }, 1),
-        Fault::Mapped { large: true } => vcpu.count(|c| unsafe { addr_of_mut!((*c).ept_2m) }, 1),
+        Fault::Mapped { large: false } => vcpu.count(offset_of!(Counters, ept_4k), 1),
+        Fault::Mapped { large: true } => vcpu.count(offset_of!(Counters, ept_2m), 1),
         Fault::TryAgain => {}
         Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, hva)),
         Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, hva)),

@@ -21,7 +21,6 @@ pub(super) fn redeliver(vcpu: &mut Vcpu, info: &ExitInfo) {
                 info: event,
                 error_code: info.idt_vectoring_error_code,
                 instruction_len: info.instruction_len,
-                dr6: None,
             });
         }
     }
@@ -40,15 +39,8 @@ pub(super) fn handle_exception(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
             Flow::Resume
         }
         (EventKind::HardwareException, vector::DB) => {
-            // Reserved bits of DR6 that read as 1 (SDM, "Debug Status Register (DR6)").
-            const DR6_FIXED_1: u64 = 0xffff_0ff0;
-            const DR6_QUALIFIED: u64 = 0x0000_600f;
-            vcpu.inject(Injection {
-                info: InterruptionInfo::hardware_exception(vector::DB, None),
-                error_code: 0,
-                instruction_len: 0,
-                dr6: Some(DR6_FIXED_1 | info.qualification & DR6_QUALIFIED),
-            });
+            // DR6 is not told: it is the host's, and the guest cannot read it (MOV DR is refused).
+            vcpu.inject_exception(vector::DB, None);
             Flow::Resume
         }
         (EventKind::PrivilegedSoftwareException, vector::DB) => {
@@ -57,7 +49,6 @@ pub(super) fn handle_exception(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
                 info: InterruptionInfo::event(EventKind::PrivilegedSoftwareException, vector::DB, false),
                 error_code: 0,
                 instruction_len: info.instruction_len,
-                dr6: None,
             });
             Flow::Resume
         }

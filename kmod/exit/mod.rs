@@ -157,6 +157,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     use ExitReason as R;
 
     if info.is_entry_failure() {
+        vcpu.drop_injection();
         return Ok(Flow::User(info.report(abi::EXIT_FAIL_ENTRY)));
     }
     if info.is_syscall {

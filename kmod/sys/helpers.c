@@ -503,11 +503,6 @@ void dune_set_dr7(unsigned long v)
 	set_debugreg(v, 7);
 }
 
-void dune_set_dr6(unsigned long v)
-{
-	set_debugreg(v, 6);
-}
-
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {
 	return rdmsrl_safe(msr, value);

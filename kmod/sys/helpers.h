@@ -113,7 +113,6 @@ unsigned long dune_tss_base(void);
 void dune_tss_limit_invalidate(void);
 unsigned long dune_cpu_dr7(void);
 void dune_set_dr7(unsigned long v);
-void dune_set_dr6(unsigned long v);
 int dune_rdmsr_safe(u32 msr, u64 *value);
 int dune_wrmsr_safe(u32 msr, u64 value);
 u64 dune_xcr0(void);

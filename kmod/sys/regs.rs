@@ -113,12 +113,6 @@ pub(crate) fn restore_dr7(_: &IrqOff) {
     }
 }
 
-/// DR6, for a #DB that is given back to the guest; Linux clears it in its own handler.
-pub(crate) fn set_dr6(v: u64, _: &IrqOff) {
-    // SAFETY: Bits that the CPU itself reported.
-    unsafe { bindings::dune_set_dr6(v as _) };
-}
-
 /// Reads an MSR that may not exist. EIO.
 pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     let mut v = 0;

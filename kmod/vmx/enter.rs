@@ -7,7 +7,6 @@ use crate::abi;
 use crate::sys::bindings;
 use crate::sys::cpu::IrqOff;
 use core::mem::offset_of;
-use core::sync::atomic::Ordering::Relaxed;
 
 // vmenter.h says the same as abi.rs.
 const _: () = {
@@ -64,10 +63,7 @@ pub(crate) unsafe fn enter(run: *mut abi::RunPage, entry: &Entry, _: &IrqOff) ->
     // SAFETY: By the caller.
     let result = unsafe { bindings::dune_guest_enter(run.cast(), entry_ptr.cast_mut().cast()) };
     match result as u32 {
-        bindings::DUNE_ENTER_EXIT => {
-            entry.launched.store(1, Relaxed);
-            Entered::Exit
-        }
+        bindings::DUNE_ENTER_EXIT => Entered::Exit,
         bindings::DUNE_ENTER_FAIL_VALID => Entered::FailValid,
         _ => Entered::NoVmx,
     }

@@ -99,6 +99,18 @@ impl Initramfs {
         Ok(fs)
     }
 
+    /// Adds the module, if any, and the programs of this project that are built.
+    pub fn add_built(&mut self, module: Option<&Path>) -> Result<()> {
+        if let Some(path) = module {
+            self.add_file("lib/modules/dune.ko", path)?;
+        }
+        for program in paths::programs() {
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            self.add_program(&format!("usr/bin/{name}"), &program)?;
+        }
+        Ok(())
+    }
+
     /// Adds a program under `guest_path` with everything it needs to run.
     pub fn add_program(&mut self, guest_path: &str, program: &Path) -> Result<()> {
         self.add_file(guest_path, program)?;

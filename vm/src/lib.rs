@@ -12,4 +12,5 @@ pub mod ktap;
 pub mod machine;
 pub mod matrix;
 pub mod paths;
+pub mod suite;
 pub mod verdict;

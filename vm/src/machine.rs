@@ -51,7 +51,7 @@ pub struct Job {
     pub command: String,
     /// Who runs it: `root`, `tester` or `outsider`.
     pub user: String,
-    /// When the machine is stopped, counted from its start.
+    /// When the machine is stopped, counted from the start of the command.
     pub timeout: Duration,
 }
 
@@ -72,6 +72,8 @@ pub enum End {
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub end: End,
+    /// The token of this run.
+    pub token: String,
     /// The program's exit status, when its frame arrived.
     pub status: Option<i32>,
     /// The exit status of `dune-unload`, when it ran.
@@ -91,6 +93,9 @@ pub struct Outcome {
 
 /// How often the serial lines are looked at.
 const POLL: Duration = Duration::from_millis(20);
+/// How long a machine may take to start the command, and to end after it: fifty
+/// times what it takes on an idle host.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a panicking kernel may go on printing.
 const PANIC_GRACE: Duration = Duration::from_secs(3);
 
@@ -178,7 +183,11 @@ pub fn run(
         if stopped {
             break End::EmulatorStopped;
         }
-        if started.elapsed() > job.timeout {
+        let allowed = match (frames.begun, frames.status) {
+            (Some(begun), None) => begun.elapsed() < job.timeout,
+            _ => started.elapsed() < BOOT_TIMEOUT + job.timeout,
+        };
+        if !allowed {
             break End::TimedOut;
         }
     };
@@ -196,6 +205,7 @@ pub fn run(
         .collect();
     Ok(Outcome {
         end,
+        token,
         status: frames.status,
         unload: frames.unload,
         output: frames.output,
@@ -397,6 +407,8 @@ impl Follower {
 struct Frames {
     prefix: String,
     started: Instant,
+    /// When the command was started.
+    begun: Option<Instant>,
     section: Section,
     output: String,
     /// A line of output is held back until the next one comes, because a frame
@@ -423,6 +435,7 @@ impl Frames {
         Self {
             prefix: format!("@dune {token} "),
             started: Instant::now(),
+            begun: None,
             section: Section::Before,
             output: String::new(),
             held: None,
@@ -445,7 +458,10 @@ impl Frames {
             let seconds = self.started.elapsed().as_secs_f64();
             self.times.push_str(&format!("{frame} {seconds:.1} s, "));
             match word {
-                "begin" => self.section = Section::Output,
+                "begin" => {
+                    self.begun = Some(Instant::now());
+                    self.section = Section::Output;
+                }
                 "status" => {
                     self.status = number;
                     self.section = Section::Between;

@@ -17,7 +17,10 @@ use dune_vm::image::Initramfs;
 use dune_vm::machine;
 use dune_vm::machine::Job;
 use dune_vm::machine::Machine;
+use dune_vm::matrix;
 use dune_vm::paths;
+use dune_vm::suite;
+use dune_vm::suite::Options;
 use dune_vm::verdict;
 
 /// Exit status for a machine that misbehaved, whatever its program said.
@@ -34,6 +37,17 @@ struct Cli {
 enum Action {
     /// Boot, run a command, bring its output and exit status back.
     Boot(BootArgs),
+    /// Host tests, checks and the matrix of machines.
+    Test {
+        /// The full matrix and the long suites.
+        #[arg(long)]
+        long: bool,
+        /// Only the machines whose name holds this.
+        #[arg(long = "row")]
+        rows: Vec<String>,
+    },
+    /// List the machines of the matrix.
+    Rows,
     /// Boot into an interactive root shell on this terminal.
     Shell(MachineArgs),
 }
@@ -98,6 +112,16 @@ fn main() -> ExitCode {
     let result = match Cli::parse().action {
         Action::Boot(arguments) => boot(&arguments),
         Action::Shell(arguments) => shell(&arguments),
+        Action::Test { long, rows } => test(long, rows),
+        Action::Rows => {
+            for row in matrix::rows(true) {
+                println!(
+                    "{:34} {:6?} {:5} {:26} {} CPU(s) {}",
+                    row.name, row.when, row.kernel, row.cpu_model, row.cpus, row.command
+                );
+            }
+            Ok(0)
+        }
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -155,6 +179,12 @@ fn boot(arguments: &BootArgs) -> Result<u8> {
     Ok(outcome.status.unwrap_or(i32::from(STATUS_MACHINE)) as u8)
 }
 
+fn test(long: bool, rows: Vec<String>) -> Result<u8> {
+    let sum = suite::run(&Options { long, rows })?;
+    println!("{}", sum.line());
+    Ok(u8::from(sum.failed != 0 || sum.passed == 0))
+}
+
 fn shell(arguments: &MachineArgs) -> Result<u8> {
     let (machine, files) = prepare(arguments)?;
     machine::shell(&machine, files)?;
@@ -180,13 +210,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         None if arguments.no_load || !paths::has_module() => None,
         None => Some(paths::module(&arguments.kernel)?),
     };
-    if let Some(path) = &module {
-        files.add_file("lib/modules/dune.ko", path)?;
-    }
-    for program in paths::programs() {
-        let name = program.file_name().unwrap_or_default().to_string_lossy();
-        files.add_program(&format!("usr/bin/{name}"), &program)?;
-    }
+    files.add_built(module.as_deref())?;
     for entry in &arguments.files {
         let (host, guest) = match entry.split_once(':') {
             Some((host, guest)) => (PathBuf::from(host), guest.to_string()),

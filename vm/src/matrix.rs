@@ -1,2 +1,211 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The table of machines.
+//! The table of machines that `make test` and `make test-long` go through.
+
+/// When a row is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    Always,
+    Long,
+}
+
+/// What a row must come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// All results arrived, none failed, the machine and its log are clean.
+    Green,
+    /// The harness' own tests: exactly one fault for each text, which holds it.
+    Red(&'static [&'static str]),
+}
+
+/// One boot of one machine.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub name: String,
+    pub when: When,
+    pub kernel: &'static str,
+    pub cpu_model: &'static str,
+    pub cpus: u32,
+    pub gpa_bits: Option<u32>,
+    /// Whether init inserts the module.
+    pub load: bool,
+    pub command: &'static str,
+    pub timeout_s: u64,
+    pub expect: Expect,
+}
+
+const HASWELL: &str = "corei7_haswell_4770";
+const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
+
+const SHORT: &str = "dune-tests run --suite short";
+const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";
+const SHORT_LONG_DEBUG: &str = "dune-tests run --suite short --suite long --suite debug";
+const DEBUG: &str = "dune-tests run --suite debug";
+const NO_VMX: &str = "dune-tests run --suite no-vmx";
+
+/// All rows, the slowest first, so that two workers end at about the same time.
+pub fn rows(long: bool) -> Vec<Row> {
+    let mut rows = Vec::new();
+    if long {
+        rows.extend(full_product());
+    }
+    // Machines on which Dune runs.
+    rows.push(Row {
+        cpus: 2,
+        ..green("haswell-2cpu", HASWELL, SHORT)
+    });
+    rows.push(Row {
+        kernel: "debug",
+        timeout_s: 400,
+        ..green("debug-kernel", HASWELL, DEBUG)
+    });
+    rows.push(green("haswell", HASWELL, SHORT));
+    rows.push(Row {
+        gpa_bits: Some(36),
+        ..green("sandy-bridge-36bit", SANDY_BRIDGE, SHORT)
+    });
+    rows.push(green("no-unrestricted-guest", "corei5_lynnfield_750", SHORT));
+    // Machines on which it does not, and says so.
+    for (name, model) in [("no-vmx", "p4_prescott_celeron_336"), ("no-ept", "core2_penryn_t9600")] {
+        rows.push(Row {
+            load: false,
+            ..green(name, model, NO_VMX)
+        });
+    }
+    // The harness' own tests. None needs the module.
+    for (name, timeout_s, command, faults) in SELF_TESTS {
+        rows.push(Row {
+            load: false,
+            timeout_s: *timeout_s,
+            expect: Expect::Red(faults),
+            ..green(name, HASWELL, command)
+        });
+    }
+    rows
+}
+
+type SelfTest = (&'static str, u64, &'static str, &'static [&'static str]);
+
+const SELF_TESTS: &[SelfTest] = &[
+    (
+        "self-failing-tests",
+        60,
+        "dune-tests run --only harness_passes,harness_fails,harness_panics,harness_exits_early,harness_hangs",
+        &["harness_fails", "harness_panics", "harness_exits_early", "harness_hangs", "ended with status 1"],
+    ),
+    (
+        "self-hanging-machine",
+        10,
+        "dune-tests run --only harness_hangs_the_machine",
+        &["was stopped after", "1 results were planned, 0 arrived", "token"],
+    ),
+    (
+        "self-oops",
+        60,
+        "dune-tests run --only harness_oopses_the_kernel",
+        &[
+            "the guest's kernel panicked",
+            "sysrq triggered crash",
+            "1 results were planned, 0 arrived",
+            "token",
+        ],
+    ),
+    (
+        "self-missing-result",
+        60,
+        "DUNE_TESTS_STOP_AFTER=1 dune-tests run --only harness_passes,tester_is_unprivileged_and_in_the_group",
+        &["2 results were planned, 1 arrived", "token"],
+    ),
+    (
+        "self-stale-token",
+        60,
+        "dune_token=0123456789abcdef dune-tests run --only harness_passes",
+        &["token"],
+    ),
+    (
+        "self-warning-in-log",
+        60,
+        "echo '<6>WARNING: on purpose' >/dev/kmsg; dune-tests run --only harness_passes",
+        &["WARNING: on purpose"],
+    ),
+    (
+        "self-program-fails",
+        60,
+        "dune-tests run --only harness_passes; exit 3",
+        &["ended with status 3"],
+    ),
+];
+
+fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
+    Row {
+        name: name.to_string(),
+        when: When::Always,
+        kernel: "test",
+        cpu_model,
+        cpus: 1,
+        gpa_bits: None,
+        load: true,
+        command,
+        timeout_s: 300,
+        expect: Expect::Green,
+    }
+}
+
+/// 2 models × 1, 2 CPUs × 36, 40 bits of guest-physical address × 2 kernels.
+fn full_product() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for kernel in ["debug", "test"] {
+        for (short_name, cpu_model) in [("haswell", HASWELL), ("sandy-bridge", SANDY_BRIDGE)] {
+            for cpus in [2, 1] {
+                for bits in [36, 40] {
+                    let command = if kernel == "debug" {
+                        SHORT_LONG_DEBUG
+                    } else {
+                        SHORT_AND_LONG
+                    };
+                    rows.push(Row {
+                        when: When::Long,
+                        kernel,
+                        cpus,
+                        gpa_bits: Some(bits),
+                        timeout_s: 3600,
+                        ..green(
+                            &format!("long-{short_name}-{cpus}cpu-{bits}bit-{kernel}"),
+                            cpu_model,
+                            command,
+                        )
+                    });
+                }
+            }
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::rows;
+    use super::Expect;
+
+    #[test]
+    fn names_are_unique() {
+        let rows = rows(true);
+        let names: BTreeSet<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names.len(), rows.len());
+    }
+
+    #[test]
+    fn long_is_short_and_sixteen_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 16);
+    }
+
+    #[test]
+    fn every_red_row_says_why() {
+        for row in rows(true) {
+            if let Expect::Red(faults) = row.expect {
+                assert!(!faults.is_empty(), "{}", row.name);
+            }
+        }
+    }
+}

@@ -55,6 +55,11 @@ pub fn module(name: &str) -> Result<PathBuf> {
     script_answer("module", name)
 }
 
+/// Where `scripts/module` puts the module of the kernel `name`.
+pub fn built_module(name: &str) -> PathBuf {
+    target_dir().join("kmod").join(name).join("dune.ko")
+}
+
 /// Whether the tree has a module to build.
 pub fn has_module() -> bool {
     root().join("Kbuild").is_file()

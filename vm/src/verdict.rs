@@ -137,6 +137,7 @@ mod tests {
     fn clean() -> Outcome {
         Outcome {
             end: End::Complete,
+            token: String::new(),
             status: Some(0),
             unload: Some(0),
             output: String::new(),

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `make test`: the parts, the matrix, one sum.
+
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+
+use crate::image::Initramfs;
+use crate::ktap::Report;
+use crate::ktap::Status;
+use crate::machine;
+use crate::machine::Job;
+use crate::machine::Machine;
+use crate::machine::Outcome;
+use crate::matrix;
+use crate::matrix::Expect;
+use crate::matrix::Row;
+use crate::paths;
+use crate::verdict;
+
+/// How many machines run at a time.
+const WORKERS: usize = 2;
+
+/// Sums over everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sum {
+    pub passed: usize,
+    pub failed: usize,
+    pub skipped: usize,
+}
+
+impl Sum {
+    fn add(&mut self, other: Sum) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
+    /// The closing line of `make test`.
+    pub fn line(&self) -> String {
+        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// One finished row.
+struct Finished {
+    row: Row,
+    report: Report,
+    sum: Sum,
+}
+
+/// What to run.
+pub struct Options {
+    pub long: bool,
+    /// Only rows whose name holds one of these; empty for all.
+    pub rows: Vec<String>,
+}
+
+/// Runs all parts and returns the sum.
+pub fn run(options: &Options) -> Result<Sum> {
+    let mut total = Sum::default();
+    let only_rows = !options.rows.is_empty();
+    if !only_rows {
+        total.add(part("host tests", host_tests)?);
+        total.add(part("check", || command_part("check", Command::new("scripts/check")))?);
+    }
+    let rows: Vec<Row> = matrix::rows(options.long)
+        .into_iter()
+        .filter(|row| !only_rows || options.rows.iter().any(|name| row.name.contains(name.as_str())))
+        .collect();
+    total.add(part("kernels and modules", || build(&rows))?);
+    total.add(part("machines", || machines(rows.clone()))?);
+    Ok(total)
+}
+
+/// Runs a part, prints its name and its time.
+fn part(name: &str, run: impl FnOnce() -> Result<Sum>) -> Result<Sum> {
+    println!("== {name}");
+    let started = Instant::now();
+    let sum = run().with_context(|| name.to_string())?;
+    println!("== {name}: {}, {} s", sum.line(), started.elapsed().as_secs());
+    Ok(sum)
+}
+
+/// A command that counts as one test.
+fn command_part(name: &str, mut command: Command) -> Result<Sum> {
+    let status = command
+        .current_dir(paths::root())
+        .status()
+        .with_context(|| format!("running {name}"))?;
+    Ok(Sum {
+        passed: usize::from(status.success()),
+        failed: usize::from(!status.success()),
+        skipped: 0,
+    })
+}
+
+fn host_tests() -> Result<Sum> {
+    let output = Command::new("cargo")
+        .args(["test", "--workspace", "--no-fail-fast", "--color", "never"])
+        .current_dir(paths::root())
+        .stderr(std::process::Stdio::piped())
+        .output()
+        .context("running cargo test")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut sum = cargo_sum(&text);
+    if !output.status.success() {
+        println!("{}{}", String::from_utf8_lossy(&output.stderr), text);
+        // It may have failed before any test could.
+        sum.failed = sum.failed.max(1);
+    }
+    Ok(sum)
+}
+
+/// Adds up cargo's `test result:` lines.
+fn cargo_sum(text: &str) -> Sum {
+    let mut sum = Sum::default();
+    for line in text.lines().filter(|line| line.starts_with("test result:")) {
+        for field in line.split([';', '.']) {
+            let mut words = field.split_whitespace();
+            let (Some(Ok(number)), Some(word)) = (words.next().map(str::parse::<usize>), words.next()) else {
+                continue;
+            };
+            match word {
+                "passed" => sum.passed += number,
+                "failed" => sum.failed += number,
+                "ignored" => sum.skipped += number,
+                _ => {}
+            }
+        }
+    }
+    sum
+}
+
+/// Builds every kernel and module that the rows need, before any clock runs.
+fn build(rows: &[Row]) -> Result<Sum> {
+    for kernel in ["test", "debug", "bench"] {
+        let mut users = rows.iter().filter(|row| row.kernel == kernel).peekable();
+        if users.peek().is_some() {
+            paths::kernel_tree(kernel)?;
+        }
+        if users.any(|row| row.expect == Expect::Green) {
+            paths::module(kernel)?;
+        }
+    }
+    Ok(Sum::default())
+}
+
+fn machines(rows: Vec<Row>) -> Result<Sum> {
+    let queue = Mutex::new(VecDeque::from(rows));
+    let finished: Mutex<Vec<Finished>> = Mutex::new(Vec::new());
+    let error: Mutex<Option<anyhow::Error>> = Mutex::new(None);
+    thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| loop {
+                let Some(row) = lock(&queue).pop_front() else {
+                    return;
+                };
+                match run_row(row) {
+                    Ok(result) => lock(&finished).push(result),
+                    Err(problem) => {
+                        *lock(&error) = Some(problem);
+                        lock(&queue).clear();
+                    }
+                }
+            });
+        }
+    });
+    if let Some(problem) = lock(&error).take() {
+        return Err(problem);
+    }
+    let finished = finished.into_inner().unwrap_or_else(|poison| poison.into_inner());
+    let mut sum = Sum::default();
+    for result in &finished {
+        sum.add(result.sum);
+    }
+    for name in skipped_everywhere(&finished) {
+        println!("not ok {name}: skipped on every machine");
+        sum.failed += 1;
+    }
+    Ok(sum)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// Tests that no machine of the matrix ran.
+fn skipped_everywhere(finished: &[Finished]) -> Vec<String> {
+    let mut ran: BTreeMap<&str, bool> = BTreeMap::new();
+    for result in finished.iter().filter(|f| f.row.expect == Expect::Green) {
+        for test in &result.report.results {
+            let here = !matches!(test.status, Status::Skipped(_));
+            *ran.entry(&test.name).or_default() |= here;
+        }
+    }
+    ran.into_iter()
+        .filter(|(_, here)| !here)
+        .map(|(name, _)| name.to_string())
+        .collect()
+}
+
+fn run_row(row: Row) -> Result<Finished> {
+    let kernel_tree = paths::kernel_tree(row.kernel)?;
+    let mut files = Initramfs::base(&kernel_tree)?;
+    let module = Some(paths::built_module(row.kernel)).filter(|path| path.is_file());
+    files.add_built(module.as_deref())?;
+    let parameters = row.gpa_bits.map(|bits| format!("gpa_bits={bits}"));
+    let machine = Machine {
+        kernel_tree,
+        cpu_model: row.cpu_model.to_string(),
+        cpus: row.cpus,
+        memory_mib: 2048,
+        append: String::new(),
+        module_parameters: row.load.then(|| parameters.into_iter().collect()),
+    };
+    let job = Job {
+        command: row.command.to_string(),
+        user: "root".to_string(),
+        timeout: Duration::from_secs(row.timeout_s),
+    };
+    let outcome = machine::run(&machine, files, &job, &mut |_| {})?;
+    let report = Report::parse(&outcome.output);
+    let faults = faults(&outcome, &report);
+    let (sum, text) = judge(&row, &outcome, &report, &faults);
+    print!("{text}");
+    Ok(Finished { row, report, sum })
+}
+
+/// All that keeps a row from being green.
+fn faults(outcome: &Outcome, report: &Report) -> Vec<String> {
+    let mut faults = verdict::problems(outcome);
+    for result in report.results.iter().filter(|r| r.status == Status::Failed) {
+        faults.push(format!("not ok {}", result.name));
+    }
+    faults.extend(report.defects());
+    let closing = format!("# dune-tests end {}", outcome.token);
+    if !outcome.output.lines().any(|line| line == closing) {
+        faults.push("the token did not come back at the end".to_string());
+    }
+    if let Some(status) = outcome.status.filter(|status| *status != 0) {
+        faults.push(format!("the program ended with status {status}"));
+    }
+    faults
+}
+
+/// Counts a row and words its report. The row itself counts as one test.
+fn judge(row: &Row, outcome: &Outcome, report: &Report, faults: &[String]) -> (Sum, String) {
+    let seconds = outcome.elapsed.as_secs_f64();
+    match row.expect {
+        Expect::Green => {
+            let (passed, failed, skipped) = report.counts();
+            // Faults of the row itself are those that are no test's.
+            let own = faults.len() > failed;
+            let sum = Sum {
+                passed: passed + usize::from(!own),
+                failed: failed + usize::from(own),
+                skipped,
+            };
+            let mut text = format!(
+                "{} {}: {}, {seconds:.0} s\n",
+                if faults.is_empty() { "ok" } else { "not ok" },
+                row.name,
+                sum.line()
+            );
+            for result in &report.results {
+                if let Status::Skipped(reason) = &result.status {
+                    text.push_str(&format!("    skipped {}: {reason}\n", result.name));
+                }
+            }
+            if !faults.is_empty() {
+                for fault in faults {
+                    text.push_str(&format!("    {fault}\n"));
+                }
+                for line in interesting(&outcome.output) {
+                    text.push_str(&format!("    | {line}\n"));
+                }
+                if own {
+                    for line in tail(&outcome.console, 40) {
+                        text.push_str(&format!("    > {line}\n"));
+                    }
+                }
+            }
+            (sum, text)
+        }
+        Expect::Red(expected) => {
+            let unmatched = unmatched(faults, expected);
+            let sum = Sum {
+                passed: usize::from(unmatched.is_empty()),
+                failed: usize::from(!unmatched.is_empty()),
+                skipped: 0,
+            };
+            let verdict = if unmatched.is_empty() { "ok" } else { "not ok" };
+            let mut text = format!("{verdict} {}: red as it must be, {seconds:.0} s\n", row.name);
+            if !unmatched.is_empty() {
+                text = format!("{verdict} {}: {seconds:.0} s\n", row.name);
+                for line in unmatched {
+                    text.push_str(&format!("    {line}\n"));
+                }
+            }
+            (sum, text)
+        }
+    }
+}
+
+/// Compares the faults of a run with those it must have. A panic's own lines in
+/// the log may come along with the fault that names it.
+fn unmatched(faults: &[String], expected: &[&str]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for text in expected {
+        if !faults.iter().any(|fault| fault.contains(text)) {
+            lines.push(format!("not seen: {text}"));
+        }
+    }
+    let panicked = expected.iter().any(|text| text.contains("panicked"));
+    for fault in faults {
+        let known = expected.iter().any(|text| fault.contains(text));
+        if !known && !(panicked && fault.starts_with("in the kernel's log:")) {
+            lines.push(format!("not expected: {fault}"));
+        }
+    }
+    lines
+}
+
+/// The diagnostics and failures of a KTAP stream, without what passed.
+fn interesting(output: &str) -> Vec<&str> {
+    output
+        .lines()
+        .filter(|line| !line.starts_with("ok ") && !line.starts_with("KTAP") && !line.starts_with("1.."))
+        .collect()
+}
+
+fn tail(text: &str, count: usize) -> Vec<&str> {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cargo_sum;
+    use super::unmatched;
+    use super::Sum;
+
+    #[test]
+    fn cargo_results_are_added_up() {
+        let text = "test a ... ok\n\
+            test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s\n\
+            test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.02s\n";
+        let expected = Sum {
+            passed: 6,
+            failed: 2,
+            skipped: 1,
+        };
+        assert_eq!(cargo_sum(text), expected);
+        assert_eq!(expected.line(), "6 passed, 2 failed, 1 skipped");
+    }
+
+    #[test]
+    fn a_red_row_must_be_red_for_its_reason() {
+        let faults = vec!["not ok x".to_string()];
+        assert!(unmatched(&faults, &["not ok x"]).is_empty());
+        assert_eq!(unmatched(&faults, &["token"]).len(), 2);
+        assert_eq!(unmatched(&[], &["token"]).len(), 1);
+    }
+}

@@ -91,6 +91,22 @@ pub(crate) struct Vcpu {
     is_set_up: bool,
 }
 
+/// Nothing for user space but to come back.
+const AGAIN: abi::Exit = abi::Exit {
+    kind: abi::EXIT_AGAIN,
+    reason: 0,
+    qualification: 0,
+    gpa: 0,
+    gla: 0,
+    hva: 0,
+    access: 0,
+    flags: 0,
+    instruction_len: 0,
+    interruption_info: 0,
+    interruption_error_code: 0,
+    instruction_error: 0,
+};
+
 /// How a window with an entry ended.
 enum Window {
     /// The guest ran and exited.
@@ -225,7 +241,7 @@ impl Vcpu {
                 Pending::Nothing => {}
                 Pending::Reschedule => thread::reschedule(),
                 Pending::Signal => return Err(EINTR),
-                Pending::UserWork => return Ok(self.finish(abi::EXIT_AGAIN, &abi::Exit::default())),
+                Pending::UserWork => return Ok(self.finish(&AGAIN)),
             }
             // SAFETY: The page is there.
             if unsafe { addr_of!((*self.run_ptr()).interrupt_request).read_volatile() } != 0 {
@@ -239,28 +255,25 @@ impl Vcpu {
                     Flow::User(abi::Exit { kind: abi::EXIT_FAIL_ENTRY, instruction_error, ..Default::default() })
                 }
                 // A CPU that goes offline: the scheduler is about to move this thread.
-                Window::Unusable => Flow::User(abi::Exit { kind: abi::EXIT_AGAIN, ..Default::default() }),
-                Window::UserMode => Flow::User(abi::Exit { kind: abi::EXIT_AGAIN, ..Default::default() }),
+                Window::Unusable | Window::UserMode => return Ok(self.finish(&AGAIN)),
                 Window::Retry => Flow::Resume,
             };
             match flow {
                 Flow::Resume => {}
                 Flow::Syscall => return Ok(self.forward()),
                 Flow::User(exit) => {
-                    if exit.kind != abi::EXIT_AGAIN {
-                        self.sync()?;
-                    }
-                    return Ok(self.finish(exit.kind, &exit));
+                    self.sync()?;
+                    return Ok(self.finish(&exit));
                 }
             }
         }
     }
 
     /// Hands a result to user space that is no system call.
-    fn finish(&self, kind: u32, exit: &abi::Exit) -> u64 {
+    fn finish(&self, exit: &abi::Exit) -> u64 {
         // SAFETY: The page is there.
         unsafe { addr_of_mut!((*self.run_ptr()).exit).write_volatile(*exit) };
-        thread::set_user_result(kind, None);
+        thread::set_user_result(exit.kind, None);
         0
     }
 

@@ -20,7 +20,7 @@ use kernel::prelude::*;
 pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
     let violation = EptViolation::new(info.qualification);
     let Some(gpa) = Gpa::new(info.gpa) else {
-        return Ok(Flow::User(info.report(abi::EXIT_NO_SLOT)));
+        return Ok(report(info, violation, abi::EXIT_NO_SLOT, None));
     };
     let access = Access { write: violation.write(), execute: violation.execute() };
     let mut effort = Effort::default();
@@ -31,16 +31,16 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         Fault::Mapped { large: false } => vcpu.count(offset_of!(Counters, ept_4k), 1),
         Fault::Mapped { large: true } => vcpu.count(offset_of!(Counters, ept_2m), 1),
         Fault::TryAgain => {}
-        Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, hva)),
-        Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, hva)),
-        Fault::NoSlot => return Ok(Flow::User(info.report(abi::EXIT_NO_SLOT))),
+        Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, Some(hva))),
+        Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, Some(hva))),
+        Fault::NoSlot => return Ok(report(info, violation, abi::EXIT_NO_SLOT, None)),
     }
     Ok(Flow::Resume)
 }
 
-fn report(info: &ExitInfo, violation: EptViolation, kind: u32, hva: Hva) -> Flow {
+fn report(info: &ExitInfo, violation: EptViolation, kind: u32, hva: Option<Hva>) -> Flow {
     let mut exit = info.report(kind);
-    exit.hva = hva.as_u64();
+    exit.hva = hva.map_or(0, Hva::as_u64);
     exit.access = if violation.write() {
         abi::ACCESS_WRITE
     } else if violation.execute() {

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# The front door. Every target does what it needs first, from an empty machine
+# on. `make help` lists them.
+
+SHELL := /bin/bash
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+export CARGO_TARGET_DIR
+RELEASE := $(CARGO_TARGET_DIR)/release
+KERNEL ?= test
+DESTDIR ?=
+PREFIX ?= /usr
+KVER ?= $(shell uname -r)
+
+# Recipes are in one place each; the shell measures them.
+START := start=$$(date +%s%N)
+ELAPSED := printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)) \
+	$$(((($$(date +%s%N) - start) / 100000000) % 10))
+
+.DEFAULT_GOAL := all
+.PHONY: all run test test-long bench shell check doc load unload install uninstall setup kernel clean help \
+	programs vm-tool
+
+all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
+	@scripts/module $(KERNEL)
+
+run: ## run the four examples: natively with VT-x, else in the emulated machine
+	@$(START); scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \
+	$(RELEASE)/dune-vm boot --native --user tester -- 'set -e; run() { echo "== $$*"; "$$@"; }; \
+	run hello; run getpid; run pagefault; wordcount --generate 4 >/tmp/words; \
+	run wordcount /tmp/words >/tmp/dune; wordcount --native /tmp/words >/tmp/native; \
+	tail -n 6 /tmp/dune'; status=$$?; $(ELAPSED); exit $$status
+
+test: ## host tests, checks, the short matrix of machines; ends with a count
+	@scripts/setup --quiet && scripts/run-tests
+
+test-long: ## the full matrix and the long suites
+	@scripts/setup --quiet && scripts/run-tests --long
+
+bench: ## the measurements, on the smallest kernel
+	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \
+	$(RELEASE)/dune-vm boot --native --kernel bench --timeout 600 --user tester -- dune-bench
+
+shell: ## an interactive root shell in the emulated machine, module loaded
+	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \
+	$(RELEASE)/dune-vm shell --kernel $(KERNEL)
+
+check: ## formatting, lints, unsafe allow-list, layering, licences, scripts
+	@scripts/check
+
+doc: ## the documentation of the crates, in target/doc
+	@cargo doc --workspace --no-deps
+
+load: ## insert dune.ko into the running kernel (root)
+	@DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
+
+unload: ## remove dune.ko from the running kernel (root)
+	@scripts/unload
+
+install: ## install module, udev rule, group and library (DESTDIR, PREFIX, KVER)
+	@scripts/install install "$(DESTDIR)" "$(PREFIX)" "$(KVER)"
+
+uninstall: ## remove what install installed
+	@scripts/install uninstall "$(DESTDIR)" "$(PREFIX)" "$(KVER)"
+
+setup: ## install the packages and tools that are missing (apt-get; root or sudo)
+	@scripts/setup
+
+kernel: ## build the reference kernel (KERNEL=test|debug|bench) into the cache
+	@scripts/setup --quiet && scripts/kernel $(KERNEL)
+
+clean: ## remove what was built in the tree (kernels stay in the cache)
+	@rm -rf "$(CARGO_TARGET_DIR)"
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+programs:
+	@cargo build -q --release --workspace --exclude dune-vm
+
+vm-tool:
+	@cargo build -q --release -p dune-vm

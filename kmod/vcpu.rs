@@ -338,7 +338,9 @@ impl Vcpu {
             self.soft = Soft { lstar: sregs.lstar, syscall_vmcall: sregs.syscall_vmcall, efer: sregs.efer };
         }
         if dirty & abi::DIRTY_RIP != 0 {
+            // Elsewhere now: what was to go on where the guest was is void.
             self.next.rip = None;
+            self.next.injection = None;
         }
         if dirty & abi::DIRTY_EVENT != 0 {
             self.inject(Injection {

@@ -251,7 +251,7 @@ pub const FLAG_PAGING_STRUCTURE: u32 = 2;
 /// The access was made while an event was being delivered through the guest's IDT.
 pub const FLAG_EVENT_DELIVERY: u32 = 4;
 
-/// [`RunPage::dirty`]: take `gprs.rsp`, `rip` and `rflags`.
+/// [`RunPage::dirty`]: take `gprs.rsp`, `rip` and `rflags`. An event whose delivery was interrupted is dropped.
 pub const DIRTY_RIP: u32 = 1;
 /// [`RunPage::dirty`]: take `sregs`.
 pub const DIRTY_SREGS: u32 = 2;

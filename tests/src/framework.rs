@@ -89,9 +89,7 @@ impl Need {
                 let here = crate::helpers::online_cpus();
                 (here < count).then(|| format!("needs {count} CPUs, has {here}"))
             }
-            Need::CpuFlag(flag) => {
-                (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}"))
-            }
+            Need::CpuFlag(flag) => (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}")),
             Need::Path(path) => (!std::path::Path::new(path).exists()).then(|| format!("there is no {path}")),
         }
     }
@@ -186,7 +184,13 @@ macro_rules! check_eq {
         if left != right {
             return $crate::framework::Outcome::Fail(format!(
                 "{}:{}: {} is {:?}, expected {} = {:?}",
-                file!(), line!(), stringify!($left), left, stringify!($right), right));
+                file!(),
+                line!(),
+                stringify!($left),
+                left,
+                stringify!($right),
+                right
+            ));
         }
     }};
 }
@@ -199,7 +203,11 @@ macro_rules! check_ok {
             Ok(value) => value,
             Err(error) => {
                 return $crate::framework::Outcome::Fail(format!(
-                    "{}:{}: {}: {error}", file!(), line!(), stringify!($result)));
+                    "{}:{}: {}: {error}",
+                    file!(),
+                    line!(),
+                    stringify!($result)
+                ));
             }
         }
     };

@@ -22,9 +22,13 @@ pub const TESTS: &[Test] = &[
     Test::new("harness_panics", || panic!("on purpose")).suite(Suite::Harness),
     Test::new("harness_exits_early", || std::process::exit(0)).suite(Suite::Harness),
     Test::new("harness_hangs", hangs).suite(Suite::Harness).timeout_s(2),
-    Test::new("harness_hangs_the_machine", hangs).suite(Suite::Harness).timeout_s(100_000),
+    Test::new("harness_hangs_the_machine", hangs)
+        .suite(Suite::Harness)
+        .timeout_s(100_000),
     Test::new("harness_skips", || Outcome::Skip("on purpose".into())).suite(Suite::Harness),
-    Test::new("harness_oopses_the_kernel", oopses).suite(Suite::Harness).run_as(User::Root),
+    Test::new("harness_oopses_the_kernel", oopses)
+        .suite(Suite::Harness)
+        .run_as(User::Root),
 ];
 
 fn groups() -> Vec<u32> {
@@ -48,7 +52,10 @@ fn tester_is_unprivileged() -> Outcome {
     check!(groups().contains(&group), "{:?} without {group}", groups());
     let status = check_ok!(fs::read_to_string("/proc/self/status"));
     let effective = status.lines().find(|line| line.starts_with("CapEff:"));
-    check_eq!(effective.map(|line| line.trim_start_matches("CapEff:").trim()), Some("0000000000000000"));
+    check_eq!(
+        effective.map(|line| line.trim_start_matches("CapEff:").trim()),
+        Some("0000000000000000")
+    );
     Outcome::Pass
 }
 

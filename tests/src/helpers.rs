@@ -22,11 +22,7 @@ pub struct Ended {
 pub fn run_program(program: &str, arguments: &[&str]) -> io::Result<Ended> {
     use std::os::unix::process::ExitStatusExt;
     let beside = std::env::current_exe()?.with_file_name(program);
-    let path = if beside.is_file() {
-        beside
-    } else {
-        program.into()
-    };
+    let path = if beside.is_file() { beside } else { program.into() };
     let output = Command::new(path).args(arguments).output()?;
     let status = output
         .status

@@ -13,8 +13,7 @@ pub const TESTS: &[Test] = &[
     Test::new("unfit_cpu_is_refused_in_one_sentence", unfit_cpu_is_refused)
         .suite(Suite::NoVmx)
         .run_as(User::Root),
-    Test::new("program_without_the_module_says_what_to_do", program_says_what_to_do)
-        .suite(Suite::NoVmx),
+    Test::new("program_without_the_module_says_what_to_do", program_says_what_to_do).suite(Suite::NoVmx),
 ];
 
 /// Inserting the module fails with ENODEV and leaves one line in the log that

@@ -9,8 +9,7 @@ use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
 
-pub const TESTS: &[Test] =
-    &[Test::new("module_unloads_and_loads_again", module_unloads_and_loads).run_as(User::Root)];
+pub const TESTS: &[Test] = &[Test::new("module_unloads_and_loads_again", module_unloads_and_loads).run_as(User::Root)];
 
 fn module_unloads_and_loads() -> Outcome {
     check!(helpers::module_is_loaded());

@@ -188,7 +188,10 @@ pub fn vm_entry_failure_is_reported() {
     guest.reset();
     guest.edit(|page| page.rip = 1 << 63);
     match guest.run() {
-        Ended::Exit(exit) => assert_eq!((exit.kind, exit.reason), (dune_abi::EXIT_FAIL_ENTRY, INVALID_GUEST_STATE)),
+        Ended::Exit(exit) => assert_eq!(
+            (exit.kind, exit.reason),
+            (dune_abi::EXIT_FAIL_ENTRY, INVALID_GUEST_STATE)
+        ),
         Ended::Call(number) => assert_eq!(number, TRAP + GP),
     }
     assert_healthy(&mut guest);

@@ -201,9 +201,10 @@ fn spawn(test: &Test) -> io::Result<(Child, File)> {
     let name = CString::new(test.run_as.name()).map_err(io::Error::other)?;
     let identity = match test.run_as {
         User::Root => None,
-        user => Some(helpers::user_id(user.name()).ok_or_else(|| {
-            io::Error::other(format!("there is no user {}", user.name()))
-        })?),
+        user => Some(
+            helpers::user_id(user.name())
+                .ok_or_else(|| io::Error::other(format!("there is no user {}", user.name())))?,
+        ),
     };
     // SAFETY: only system calls between fork and exec; initgroups reads
     // /etc/group, and this process has no other thread that could hold its lock.

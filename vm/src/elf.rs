@@ -47,9 +47,8 @@ pub fn needed_files(program: &Path) -> Result<BTreeSet<PathBuf>> {
             .map(|dir| PathBuf::from(dir.replace("$ORIGIN", &origin.to_string_lossy())))
             .collect();
         for library in &elf.libraries {
-            let path = find_library(library, &run_paths).with_context(|| {
-                format!("{} needs {library}, which is nowhere", file.display())
-            })?;
+            let path = find_library(library, &run_paths)
+                .with_context(|| format!("{} needs {library}, which is nowhere", file.display()))?;
             if found.insert(path.clone()) {
                 queue.push(path);
             }

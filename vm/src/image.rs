@@ -29,8 +29,7 @@ const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
     outsider:x:1001:1001:outsider:/home/outsider:/bin/sh\n";
 
 /// `/etc/group` of the guest.
-const GROUP: &str =
-    "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\noutsider:x:1001:\n";
+const GROUP: &str = "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\noutsider:x:1001:\n";
 
 const BUSYBOX: &str = "/bin/busybox";
 const ISOLINUX: &str = "/usr/lib/ISOLINUX/isolinux.bin";
@@ -74,7 +73,15 @@ impl Initramfs {
         fs.insert("bin/sh", Node::Symlink("busybox".into()));
         fs.insert("dev/console", Node::CharDevice { major: 5, minor: 1 });
         for dir in [
-            "proc", "sys", "run", "tmp", "mnt", "root", "home/tester", "home/outsider", "sbin",
+            "proc",
+            "sys",
+            "run",
+            "tmp",
+            "mnt",
+            "root",
+            "home/tester",
+            "home/outsider",
+            "sbin",
             "usr/sbin",
         ] {
             fs.insert(dir, Node::Dir);
@@ -123,8 +130,7 @@ impl Initramfs {
     /// Adds a host file, with its permission bits, or a host directory with all
     /// that is in it.
     pub fn add_file(&mut self, guest_path: &str, host: &Path) -> Result<()> {
-        let metadata =
-            fs::metadata(host).with_context(|| format!("looking at {}", host.display()))?;
+        let metadata = fs::metadata(host).with_context(|| format!("looking at {}", host.display()))?;
         if metadata.is_dir() {
             self.insert(guest_path, Node::Dir);
             for entry in fs::read_dir(host)? {
@@ -149,9 +155,7 @@ impl Initramfs {
     fn insert(&mut self, guest_path: &str, node: Node) {
         let path = guest_path.trim_matches('/').to_string();
         for (slash, _) in path.match_indices('/') {
-            self.nodes
-                .entry(path[..slash].to_string())
-                .or_insert(Node::Dir);
+            self.nodes.entry(path[..slash].to_string()).or_insert(Node::Dir);
         }
         self.nodes.insert(path, node);
     }
@@ -173,20 +177,15 @@ impl Initramfs {
                 }
                 Node::File { source, mode } => {
                     let body = match source {
-                        Source::Host(host) => fs::read(host)
-                            .with_context(|| format!("reading {}", host.display()))?,
+                        Source::Host(host) => fs::read(host).with_context(|| format!("reading {}", host.display()))?,
                         Source::Bytes(bytes) => bytes.clone(),
                     };
                     (header.mode(0o100_000 | mode), body)
                 }
                 Node::Symlink(to) => (header.mode(0o120_777), to.clone().into_bytes()),
-                Node::CharDevice { major, minor } => (
-                    header
-                        .mode(0o020_600)
-                        .rdev_major(*major)
-                        .rdev_minor(*minor),
-                    Vec::new(),
-                ),
+                Node::CharDevice { major, minor } => {
+                    (header.mode(0o020_600).rdev_major(*major).rdev_minor(*minor), Vec::new())
+                }
             };
             let mut writer = header.write(out, body.len() as u32);
             writer.write_all(&body)?;
@@ -202,12 +201,13 @@ impl Initramfs {
 pub fn write_iso(dir: &Path, bzimage: &Path, initramfs: &Path, arguments: &str) -> Result<PathBuf> {
     let tree = dir.join("iso");
     fs::create_dir_all(&tree)?;
-    for (from, to) in [(Path::new(ISOLINUX), "isolinux.bin"), (Path::new(LDLINUX), "ldlinux.c32")] {
-        fs::copy(from, tree.join(to))
-            .with_context(|| format!("copying {}: run scripts/setup", from.display()))?;
+    for (from, to) in [
+        (Path::new(ISOLINUX), "isolinux.bin"),
+        (Path::new(LDLINUX), "ldlinux.c32"),
+    ] {
+        fs::copy(from, tree.join(to)).with_context(|| format!("copying {}: run scripts/setup", from.display()))?;
     }
-    fs::copy(bzimage, tree.join("kernel"))
-        .with_context(|| format!("copying {}", bzimage.display()))?;
+    fs::copy(bzimage, tree.join("kernel")).with_context(|| format!("copying {}", bzimage.display()))?;
     fs::rename(initramfs, tree.join("initrd"))?;
     fs::write(
         tree.join("isolinux.cfg"),

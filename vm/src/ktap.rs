@@ -48,10 +48,9 @@ impl Report {
         match self.planned {
             None => defects.push("no plan line (1..N) arrived".to_string()),
             Some(0) => defects.push("the plan holds no test".to_string()),
-            Some(count) if count != self.results.len() => defects.push(format!(
-                "{count} results were planned, {} arrived",
-                self.results.len()
-            )),
+            Some(count) if count != self.results.len() => {
+                defects.push(format!("{count} results were planned, {} arrived", self.results.len()))
+            }
             Some(_) => {}
         }
         for (index, result) in self.results.iter().enumerate() {
@@ -96,11 +95,7 @@ fn parse_result(line: &str) -> Option<TestResult> {
         (true, None) => Status::Passed,
         (false, None) => Status::Failed,
     };
-    Some(TestResult {
-        number,
-        name,
-        status,
-    })
+    Some(TestResult { number, name, status })
 }
 
 #[cfg(test)]

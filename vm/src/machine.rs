@@ -123,12 +123,7 @@ fn random_token() -> Result<String> {
 ///
 /// Only when the image cannot be made or the emulator cannot be started; what
 /// happens inside the machine is in the [`Outcome`].
-pub fn run(
-    machine: &Machine,
-    mut files: Initramfs,
-    job: &Job,
-    sink: &mut dyn FnMut(&str),
-) -> Result<Outcome> {
+pub fn run(machine: &Machine, mut files: Initramfs, job: &Job, sink: &mut dyn FnMut(&str)) -> Result<Outcome> {
     let token = random_token()?;
     let dir = tempfile::Builder::new().prefix("dune-vm.").tempdir()?;
     let command = format!("#!/bin/sh\n{}\n", job.command);
@@ -283,12 +278,7 @@ fn kernel_arguments(machine: &Machine) -> String {
     )
 }
 
-fn make_iso(
-    machine: &Machine,
-    files: &Initramfs,
-    dir: &Path,
-    arguments: &str,
-) -> Result<PathBuf> {
+fn make_iso(machine: &Machine, files: &Initramfs, dir: &Path, arguments: &str) -> Result<PathBuf> {
     let initramfs = dir.join("initramfs");
     files.write(&initramfs)?;
     let bzimage = machine.kernel_tree.join("arch/x86/boot/bzImage");
@@ -296,13 +286,7 @@ fn make_iso(
     Ok(iso)
 }
 
-fn bochs_configuration(
-    machine: &Machine,
-    dir: &Path,
-    iso: &Path,
-    clock: &str,
-    serial: &[String],
-) -> String {
+fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, serial: &[String]) -> String {
     let Machine {
         cpu_model,
         cpus,

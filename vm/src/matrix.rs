@@ -90,7 +90,13 @@ const SELF_TESTS: &[SelfTest] = &[
         "self-failing-tests",
         60,
         "dune-tests run --only harness_passes,harness_fails,harness_panics,harness_exits_early,harness_hangs",
-        &["harness_fails", "harness_panics", "harness_exits_early", "harness_hangs", "ended with status 1"],
+        &[
+            "harness_fails",
+            "harness_panics",
+            "harness_exits_early",
+            "harness_hangs",
+            "ended with status 1",
+        ],
     ),
     (
         "self-hanging-machine",

@@ -11,14 +11,7 @@ use anyhow::Context;
 use anyhow::Result;
 
 /// The programs that go into `/usr/bin` of every image, when they are built.
-pub const PROGRAMS: &[&str] = &[
-    "hello",
-    "getpid",
-    "pagefault",
-    "wordcount",
-    "dune-tests",
-    "dune-bench",
-];
+pub const PROGRAMS: &[&str] = &["hello", "getpid", "pagefault", "wordcount", "dune-tests", "dune-bench"];
 
 /// The root of the source tree.
 pub fn root() -> PathBuf {

@@ -76,8 +76,7 @@ fn is_bad(line: &str) -> bool {
     if HARMLESS.iter().any(|sign| line.contains(sign)) {
         return false;
     }
-    let stall = line.contains("rcu: INFO:") && line.contains("stall")
-        || line.contains("self-detected stall");
+    let stall = line.contains("rcu: INFO:") && line.contains("stall") || line.contains("self-detected stall");
     stall || BAD_SIGNS.iter().any(|sign| line.contains(sign))
 }
 
@@ -88,14 +87,8 @@ pub fn problems(outcome: &Outcome) -> Vec<String> {
     match outcome.end {
         End::Complete => {}
         End::Panic => problems.push("the guest's kernel panicked".to_string()),
-        End::TimedOut => problems.push(format!(
-            "the machine was stopped after {} s",
-            outcome.elapsed.as_secs()
-        )),
-        End::EmulatorStopped => problems.push(format!(
-            "the emulator stopped: {}",
-            last_lines(&outcome.emulator, 3)
-        )),
+        End::TimedOut => problems.push(format!("the machine was stopped after {} s", outcome.elapsed.as_secs())),
+        End::EmulatorStopped => problems.push(format!("the emulator stopped: {}", last_lines(&outcome.emulator, 3))),
     }
     if outcome.end == End::Complete {
         if outcome.status.is_none() {

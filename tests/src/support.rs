@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What behaviour tests share: memory to play with, accesses that may fault, children, exits.
+
+use std::arch::global_asm;
+use std::io;
+use std::io::Read;
+use std::os::fd::FromRawFd;
+use std::ptr;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use libdune::abi::Counters;
+use libdune::Dune;
+use libdune::Outcome;
+use libdune::Thread;
+use libdune::TrapFrame;
+use libdune::Vector;
+
+/// A test whose function returns nothing and panics where something is wrong.
+#[macro_export]
+macro_rules! test {
+    ($name:ident) => {
+        $crate::framework::Test::new(stringify!($name), || {
+            $name();
+            $crate::framework::Outcome::Pass
+        })
+    };
+}
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+/// Bytes of a slot.
+pub const GIB: usize = 1 << 30;
+
+/// Basic exit reasons.
+pub const EXIT_INTERRUPT: usize = 1;
+pub const EXIT_VMCALL: usize = 18;
+pub const EXIT_EPT_VIOLATION: usize = 48;
+
+/// Enters Dune mode or fails the test with what the error says.
+#[track_caller]
+pub fn enter() -> Dune {
+    let dune = Dune::enter().unwrap_or_else(|error| panic!("enter: {error}"));
+    assert!(Dune::is_active(), "not at CPL0 behind enter()");
+    dune
+}
+
+/// CS of the caller.
+pub fn cs() -> u16 {
+    let cs: u16;
+    // SAFETY: reads a register.
+    unsafe { std::arch::asm!("mov {0:x}, cs", out(reg) cs, options(nomem, nostack, preserves_flags)) };
+    cs
+}
+
+/// Exits between two readings that the program caused: interrupts come whenever they come.
+pub fn exits(before: &Counters, after: &Counters) -> u64 {
+    let all = |counters: &Counters| counters.exits.iter().sum::<u64>() - counters.exits[EXIT_INTERRUPT];
+    all(after) - all(before)
+}
+
+/// Anonymous memory; unmapped when dropped.
+#[derive(Debug)]
+pub struct Map {
+    pub start: *mut u8,
+    pub bytes: usize,
+}
+
+impl Map {
+    /// Private, readable and writable memory.
+    pub fn new(bytes: usize) -> Self {
+        Self::at(0, bytes, libc::PROT_READ | libc::PROT_WRITE, 0)
+    }
+
+    /// The same with more choice; `address` 0 is anywhere, else exactly there.
+    pub fn at(address: usize, bytes: usize, protection: i32, flags: i32) -> Self {
+        let fixed = if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+        // SAFETY: a new mapping that replaces nothing.
+        let start = unsafe {
+            libc::mmap(
+                address as *mut libc::c_void,
+                bytes,
+                protection,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed | flags,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED, "mmap of {bytes:#x} bytes at {address:#x}: {}", io::Error::last_os_error());
+        Self {
+            start: start.cast(),
+            bytes,
+        }
+    }
+
+    pub fn address(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Address of page `index`.
+    pub fn page(&self, index: usize) -> usize {
+        assert!(index * PAGE < self.bytes);
+        self.address() + index * PAGE
+    }
+
+    /// Unmaps part of it.
+    pub fn unmap(&self, offset: usize, bytes: usize) {
+        assert!(offset + bytes <= self.bytes);
+        // SAFETY: the tests use what is gone only by accesses that may fault.
+        let result = unsafe { libc::munmap(self.start.add(offset).cast(), bytes) };
+        assert_eq!(result, 0, "munmap: {}", io::Error::last_os_error());
+    }
+
+    pub fn protect(&self, offset: usize, bytes: usize, protection: i32) {
+        assert!(offset + bytes <= self.bytes);
+        // SAFETY: as above.
+        let result = unsafe { libc::mprotect(self.start.add(offset).cast(), bytes, protection) };
+        assert_eq!(result, 0, "mprotect: {}", io::Error::last_os_error());
+    }
+
+    pub fn advise(&self, offset: usize, bytes: usize, advice: i32) {
+        assert!(offset + bytes <= self.bytes);
+        // SAFETY: as above.
+        let result = unsafe { libc::madvise(self.start.add(offset).cast(), bytes, advice) };
+        assert_eq!(result, 0, "madvise({advice}): {}", io::Error::last_os_error());
+    }
+
+    /// Reads a word.
+    pub fn read(&self, offset: usize) -> u64 {
+        assert!(offset + 8 <= self.bytes);
+        // SAFETY: inside the mapping.
+        unsafe { self.start.add(offset).cast::<u64>().read_volatile() }
+    }
+
+    /// Writes a word.
+    pub fn write(&self, offset: usize, value: u64) {
+        assert!(offset + 8 <= self.bytes);
+        // SAFETY: inside the mapping.
+        unsafe { self.start.add(offset).cast::<u64>().write_volatile(value) };
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours; parts that are gone already do not matter.
+        unsafe { libc::munmap(self.start.cast(), self.bytes) };
+    }
+}
+
+// Accesses whose fault is an answer: RAX = what was read, RDX = 0, or with a fault 1 << 32 | error code.
+global_asm!(
+    ".pushsection .text.dune_test_probe, \"ax\", @progbits",
+    ".globl dune_test_load",
+    "dune_test_load:",
+    "xor edx, edx",
+    "xor eax, eax",
+    ".globl dune_test_load_at",
+    "dune_test_load_at:",
+    "mov rax, [rdi]",
+    ".globl dune_test_end",
+    "dune_test_end:",
+    "ret",
+    ".globl dune_test_store",
+    "dune_test_store:",
+    "xor edx, edx",
+    ".globl dune_test_store_at",
+    "dune_test_store_at:",
+    "mov [rdi], rsi",
+    "ret",
+    ".globl dune_test_execute",
+    "dune_test_execute:",
+    "xor edx, edx",
+    "call rdi",
+    ".globl dune_test_execute_end",
+    "dune_test_execute_end:",
+    "ret",
+    ".popsection",
+);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Probed {
+    value: u64,
+    fault: u64,
+}
+
+extern "C" {
+    fn dune_test_load(address: usize) -> Probed;
+    fn dune_test_store(address: usize, value: u64) -> Probed;
+    fn dune_test_execute(address: usize) -> Probed;
+    static dune_test_load_at: u8;
+    static dune_test_store_at: u8;
+    static dune_test_end: u8;
+    static dune_test_execute_end: u8;
+}
+
+/// A page fault as the handler saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub error_code: u32,
+    pub address: u64,
+    /// The process itself has no such access.
+    pub host_refused: bool,
+}
+
+static LAST_ADDRESS: AtomicU64 = AtomicU64::new(0);
+static FAULTS: AtomicU64 = AtomicU64::new(0);
+
+const WAS_FAULT: u64 = 1 << 32;
+const HOST_REFUSED: u64 = 1 << 33;
+
+/// Page faults that [`install_probe`]'s handler took.
+pub fn probe_faults() -> u64 {
+    FAULTS.load(Relaxed)
+}
+
+/// Takes the page faults of [`load`], [`store`] and [`execute`].
+pub fn install_probe(dune: &Dune) {
+    dune.set_exception_handler(Vector::PF, probe_handler);
+}
+
+/// The handler of [`install_probe`], for handlers that add to it.
+pub fn probe_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+    let at = |symbol: &u8| ptr::from_ref(symbol) as u64;
+    // SAFETY: addresses of code; nothing is read there.
+    let (load_at, store_at, end, execute_end) = unsafe {
+        (
+            at(&dune_test_load_at),
+            at(&dune_test_store_at),
+            at(&dune_test_end),
+            at(&dune_test_execute_end),
+        )
+    };
+    if frame.rip == load_at || frame.rip == store_at {
+        frame.rip = end;
+    } else if frame.rip == frame.cr2 {
+        // The call into what cannot be executed: back to behind it.
+        frame.rip = execute_end;
+        frame.rsp += 8;
+    } else {
+        return Outcome::Unhandled;
+    }
+    LAST_ADDRESS.store(frame.cr2, Relaxed);
+    FAULTS.fetch_add(1, Relaxed);
+    frame.rdx = WAS_FAULT | u64::from(frame.host_refused()) << 33 | frame.error_code & 0xffff_ffff;
+    Outcome::Resume
+}
+
+fn result(probed: Probed) -> Result<u64, Fault> {
+    if probed.fault & WAS_FAULT == 0 {
+        return Ok(probed.value);
+    }
+    Err(Fault {
+        error_code: probed.fault as u32,
+        address: LAST_ADDRESS.load(Relaxed),
+        host_refused: probed.fault & HOST_REFUSED != 0,
+    })
+}
+
+/// Reads a word; the fault if that is not possible.
+pub fn load(address: usize) -> Result<u64, Fault> {
+    // SAFETY: reading has no effect; a fault is answered by the handler.
+    result(unsafe { dune_test_load(address) })
+}
+
+/// Writes a word, to memory of the test's own; the fault if that is not possible.
+pub fn store(address: usize, value: u64) -> Result<(), Fault> {
+    // SAFETY: the tests pass addresses of their own mappings, gone or not.
+    result(unsafe { dune_test_store(address, value) }).map(drop)
+}
+
+/// Calls a function that does nothing but return; the fault if that is not possible.
+pub fn execute(address: usize) -> Result<(), Fault> {
+    // SAFETY: the tests put a `ret` there or make it impossible to execute.
+    result(unsafe { dune_test_execute(address) }).map(drop)
+}
+
+/// Asserts that an access fails because the process may not do it, at that very address.
+#[track_caller]
+pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Fault>, address: usize) -> Fault {
+    match result {
+        Err(fault) => {
+            assert!(fault.host_refused, "not by the host: {fault:x?}");
+            assert_eq!(fault.address, address as u64, "{fault:x?}");
+            fault
+        }
+        Ok(value) => panic!("the access to {address:#x} went through: {value:x?}"),
+    }
+}
+
+/// How a child ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// As waitpid gives it.
+    pub status: i32,
+    /// Standard output and error.
+    pub output: String,
+}
+
+impl Ended {
+    /// The signal that ended it.
+    pub fn signal(&self) -> Option<i32> {
+        libc::WIFSIGNALED(self.status).then(|| libc::WTERMSIG(self.status))
+    }
+
+    /// Fails the test unless the child exited with 0.
+    #[track_caller]
+    pub fn assert_success(&self) {
+        assert!(
+            libc::WIFEXITED(self.status) && libc::WEXITSTATUS(self.status) == 0,
+            "the child failed: {self:#x?}"
+        );
+    }
+}
+
+/// A child that runs `body` natively until it enters Dune mode itself. A panic in it is exit status 101.
+pub fn spawn(body: impl FnOnce()) -> Child {
+    let mut pipe = [0; 2];
+    // SAFETY: the array has room for the two ends.
+    assert_eq!(unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: the child runs `body` and ends; the tests are single-threaded here or say otherwise.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork: {}", io::Error::last_os_error());
+    if pid == 0 {
+        // SAFETY: plain system calls on our own fds.
+        unsafe {
+            libc::dup2(pipe[1], 1);
+            libc::dup2(pipe[1], 2);
+        }
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err();
+        // SAFETY: ends the child without running what is the parent's.
+        unsafe { libc::_exit(if failed { 101 } else { 0 }) }
+    }
+    // SAFETY: the write end is the child's alone from here on; the read end is ours.
+    let output = unsafe {
+        libc::close(pipe[1]);
+        std::fs::File::from_raw_fd(pipe[0])
+    };
+    Child {
+        pid,
+        output: Some(output),
+    }
+}
+
+/// A running child of [`spawn`]. Killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Child {
+    pub pid: i32,
+    output: Option<std::fs::File>,
+}
+
+impl Child {
+    pub fn kill(&self, signal: i32) {
+        // SAFETY: our own child, not reaped yet.
+        assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Ended {
+        let mut output = Vec::new();
+        if let Some(mut pipe) = self.output.take() {
+            let _ = pipe.read_to_end(&mut output);
+        }
+        let mut status = 0;
+        // SAFETY: our own child.
+        let waited = unsafe { libc::waitpid(self.pid, &mut status, 0) };
+        assert_eq!(waited, self.pid);
+        self.pid = 0;
+        Ended {
+            status,
+            output: String::from_utf8_lossy(&output).into_owned(),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.pid > 0 {
+            let mut status = 0;
+            // SAFETY: our own child, not reaped yet.
+            unsafe {
+                libc::kill(self.pid, libc::SIGKILL);
+                libc::waitpid(self.pid, &mut status, 0);
+            }
+        }
+    }
+}
+
+/// Words that a parent and its children share.
+pub struct Shared(Map);
+
+impl Shared {
+    pub fn new() -> Self {
+        // SAFETY: a new mapping.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        Self(Map {
+            start: start.cast(),
+            bytes: PAGE,
+        })
+    }
+
+    pub fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < PAGE / 8);
+        // SAFETY: inside the mapping, aligned, only used as atomics.
+        unsafe { AtomicU64::from_ptr(self.0.start.cast::<u64>().add(index)) }
+    }
+}
+
+/// The time stamp counter.
+pub fn rdtsc() -> u64 {
+    // SAFETY: reads a counter.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Work for the CPU with a result that is known, integer and floating point: never a system call.
+pub fn compute(rounds: u64) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut sum = 1.0f64;
+    for round in 0..rounds {
+        hash = (hash ^ round).wrapping_mul(0x0100_0000_01b3).rotate_left(5);
+        sum = (sum + round as f64).sqrt() + 0.5;
+    }
+    hash ^ std::hint::black_box(sum).to_bits()
+}

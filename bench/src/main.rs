@@ -2,9 +2,9 @@
 
 //! What the basic operations cost: ticks, VM exits, and heavy operations (VMREAD, VMWRITE, RDMSR, WRMSR).
 //!
-//! Ticks are the median of single measurements, so interrupts do not show, less the median of an empty one. The counts are
-//! means over all repetitions without exits that came from outside; heavy operations only where the module was built to
-//! count them (`make -C $KDIR M=$PWD DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
+//! Every number is the median over single operations, so interrupts do not show; ticks less the median of measuring
+//! nothing. Heavy operations are there only where the module was built to count them (`DUNE_COUNT_OPS=y`), which costs
+//! ticks: `make bench` runs once with and once without.
 
 use core::arch::asm;
 use core::sync::atomic::AtomicU64;
@@ -28,9 +28,6 @@ const CALLS: usize = 10_000;
 /// Pages of a test of memory.
 const PAGES: usize = 1000;
 
-/// Exits that the machine causes, not the program (SDM, appendix "VMX Basic Exit Reasons").
-const EXTERNAL_INTERRUPT: usize = 1;
-
 fn main() {
     let unit = unit();
     let native = measure_all(None);
@@ -52,55 +49,61 @@ fn main() {
     );
     for row in &inside {
         let linux = native.iter().find(|other| other.name == row.name).map_or("-".into(), |row| row.ticks.to_string());
-        print!("{:<44} {linux:>8} {:>8} {:>6.2}", row.name, row.ticks, row.exits);
+        print!("{:<44} {linux:>8} {:>8} {:>6}", row.name, row.ticks, row.exits);
         if counted {
             let [vmreads, vmwrites, rdmsrs, wrmsrs] = row.heavy;
-            println!(" {vmreads:>7.2} {vmwrites:>8.2} {rdmsrs:>6.2} {wrmsrs:>6.2}");
+            println!(" {vmreads:>7} {vmwrites:>8} {rdmsrs:>6} {wrmsrs:>6}");
         } else {
             println!(" {:>7} {:>8} {:>6} {:>6}", "-", "-", "-", "-");
         }
     }
 }
 
-/// What one operation costs.
+/// What one operation costs: medians.
 struct Row {
     name: &'static str,
     ticks: u64,
-    exits: f64,
-    heavy: [f64; 4],
+    exits: u64,
+    heavy: [u64; 4],
 }
 
-/// Measures `action` once per element of `0..count`, after `count / 10` times that do not count.
-fn measure(dune: Option<&Dune>, name: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) -> Row {
-    let mut times = vec![0u64; count];
-    let before = dune.map(Dune::counters);
-    for (i, time) in times.iter_mut().enumerate() {
-        *time = action(i);
+/// How often an operation that can be repeated is done before it counts.
+const WARM_UP: usize = 16;
+
+/// Measures an operation that is the same each time.
+fn measure_repeated(dune: Option<&Dune>, name: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) -> Row {
+    for i in 0..WARM_UP {
+        action(i);
     }
-    let after = dune.map(Dune::counters);
-    let ticks = median(&mut times).saturating_sub(empty());
-    let (exits, heavy) = match (before, after) {
-        (Some(before), Some(after)) => per_operation(&before, &after, count),
-        _ => (0.0, [0.0; 4]),
-    };
-    Row { name, ticks, exits, heavy }
+    measure(dune, name, count, action)
 }
 
-/// Exits and heavy operations of one of `count` operations. An exit from outside takes its own heavy operations along, so
-/// those are a hair too many in a mean; the table shows two digits.
-fn per_operation(before: &Counters, after: &Counters, count: usize) -> (f64, [f64; 4]) {
-    let mean = |n: u64| n as f64 / count as f64;
-    let exits: u64 = (0..before.exits.len())
-        .filter(|&reason| reason != EXTERNAL_INTERRUPT)
-        .map(|reason| after.exits[reason] - before.exits[reason])
-        .sum();
-    let heavy = [
+/// Measures `action` for each of `0..count`; it gives its ticks.
+fn measure(dune: Option<&Dune>, name: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) -> Row {
+    let mut columns: [Vec<u64>; 6] = core::array::from_fn(|_| vec![0; count]);
+    for i in 0..count {
+        let before = dune.map(Dune::counters);
+        columns[0][i] = action(i);
+        if let (Some(before), Some(dune)) = (before, dune) {
+            for (column, n) in columns[1..].iter_mut().zip(done(&before, &dune.counters())) {
+                column[i] = n;
+            }
+        }
+    }
+    let [ticks, exits, heavy @ ..] = columns.map(|mut column| median(&mut column));
+    Row { name, ticks: ticks.saturating_sub(empty()), exits, heavy }
+}
+
+/// Exits and heavy operations between two readings.
+fn done(before: &Counters, after: &Counters) -> [u64; 5] {
+    let exits = |counters: &Counters| counters.exits.iter().sum::<u64>();
+    [
+        exits(after) - exits(before),
         after.vmreads - before.vmreads,
         after.vmwrites - before.vmwrites,
         after.rdmsrs - before.rdmsrs,
         after.wrmsrs - before.wrmsrs,
-    ];
-    (mean(exits), heavy.map(mean))
+    ]
 }
 
 fn median(times: &mut [u64]) -> u64 {
@@ -119,10 +122,10 @@ fn empty() -> u64 {
 }
 
 fn measure_all(dune: Option<&Dune>) -> Vec<Row> {
-    let mut rows = vec![measure(dune, "getpid by SYSCALL", CALLS, |_| timed(syscall_getpid))];
+    let mut rows = vec![measure_repeated(dune, "getpid by SYSCALL", CALLS, |_| timed(syscall_getpid))];
     if let Some(dune) = dune {
-        rows.push(measure(Some(dune), "getpid by VMCALL", CALLS, |_| timed(vmcall_getpid)));
-        rows.push(measure(Some(dune), "exit settled in the module (CPUID)", CALLS, |_| timed(cpuid)));
+        rows.push(measure_repeated(Some(dune), "getpid by VMCALL", CALLS, |_| timed(vmcall_getpid)));
+        rows.push(measure_repeated(Some(dune), "exit settled in the module (CPUID)", CALLS, |_| timed(cpuid)));
         rows.push(user_fault(dune));
     }
     rows.push(present_pages(dune));
@@ -231,7 +234,7 @@ fn user_fault(dune: &Dune) -> Row {
     let before = dune.set_exception_handler(Vector::PF, page_fault);
     let space = dune.address_space();
     let start = Gva::of(page).expect("a program's address is canonical");
-    let row = measure(Some(dune), "page fault handled by the program", PAGES, |i| {
+    let row = measure_repeated(Some(dune), "page fault handled by the program", PAGES, |i| {
         space.protect(start, PAGE as u64, Permissions::NONE).expect("the page can be protected").flush();
         // SAFETY: In the mapping; the handler makes it accessible.
         timed(|| unsafe { page.write_volatile(i as u8) })

@@ -23,7 +23,7 @@ use dune_examples::ticks;
 use dune_examples::unit;
 use libdune::Dune;
 
-/// Counts the words of a text, keeping where each of them stands.
+/// Counts the words of a text, keeping where each of them stands and the line around it.
 #[derive(Parser)]
 struct Options {
     /// The text.
@@ -43,8 +43,8 @@ struct Options {
 struct Occurrence {
     line: u32,
     column: u32,
-    /// As it is spelt there.
-    spelling: String,
+    /// The line before it and its own, as a concordance shows them.
+    context: String,
 }
 
 type Words = HashMap<String, Vec<Occurrence>>;
@@ -74,7 +74,7 @@ fn generate(path: &Path, megabytes: u64) -> io::Result<()> {
         for _ in 0..12 {
             // Small numbers come up often: the shift is random too.
             let random = numbers.next();
-            let mut word = (random >> 32) % 1_000_000 >> (random & 15);
+            let mut word = ((random >> 32) % 1_000_000) >> (random & 15);
             loop {
                 line.push_str(SYLLABLES[(word % 16) as usize]);
                 word /= 16;
@@ -94,19 +94,29 @@ fn generate(path: &Path, megabytes: u64) -> io::Result<()> {
 fn count(path: &Path) -> io::Result<Words> {
     let mut words = Words::new();
     let mut reader = BufReader::with_capacity(1 << 16, File::open(path)?);
-    let mut line = String::new();
+    let (mut line, mut before, mut key) = (String::new(), String::new(), String::new());
     let mut number = 0;
     while reader.read_line(&mut line)? != 0 {
         number += 1;
-        for word in line.split_whitespace() {
+        for word in line.split_ascii_whitespace() {
             let column = word.as_ptr() as usize - line.as_ptr() as usize;
+            let context = [before.trim_end(), line.trim_end()].join("/");
             let occurrence = Occurrence {
                 line: number,
                 column: column as u32,
-                spelling: word.to_owned(),
+                context,
             };
-            words.entry(word.to_lowercase()).or_default().push(occurrence);
+            key.clear();
+            key.push_str(word);
+            key.make_ascii_lowercase();
+            match words.get_mut(&key) {
+                Some(at) => at.push(occurrence),
+                None => {
+                    words.insert(key.clone(), vec![occurrence]);
+                }
+            }
         }
+        std::mem::swap(&mut line, &mut before);
         line.clear();
     }
     Ok(words)
@@ -125,7 +135,7 @@ fn print(words: &Words, top: usize) -> io::Result<()> {
         for occurrence in *at {
             hash.write_u32(occurrence.line);
             hash.write_u32(occurrence.column);
-            hash.write(occurrence.spelling.as_bytes());
+            hash.write_usize(occurrence.context.len());
         }
     }
     writeln!(
@@ -140,12 +150,13 @@ fn print(words: &Words, top: usize) -> io::Result<()> {
         };
         writeln!(
             out,
-            "{:>8}  {word}  first {}:{}  last {}:{}",
+            "{:>8}  {word}  first {}:{}  last {}:{} {}",
             at.len(),
             first.line,
             first.column,
             last.line,
-            last.column
+            last.column,
+            last.context
         )?;
     }
     out.flush()

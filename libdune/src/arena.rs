@@ -12,14 +12,13 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// Reserves the memory and takes the guard pages out.
+    /// Reserves the memory and makes what is needed at once accessible, but for the guard pages.
     pub fn new() -> Result<Self, Errno> {
         let bytes = layout::ARENA_BYTES as u64;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: Fresh memory; what is given back or protected is part of it and nobody has seen it.
         unsafe {
-            let got = sys::mmap(2 * bytes as usize, protection, flags, -1, 0)?;
+            let got = sys::mmap(2 * bytes as usize, libc::PROT_NONE, flags, -1, 0)?;
             let start = got.next_multiple_of(bytes);
             let arena = Self { start };
             if start > got {
@@ -31,6 +30,8 @@ impl Arena {
             }
             // A few pages of it are used: huge ones would be zeroed at the first touch. An old kernel may refuse.
             let _ = sys::madvise(start, bytes as usize, libc::MADV_NOHUGEPAGE);
+            let used = layout::POOL + layout::POOL_STEP;
+            sys::mprotect(start, used, libc::PROT_READ | libc::PROT_WRITE)?;
             for guard in layout::GUARDS {
                 sys::mprotect(start + guard as u64, layout::PAGE, libc::PROT_NONE)?;
             }

@@ -211,8 +211,6 @@ impl Drop for Dune {
         let parts = unsafe { mem::ManuallyDrop::take(&mut self.parts) };
         // SAFETY: The context lives in the arena.
         let left = unsafe { (*parts.context).left };
-        // SAFETY: No page table is used any more.
-        unsafe { (*parts.block).memory.release() };
         if left {
             parts.vcpu.unmap();
         } else {

@@ -15,11 +15,12 @@
 //!        +REVERSE    slot -> HVA's GiB + 1, u32 each
 //!        +HOST       HostContext (host_loop/context.rs), and behind it the FPU state of the slow path
 //!        +HOST_STACK stack of the host loop, where Linux also delivers signals
-//!        +POOL       pages for page tables
+//!        +POOL       pages for page tables; inaccessible beyond what is in use
 //! ```
 
-/// Bytes of the whole reservation, and its alignment.
-pub const ARENA_BYTES: usize = 64 << 20;
+/// Bytes of the whole reservation, and its alignment. Half a slot: the address space is free, memory is taken as the
+/// pool grows, and every page-table page lies in a GiB that every page table maps from the start.
+pub const ARENA_BYTES: usize = 512 << 20;
 
 /// Bytes of the per-thread block, and its alignment.
 pub const BLOCK_BYTES: usize = 1 << 20;
@@ -70,6 +71,8 @@ pub const HOST_STACK: usize = HOST_GUARD + PAGE;
 pub const HOST_STACK_TOP: usize = 4 << 20;
 /// Page-table pages, up to the end.
 pub const POOL: usize = HOST_STACK_TOP;
+/// Bytes by which the pool grows.
+pub const POOL_STEP: usize = 4 << 20;
 
 /// Guard pages, as offsets into the arena.
 pub const GUARDS: [usize; 4 + LEVELS] = {
@@ -90,5 +93,6 @@ const _: () = {
     assert!(BLOCK_BYTES.is_power_of_two() && ARENA_BYTES.is_power_of_two());
     assert!(DOUBLE - PAGE >= IST_TOP && REPORT - PAGE >= DOUBLE_TOP && HANDLERS >= REPORT_TOP);
     assert!(HOST_STACK_TOP - HOST_STACK >= 0x4_0000 && POOL < ARENA_BYTES);
+    assert!(POOL % POOL_STEP == 0 && ARENA_BYTES % POOL_STEP == 0);
     assert!(IST_TOP % 16 == 0 && DOUBLE_TOP % 16 == 0 && REPORT_TOP % 16 == 0);
 };

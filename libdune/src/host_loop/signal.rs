@@ -46,6 +46,16 @@ fn handler_address() -> u64 {
     dune_host_signal as *const () as u64
 }
 
+/// What libdune sets for the two signals.
+fn action() -> SigAction {
+    SigAction {
+        handler: handler_address(),
+        flags: libc::SA_SIGINFO as u64 | sys::SA_RESTORER,
+        restorer: dune_host_sigreturn as *const () as u64,
+        mask: u64::MAX,
+    }
+}
+
 /// Takes the two signals over and keeps the program's actions in the context.
 ///
 /// # Safety
@@ -53,12 +63,7 @@ fn handler_address() -> u64 {
 /// `context` must stay alive until `restore`.
 pub(crate) unsafe fn install(context: *mut HostContext) -> Result<(), Errno> {
     HOST.store(context, Release);
-    let ours = SigAction {
-        handler: handler_address(),
-        flags: libc::SA_SIGINFO as u64 | sys::SA_RESTORER,
-        restorer: dune_host_sigreturn as *const () as u64,
-        mask: u64::MAX,
-    };
+    let ours = action();
     for (index, signal) in SIGNALS.into_iter().enumerate() {
         // SAFETY: A handler and a restorer as Linux wants them. The action is noted before it can be asked for.
         unsafe {
@@ -107,6 +112,22 @@ unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut libc::siginfo_t, u
             (*context).actions[usize::from(signal == libc::SIGBUS)]
         };
         pass_on(signal, info, ucontext, action);
+        if HOST.load(Acquire) == context && !context.is_null() {
+            take_again(signal, context);
+        }
+    }
+}
+
+/// The program's handler runs outside Dune mode: an action that it set took ours away.
+unsafe fn take_again(signal: i32, context: *mut HostContext) {
+    // SAFETY: The context is alive while it is in HOST.
+    unsafe {
+        if let Ok(now) = sys::sigaction(signal, None) {
+            if now.handler != handler_address() && now.handler != 0 {
+                (*context).actions[usize::from(signal == libc::SIGBUS)] = now;
+                let _ = sys::sigaction(signal, Some(&action()));
+            }
+        }
     }
 }
 

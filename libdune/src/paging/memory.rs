@@ -24,15 +24,13 @@ use crate::sys;
 
 const PAGE: u64 = layout::PAGE as u64;
 
-/// Bytes by which the pool grows when it is used up; chunks are aligned to their size.
-const CHUNK_BYTES: u64 = 4 << 20;
-
 /// Where page tables live and what is where in GPA space.
 ///
 /// # Invariants
 ///
 /// `forward` has `GIBS` and `reverse` has `SLOTS` entries, alive as long as this. `next .. end` is unused memory of
-/// the pool, zeroed, in one GiB. `free` heads a list of pages linked through their first word.
+/// the pool, zeroed; `end .. limit` is reserved for it. All of it lies in one GiB, which every tree maps before it is
+/// used: filling that in needs a page itself. `free` heads a list of pages linked through their first word.
 #[repr(C)]
 pub(crate) struct Memory {
     fd: i32,
@@ -42,8 +40,7 @@ pub(crate) struct Memory {
     next: AtomicU64,
     end: AtomicU64,
     free: AtomicU64,
-    /// Chunks beyond the arena, linked through their first word; their first page is used for nothing else.
-    chunks: AtomicU64,
+    limit: u64,
 }
 
 impl Memory {
@@ -60,9 +57,9 @@ impl Memory {
             forward: (arena + layout::FORWARD as u64) as *const AtomicU32,
             reverse: (arena + layout::REVERSE as u64) as *const AtomicU32,
             next: AtomicU64::new(arena + layout::POOL as u64),
-            end: AtomicU64::new(arena + layout::ARENA_BYTES as u64),
+            end: AtomicU64::new(arena + (layout::POOL + layout::POOL_STEP) as u64),
             free: AtomicU64::new(0),
-            chunks: AtomicU64::new(0),
+            limit: arena + layout::ARENA_BYTES as u64,
         }
     }
 
@@ -99,51 +96,15 @@ impl Memory {
     }
 
     fn grow(&self) -> Result<(), PagingError> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: Fresh anonymous memory, of which the unaligned ends are given back.
-        let chunk = unsafe {
-            let got = sys::mmap(2 * CHUNK_BYTES as usize, protection, flags, -1, 0)
-                .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
-            let chunk = got.next_multiple_of(CHUNK_BYTES);
-            if chunk > got {
-                let _ = sys::munmap(got, (chunk - got) as usize);
-            }
-            let rest = got + 2 * CHUNK_BYTES - (chunk + CHUNK_BYTES);
-            if rest > 0 {
-                let _ = sys::munmap(chunk + CHUNK_BYTES, rest as usize);
-            }
-            chunk
-        };
-        // INVARIANT: The chunk's GiB gets its slot before a page of it is used, and a chunk has one GiB only.
-        if let Err(error) = self.gpa(Hva::new(chunk).ok_or(PagingError::Corrupt(chunk))?) {
-            // SAFETY: Nobody has seen the chunk.
-            let _ = unsafe { sys::munmap(chunk, CHUNK_BYTES as usize) };
-            return Err(error);
+        let end = self.end.load(Relaxed);
+        if end >= self.limit {
+            return Err(PagingError::OutOfMemory(libc::ENOMEM));
         }
-        // SAFETY: The first word of a fresh chunk.
-        unsafe { (chunk as *mut u64).write(self.chunks.load(Relaxed)) };
-        self.chunks.store(chunk, Relaxed);
-        self.end.store(chunk + CHUNK_BYTES, Relaxed);
-        self.next.store(chunk + PAGE, Relaxed);
+        // SAFETY: The arena's own reserve, which nothing uses yet.
+        unsafe { sys::mprotect(end, layout::POOL_STEP, libc::PROT_READ | libc::PROT_WRITE) }
+            .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
+        self.end.store(end + layout::POOL_STEP as u64, Relaxed);
         Ok(())
-    }
-
-    /// Unmaps what was added to the arena's pool.
-    ///
-    /// # Safety
-    ///
-    /// No page table may be used afterwards.
-    pub unsafe fn release(&self) {
-        let mut chunk = self.chunks.swap(0, Relaxed);
-        while chunk != 0 {
-            // SAFETY: The first word links the chunks; nothing uses them any more.
-            unsafe {
-                let next = (chunk as *const u64).read();
-                let _ = sys::munmap(chunk, CHUNK_BYTES as usize);
-                chunk = next;
-            }
-        }
     }
 }
 

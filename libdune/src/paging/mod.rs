@@ -55,7 +55,7 @@ pub enum PagingError {
         errno: i32,
     },
     /// No memory for a page-table page.
-    #[error("no memory for another page-table page: mmap failed with errno {0}")]
+    #[error("no memory for another page-table page: mprotect failed with errno {0}, or the 508 MiB that page tables may use are used up")]
     OutOfMemory(i32),
     /// The range is not a whole number of pages at a page's start.
     #[error("{start} + {bytes:#x} bytes are not whole pages")]

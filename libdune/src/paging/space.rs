@@ -112,8 +112,9 @@ impl<'d> AddressSpace<'d> {
 
     fn tree(&self) -> Tree<'d, Memory> {
         // SAFETY: Alive for 'd.
+        let frames = unsafe { &*self.memory };
         Tree {
-            frames: unsafe { &*self.memory },
+            frames,
             root: self.root,
         }
     }

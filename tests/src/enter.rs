@@ -1,6 +1,358 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Entering and leaving Dune mode.
 
-use crate::framework::Test;
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::fs;
+use std::io::BufRead;
+use std::io::BufReader;
+use std::io::Write;
+use std::time::Instant;
 
-pub const TESTS: &[Test] = &[];
+use libdune::Dune;
+use libdune::Error;
+
+use crate::framework::Test;
+use crate::framework::User;
+use crate::helpers;
+use crate::support::compute;
+use crate::support::cs;
+use crate::support::enter;
+use crate::support::rdtsc;
+use crate::support::spawn;
+use crate::support::Map;
+use crate::support::Shared;
+use crate::support::EXIT_VMCALL;
+use crate::support::GIB;
+use crate::support::PAGE;
+
+pub const TESTS: &[Test] = &[
+    Test::asserting("hello_enters_and_leaves", hello_enters_and_leaves),
+    Test::asserting("enter_and_leave_many_times", enter_and_leave_many_times),
+    Test::asserting("libstd_runs_in_dune_mode", libstd_runs_in_dune_mode),
+    Test::asserting("pie_and_aslr", pie_and_aslr),
+    Test::asserting("stack_astride_a_slot_edge", stack_astride_a_slot_edge),
+    Test::asserting(
+        "enter_cost_is_independent_of_mappings",
+        enter_cost_is_independent_of_mappings,
+    ),
+    Test::asserting("two_processes_at_once", two_processes_at_once),
+    Test::asserting("hello_prints_what_it_sees", hello_prints_what_it_sees),
+    Test::asserting("second_enter_is_a_typed_error", second_enter_is_a_typed_error),
+    Test::asserting("outsider_is_told_the_group", outsider_is_told_the_group).run_as(User::Outsider),
+    Test::asserting("panic_unwinds_in_dune_mode", panic_unwinds_in_dune_mode),
+];
+
+fn hello_enters_and_leaves() {
+    let pid = std::process::id();
+    assert_eq!(cs() & 3, 3);
+    assert!(!Dune::is_active());
+    let dune = enter();
+    let inside = (cs(), std::process::id(), dune.counters());
+    dune.leave();
+    assert_eq!(cs() & 3, 3);
+    assert!(!Dune::is_active());
+    assert_eq!(inside.0, 0x10, "the kernel's code segment, CPL0");
+    assert_eq!(inside.1, pid);
+    assert!(inside.2.exits[EXIT_VMCALL] >= 1, "getpid is a VMCALL");
+    assert!(inside.2.entries > inside.2.exits[EXIT_VMCALL]);
+}
+
+fn enter_and_leave_many_times() {
+    let mut kept = Vec::new();
+    for round in 0..200u64 {
+        let dune = enter();
+        kept.push(format!("{round} {}", cs()));
+        if round % 2 == 0 {
+            dune.leave();
+        } else {
+            drop(dune);
+        }
+        assert!(!Dune::is_active());
+    }
+    assert_eq!(kept[199], "199 16");
+}
+
+thread_local! {
+    static LOCAL: std::cell::RefCell<Vec<u32>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// A bit of everything; what it returns depends on nothing but its argument.
+fn exercise_std(path: &str) -> String {
+    let mut out = String::new();
+    // Allocation, hashing, sorting, formatting, floating point.
+    let mut words: HashMap<String, Vec<usize>> = HashMap::new();
+    for index in 0..20_000usize {
+        words
+            .entry(format!("word{}", index * 7919 % 997))
+            .or_default()
+            .push(index);
+    }
+    let sorted: BTreeMap<_, _> = words.iter().map(|(word, places)| (places.len(), word.len())).collect();
+    out += &format!("{} {sorted:?}\n", words.len());
+    let mut numbers: Vec<f64> = (0..5000).map(|n| f64::from(n).sin()).collect();
+    numbers.sort_by(f64::total_cmp);
+    out += &format!("{:.6} {:.6}\n", numbers[0], numbers.iter().sum::<f64>());
+    // Files.
+    {
+        let mut file = fs::File::create(path).unwrap();
+        for line in 0..2000 {
+            writeln!(file, "line {line}").unwrap();
+        }
+    }
+    let lines = BufReader::new(fs::File::open(path).unwrap()).lines();
+    out += &format!("{}\n", lines.map(|line| line.unwrap().len()).sum::<usize>());
+    out += &format!("{:?}\n", fs::metadata(path).unwrap().len());
+    fs::remove_file(path).unwrap();
+    // Thread-local data, big and small blocks, a panic that is caught, the environment.
+    LOCAL.with_borrow_mut(|local| local.extend(0..1000));
+    out += &format!("{}\n", LOCAL.with_borrow(|local| local.iter().sum::<u32>()));
+    let blocks: Vec<Box<[u8]>> = (0..24).map(|shift| vec![shift as u8; 1 << shift].into()).collect();
+    out += &format!(
+        "{}\n",
+        blocks
+            .iter()
+            .map(|block| usize::from(block[block.len() / 2]))
+            .sum::<usize>()
+    );
+    out += &format!("{:?}\n", std::env::var("DUNE_NO_SUCH_VARIABLE"));
+    LOCAL.with_borrow_mut(Vec::clear);
+    out
+}
+
+fn libstd_runs_in_dune_mode() {
+    let path = format!("/tmp/dune-std-{}", std::process::id());
+    let outside = exercise_std(&path);
+    let start = Instant::now();
+    let dune = enter();
+    let inside = exercise_std(&path);
+    let sleep = Instant::now();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    assert!(sleep.elapsed().as_millis() >= 5);
+    let printed = format!("{:?}", start.elapsed());
+    println!("inside for {printed}");
+    assert!(Dune::is_active());
+    dune.leave();
+    assert_eq!(inside, outside);
+}
+
+fn panic_unwinds_in_dune_mode() {
+    let dune = enter();
+    let result = std::panic::catch_unwind(|| {
+        let guard = vec![1, 2, 3];
+        panic!("on purpose: {}", guard.len());
+    });
+    let message = result.unwrap_err();
+    assert_eq!(
+        message.downcast_ref::<String>().map(String::as_str),
+        Some("on purpose: 3")
+    );
+    assert!(Dune::is_active());
+    dune.leave();
+}
+
+/// Value behind a word in a program's output.
+fn field<'t>(text: &'t str, word: &str) -> Option<&'t str> {
+    let rest = &text[text.to_lowercase().find(word)? + word.len()..];
+    rest.split_whitespace().next()
+}
+
+fn hello_prints_what_it_sees() {
+    let ended = helpers::run_program("hello", &[]).unwrap();
+    assert_eq!(ended.status, 0, "{ended:?}");
+    for word in ["pid", "cpl", "rip", "cr3"] {
+        assert!(ended.stdout.to_lowercase().contains(word), "no {word}: {ended:?}");
+    }
+    assert!(ended.stdout.to_lowercase().contains("divi"), "no division: {ended:?}");
+    assert_eq!(ended.stderr, "");
+}
+
+fn pie_and_aslr() {
+    let setting = fs::read_to_string("/proc/sys/kernel/randomize_va_space").unwrap();
+    assert_eq!(setting.trim(), "2", "ASLR is on in this machine");
+    let here = pie_and_aslr as *const () as u64;
+    assert!(here > 0x5000_0000_0000, "this program is no PIE: {here:#x}");
+    let mut places = std::collections::HashSet::new();
+    for _ in 0..8 {
+        let ended = helpers::run_program("hello", &[]).unwrap();
+        assert_eq!(ended.status, 0, "{ended:?}");
+        let rip = field(&ended.stdout, "rip")
+            .unwrap_or_else(|| panic!("no RIP: {ended:?}"))
+            .to_string();
+        places.insert(rip);
+    }
+    assert!(places.len() >= 6, "the same places again and again: {places:?}");
+}
+
+extern "C" fn on_odd_stack(depth: *mut libc::c_void) -> *mut libc::c_void {
+    /// Uses 4 KiB of stack per level; the compiler must not flatten it.
+    #[inline(never)]
+    fn descend(depth: usize) -> u64 {
+        let mut page = [depth as u64; 400];
+        std::hint::black_box(&mut page);
+        if depth == 0 {
+            return u64::from(std::process::id());
+        }
+        descend(depth - 1) + std::hint::black_box(&page)[399]
+    }
+    let dune = enter();
+    let sum = descend(depth as usize);
+    // Exceptions astride the edge, too.
+    dune.leave();
+    sum as *mut libc::c_void
+}
+
+/// Runs a thread on a stack whose middle is at `edge`, deep enough to cross it.
+fn run_across(edge: usize) {
+    const HALF: usize = 2 << 20;
+    const DEPTH: usize = 700;
+    let map = Map::at(edge - HALF, 2 * HALF, libc::PROT_READ | libc::PROT_WRITE, 0);
+    let mut result = std::ptr::null_mut();
+    // SAFETY: the stack is ours and outlives the thread, which is joined.
+    unsafe {
+        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
+        libc::pthread_attr_init(&mut attributes);
+        // What of the stack lies above the edge is used up after some 1 MiB: 250 levels.
+        let bytes = HALF + (1 << 20);
+        assert_eq!(libc::pthread_attr_setstack(&mut attributes, map.start.cast(), bytes), 0);
+        let mut thread = 0;
+        let depth = DEPTH as *mut libc::c_void;
+        assert_eq!(libc::pthread_create(&mut thread, &attributes, on_odd_stack, depth), 0);
+        assert_eq!(libc::pthread_join(thread, &mut result), 0);
+    }
+    let expected = u64::from(std::process::id()) + (1..=DEPTH as u64).sum::<u64>();
+    assert_eq!(result as u64, expected, "edge {edge:#x}");
+}
+
+fn stack_astride_a_slot_edge() {
+    for gib in [100, 101, 5000, 0x1_4000] {
+        run_across(gib * GIB);
+    }
+    // The edge at each place relative to the top of the stack, as ASLR puts it once in thousands of starts.
+    for offset in (0..4096).step_by(256) {
+        let map = Map::at(200 * GIB - (1 << 20), 2 << 20, libc::PROT_READ | libc::PROT_WRITE, 0);
+        let top = 200 * GIB + offset;
+        let entered: u64;
+        // SAFETY: switches to our own stack for one call and back.
+        unsafe {
+            std::arch::asm!(
+                "mov r12, rsp",
+                "mov rsp, {top}",
+                "call {call}",
+                "mov rsp, r12",
+                top = in(reg) top,
+                call = sym enter_once,
+                out("rax") entered,
+                out("r12") _,
+                clobber_abi("C"),
+            );
+        }
+        assert_eq!(entered, 1, "offset {offset:#x}");
+        drop(map);
+    }
+}
+
+extern "C" fn enter_once() -> u64 {
+    let dune = enter();
+    let inside = Dune::is_active();
+    // A call and some stack use while inside.
+    let name = format!("{}", std::process::id());
+    dune.leave();
+    u64::from(inside && !name.is_empty())
+}
+
+/// The cheapest of some entries, in TSC ticks.
+fn enter_ticks() -> u64 {
+    (0..5)
+        .map(|_| {
+            let start = rdtsc();
+            let dune = enter();
+            let ticks = rdtsc() - start;
+            dune.leave();
+            ticks
+        })
+        .min()
+        .unwrap()
+}
+
+fn enter_cost_is_independent_of_mappings() {
+    enter_ticks();
+    let few = enter_ticks();
+    let reserved = Map::at(0, 64 * GIB, libc::PROT_NONE, libc::MAP_NORESERVE);
+    // And a thousand mappings that cannot be merged, with something in each.
+    let maps: Vec<Map> = (0..1000)
+        .map(|number| {
+            let map = Map::new(3 * PAGE);
+            map.protect(PAGE, PAGE, libc::PROT_READ);
+            map.write(0, number);
+            map
+        })
+        .collect();
+    let many = enter_ticks();
+    println!("{few} ticks with few mappings, {many} with 64 GiB and 3,000 more");
+    assert!(many < few + few / 4, "{few} ticks became {many}");
+    drop((reserved, maps));
+}
+
+fn two_processes_at_once() {
+    let shared = Shared::new();
+    let body = |number: usize| {
+        let shared = &shared;
+        move || {
+            let dune = enter();
+            shared.word(number).store(1, std::sync::atomic::Ordering::SeqCst);
+            // Both are inside before either computes.
+            while shared.word(1 - number).load(std::sync::atomic::Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            let mut mine = vec![number as u64 + 1; 1 << 18];
+            for round in 0..20u64 {
+                for word in &mut mine {
+                    *word = word.wrapping_mul(31).wrapping_add(round);
+                }
+            }
+            assert_eq!(
+                compute(50_000),
+                shared.word(8).load(std::sync::atomic::Ordering::SeqCst)
+            );
+            let mut expected = number as u64 + 1;
+            for round in 0..20u64 {
+                expected = expected.wrapping_mul(31).wrapping_add(round);
+            }
+            assert!(mine.iter().all(|word| *word == expected), "memory of the other process");
+            assert!(Dune::is_active());
+            dune.leave();
+        }
+    };
+    shared
+        .word(8)
+        .store(compute(50_000), std::sync::atomic::Ordering::SeqCst);
+    let (one, two) = (spawn(body(0)), spawn(body(1)));
+    one.wait().assert_success();
+    two.wait().assert_success();
+}
+
+fn second_enter_is_a_typed_error() {
+    let dune = enter();
+    match Dune::enter() {
+        Err(Error::AlreadyInside) => {}
+        other => panic!("{other:?}"),
+    }
+    assert!(Dune::is_active());
+    dune.leave();
+    enter().leave();
+}
+
+fn outsider_is_told_the_group() {
+    match Dune::enter() {
+        Err(error @ Error::NoPermission { .. }) => {
+            let text = error.to_string();
+            assert!(
+                text.contains("group `dune`") && text.contains("usermod -aG dune"),
+                "{text}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(!Dune::is_active());
+}

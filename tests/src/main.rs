@@ -14,6 +14,7 @@ mod raw;
 mod robust;
 mod runner;
 mod sched;
+mod support;
 mod syscall;
 mod trap;
 

@@ -1,6 +1,591 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! EPT and guest page tables follow the process' memory.
 
-use crate::framework::Test;
+use std::fs;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::SeqCst;
 
-pub const TESTS: &[Test] = &[];
+use libdune::Dune;
+use libdune::Gva;
+use libdune::Hva;
+use libdune::Permissions;
+
+use crate::framework::Outcome;
+use crate::framework::Test;
+use crate::support::assert_refused;
+use crate::support::enter;
+use crate::support::execute;
+use crate::support::exits;
+use crate::support::install_probe;
+use crate::support::load;
+use crate::support::store;
+use crate::support::Map;
+use crate::support::EXIT_EPT_VIOLATION;
+use crate::support::EXIT_VMCALL;
+use crate::support::GIB;
+use crate::support::PAGE;
+
+pub const TESTS: &[Test] = &[
+    Test::asserting("ept_follows_munmap", ept_follows_munmap),
+    Test::asserting("ept_follows_mprotect", ept_follows_mprotect),
+    Test::asserting("ept_follows_madvise_dontneed", ept_follows_madvise_dontneed),
+    Test::asserting("ept_follows_fork_and_copy_on_write", ept_follows_fork_and_copy_on_write),
+    Test::asserting("ept_follows_a_growing_stack", ept_follows_a_growing_stack),
+    Test::asserting("ept_follows_files", ept_follows_files),
+    Test::asserting("ept_keeps_neighbours_on_munmap", ept_keeps_neighbours_on_munmap),
+    Test::asserting("retry_closes_the_race", retry_closes_the_race).timeout_s(60),
+    Test::new("thp_mapped_as_2m", thp_mapped_as_2m),
+    Test::asserting("vdso_clock_gettime_works", vdso_clock_gettime_works),
+    Test::asserting("brk_past_4g", brk_past_4g),
+    Test::asserting("gigabytes_of_mmap", gigabytes_of_mmap).timeout_s(60),
+    Test::asserting("slots_are_recycled", slots_are_recycled).timeout_s(60),
+    Test::asserting(
+        "own_page_table_maps_pages_elsewhere",
+        own_page_table_maps_pages_elsewhere,
+    ),
+    Test::asserting("second_address_space_is_apart", second_address_space_is_apart),
+    Test::asserting("memory_is_the_same_in_and_out", memory_is_the_same_in_and_out),
+];
+
+/// Error-code bits of a page fault.
+const WRITE: u32 = 2;
+const FETCH: u32 = 16;
+
+fn gva(address: usize) -> Gva {
+    Gva::new(address as u64).unwrap()
+}
+
+fn ept_follows_munmap() {
+    let map = Map::new(64 * PAGE);
+    let dune = enter();
+    install_probe(&dune);
+    for page in 0..64 {
+        assert_eq!(store(map.page(page), page as u64), Ok(()));
+    }
+    for round in 0..8 {
+        let page = 3 + round * 7;
+        map.unmap(page * PAGE, PAGE);
+        // Not a stale translation, for reading or writing.
+        let fault = assert_refused(load(map.page(page)), map.page(page));
+        // Nothing there: P clear, as Linux reports SEGV_MAPERR.
+        assert_eq!(fault.error_code & 1, 0, "{fault:x?}");
+        let fault = assert_refused(store(map.page(page), 1), map.page(page));
+        assert_eq!(fault.error_code & (1 | WRITE), WRITE, "{fault:x?}");
+        // Neighbours are there still.
+        assert_eq!(load(map.page(page - 1)), Ok(page as u64 - 1));
+        assert_eq!(load(map.page(page + 1)), Ok(page as u64 + 1));
+        // New memory at the same place is new.
+        let again = Map::at(map.page(page), PAGE, libc::PROT_READ | libc::PROT_WRITE, 0);
+        assert_eq!(load(map.page(page)), Ok(0));
+        assert_eq!(store(map.page(page), 1000), Ok(()));
+        assert_eq!(again.read(0), 1000);
+        drop(again);
+        assert_refused(load(map.page(page)), map.page(page));
+    }
+    dune.leave();
+}
+
+fn ept_follows_mprotect() {
+    let map = Map::new(4 * PAGE);
+    let page = map.page(1);
+    let dune = enter();
+    install_probe(&dune);
+    assert_eq!(store(page, 5), Ok(()));
+    for _ in 0..20 {
+        map.protect(PAGE, PAGE, libc::PROT_READ);
+        assert_eq!(load(page), Ok(5));
+        let fault = assert_refused(store(page, 6), page);
+        // Something is there: P, as Linux reports SEGV_ACCERR.
+        assert_eq!(fault.error_code & (1 | WRITE), 1 | WRITE, "{fault:x?}");
+        assert_eq!(load(page), Ok(5));
+
+        map.protect(PAGE, PAGE, libc::PROT_NONE);
+        assert_refused(load(page), page);
+        assert_refused(store(page, 6), page);
+
+        map.protect(PAGE, PAGE, libc::PROT_READ | libc::PROT_WRITE);
+        assert_eq!(load(page), Ok(5));
+        assert_eq!(store(page, 5), Ok(()));
+    }
+
+    // Execution: `ret`.
+    map.write(2 * PAGE, 0xc3);
+    let code = map.page(2);
+    let fault = assert_refused(execute(code), code);
+    assert_eq!(fault.error_code & FETCH, FETCH, "{fault:x?}");
+    map.protect(2 * PAGE, PAGE, libc::PROT_READ | libc::PROT_EXEC);
+    assert_eq!(execute(code), Ok(()));
+    map.protect(2 * PAGE, PAGE, libc::PROT_READ);
+    assert_refused(execute(code), code);
+    assert_eq!(load(code).map(|word| word & 0xff), Ok(0xc3));
+    dune.leave();
+}
+
+fn ept_follows_madvise_dontneed() {
+    let map = Map::new(32 * PAGE);
+    let dune = enter();
+    install_probe(&dune);
+    for round in 1..=10u64 {
+        for page in 0..32 {
+            assert_eq!(store(map.page(page), round * 100 + page as u64), Ok(()));
+        }
+        map.advise(8 * PAGE, 16 * PAGE, libc::MADV_DONTNEED);
+        for page in 0..32 {
+            let expected = if (8..24).contains(&page) {
+                0
+            } else {
+                round * 100 + page as u64
+            };
+            assert_eq!(load(map.page(page)), Ok(expected), "round {round}, page {page}");
+        }
+    }
+    dune.leave();
+    assert_eq!(map.read(8 * PAGE), 0);
+}
+
+fn ept_follows_fork_and_copy_on_write() {
+    let map = Map::new(8 * PAGE);
+    for page in 0..8 {
+        map.write(page * PAGE, 7);
+    }
+    let dune = enter();
+    for page in 0..8 {
+        map.write(page * PAGE, 8);
+    }
+    for round in 0..5 {
+        let mut pipe = [0; 2];
+        // SAFETY: two fds into an array of two; the child only reads its memory and ends.
+        let pid = unsafe {
+            assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
+            libc::fork()
+        };
+        assert!(pid >= 0);
+        if pid == 0 {
+            let mut byte = 0u8;
+            // SAFETY: waits until the parent has written to its pages; ends.
+            unsafe {
+                libc::read(pipe[0], (&raw mut byte).cast(), 1);
+                let clean = (0..8).all(|page| map.read(page * PAGE) == 8 + round);
+                libc::_exit(if clean { 0 } else { 1 });
+            }
+        }
+        // The pages are shared now: our writes must not reach the child's.
+        for page in 0..8 {
+            map.write(page * PAGE, 9 + round);
+        }
+        let mut status = 0;
+        // SAFETY: our own pipe and child.
+        unsafe {
+            libc::write(pipe[1], c"x".as_ptr().cast(), 1);
+            assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+            libc::close(pipe[0]);
+            libc::close(pipe[1]);
+        }
+        assert_eq!(status, 0, "the child saw the parent's writes, round {round}");
+    }
+    dune.leave();
+}
+
+#[inline(never)]
+fn use_stack(depth: usize) -> usize {
+    let mut page = [depth; 512];
+    std::hint::black_box(&mut page);
+    if depth == 0 {
+        0
+    } else {
+        use_stack(depth - 1) + usize::from(std::hint::black_box(&page)[511] == depth)
+    }
+}
+
+fn ept_follows_a_growing_stack() {
+    // The main thread's stack grows on demand; 6 MiB of its 8 were never touched.
+    let dune = enter();
+    assert_eq!(use_stack(1200), 1200);
+    dune.leave();
+}
+
+fn ept_follows_files() {
+    let path = format!("/tmp/dune-file-{}", std::process::id());
+    fs::write(&path, vec![1u8; 4 * PAGE]).unwrap();
+    let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+    let map_file = |flags| {
+        use std::os::fd::AsRawFd;
+        // SAFETY: a new mapping.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                4 * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        Map {
+            start: start.cast(),
+            bytes: 4 * PAGE,
+        }
+    };
+    let (shared, private) = (map_file(libc::MAP_SHARED), map_file(libc::MAP_PRIVATE));
+    let dune = enter();
+    install_probe(&dune);
+    assert_eq!(load(private.page(1)), Ok(0x0101_0101_0101_0101));
+    assert_eq!(store(shared.page(1), 42), Ok(()));
+    // What write(2) puts there is seen, as the private page is not ours yet.
+    assert_eq!(load(private.page(1)), Ok(42));
+    assert_eq!(store(private.page(1), 43), Ok(()));
+    assert_eq!((load(shared.page(1)), load(private.page(1))), (Ok(42), Ok(43)));
+    let bytes = fs::read(&path).unwrap();
+    assert_eq!(bytes[PAGE], 42);
+    // Beyond the end of a file that was cut off: refused.
+    file.set_len(PAGE as u64).unwrap();
+    assert_refused(load(shared.page(2)), shared.page(2));
+    assert_refused(store(shared.page(3), 1), shared.page(3));
+    assert_eq!(load(shared.page(0)), Ok(0x0101_0101_0101_0101));
+    dune.leave();
+    fs::remove_file(&path).unwrap();
+}
+
+fn ept_keeps_neighbours_on_munmap() {
+    // 1 GiB, a page touched in each 512 KiB: 2,048 leaves in 512 tables.
+    const STEP: usize = 512 << 10;
+    let map = Map::at(0, GIB, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_NORESERVE);
+    map.advise(0, GIB, libc::MADV_NOHUGEPAGE);
+    let dune = enter();
+    for offset in (0..GIB).step_by(STEP) {
+        map.write(offset, offset as u64);
+    }
+    let before = dune.counters();
+    for offset in (0..GIB).step_by(STEP) {
+        assert_eq!(map.read(offset), offset as u64);
+    }
+    let settled = dune.counters();
+    assert!(
+        settled.exits[EXIT_EPT_VIOLATION] - before.exits[EXIT_EPT_VIOLATION] < 10,
+        "the second round has no violations"
+    );
+    let gone = GIB / 2;
+    map.unmap(gone, PAGE);
+    let before = dune.counters();
+    for offset in (0..GIB).step_by(STEP).filter(|offset| *offset != gone) {
+        assert_eq!(map.read(offset), offset as u64);
+    }
+    let violations = dune.counters().exits[EXIT_EPT_VIOLATION] - before.exits[EXIT_EPT_VIOLATION];
+    let pages = (GIB / STEP) as u64;
+    println!("{violations} violations for {pages} pages");
+    assert!(
+        violations <= pages / 100,
+        "{violations} of {pages} entries were lost with one page"
+    );
+    dune.leave();
+}
+
+/// A page is thrown away and filled anew by another thread, again and again; whoever reads it in Dune mode must never
+/// see what was there before. Without the retry check an EPT violation that races the invalidation installs the old
+/// page for good.
+fn retry_closes_the_race() {
+    static GENERATION: AtomicU64 = AtomicU64::new(1);
+    static STOP: AtomicBool = AtomicBool::new(false);
+    const PAGES: usize = 64;
+    let map = Map::new(PAGES * PAGE);
+    map.advise(0, PAGES * PAGE, libc::MADV_NOHUGEPAGE);
+    for page in 0..PAGES {
+        map.write(page * PAGE, 1);
+    }
+    let (start, bytes) = (map.address(), map.bytes);
+    let dune = enter();
+    let writer = std::thread::spawn(move || {
+        while !STOP.load(Relaxed) {
+            let next = GENERATION.load(SeqCst) + 1;
+            // SAFETY: the map outlives this thread, which is joined.
+            unsafe {
+                libc::madvise(start as *mut libc::c_void, bytes, libc::MADV_DONTNEED);
+                for page in 0..PAGES {
+                    ((start + page * PAGE) as *mut u64).write_volatile(next);
+                }
+            }
+            GENERATION.store(next, SeqCst);
+        }
+    });
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(4);
+    let (mut reads, mut zeroes) = (0u64, 0u64);
+    while std::time::Instant::now() < deadline {
+        for page in 0..PAGES {
+            let before = GENERATION.load(SeqCst);
+            let seen = map.read(page * PAGE);
+            reads += 1;
+            if seen == 0 {
+                // Between the throwing away and the filling.
+                zeroes += 1;
+            } else {
+                assert!(
+                    seen >= before,
+                    "page {page} shows generation {seen} after {before} was complete"
+                );
+            }
+        }
+    }
+    STOP.store(true, SeqCst);
+    let counters = dune.counters();
+    dune.leave();
+    writer.join().unwrap();
+    let generations = GENERATION.load(SeqCst);
+    println!(
+        "{reads} reads, {zeroes} between, {generations} generations, {} retries",
+        counters.retries
+    );
+    assert!(generations > 20, "only {generations} generations: nothing was tested");
+    assert!(counters.exits[EXIT_EPT_VIOLATION] > 20);
+}
+
+fn thp_mapped_as_2m() -> Outcome {
+    const LARGE: usize = 2 << 20;
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+    match fs::read_to_string(SETTING) {
+        Ok(setting) if setting.contains("[never]") => return Outcome::Skip(format!("{SETTING} is {setting:?}")),
+        Err(error) => return Outcome::Skip(format!("{SETTING}: {error}")),
+        Ok(_) => {}
+    }
+    let map = Map::new(10 * LARGE);
+    map.advise(0, 10 * LARGE, libc::MADV_HUGEPAGE);
+    let first = map.address().next_multiple_of(LARGE) - map.address();
+    let dune = enter();
+    if dune.info().capabilities & libdune::abi::CAP_EPT_2M == 0 {
+        return Outcome::Skip("the CPU has no 2 MiB leaves in EPT".into());
+    }
+    let before = dune.counters();
+    for large in 0..8 {
+        map.write(first + large * LARGE, 1);
+    }
+    let native = fs::read_to_string("/proc/self/smaps").unwrap();
+    let huge: u64 = native
+        .lines()
+        .filter_map(|line| line.strip_prefix("AnonHugePages:"))
+        .filter_map(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    assert!(huge >= 8 * 2048, "Linux made {huge} KiB of huge pages");
+    let between = dune.counters();
+    assert!(
+        between.ept_2m - before.ept_2m >= 8,
+        "{} leaves of 2 MiB",
+        between.ept_2m - before.ept_2m
+    );
+    // All of them is there now.
+    for offset in (0..8 * LARGE).step_by(PAGE) {
+        map.write(first + offset, 2);
+    }
+    let after = dune.counters();
+    assert_eq!(
+        after.exits[EXIT_EPT_VIOLATION], between.exits[EXIT_EPT_VIOLATION],
+        "violations inside huge pages"
+    );
+
+    // One page taken out of a huge one: the rest stays what it was.
+    map.unmap(first + LARGE + PAGE, PAGE);
+    install_probe(&dune);
+    assert_refused(
+        load(map.address() + first + LARGE + PAGE),
+        map.address() + first + LARGE + PAGE,
+    );
+    for page in (0..512).filter(|page| *page != 1) {
+        assert_eq!(load(map.address() + first + LARGE + page * PAGE), Ok(2));
+    }
+    dune.leave();
+    Outcome::Pass
+}
+
+fn vdso_clock_gettime_works() {
+    let now = || {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes the structure.
+        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) }, 0);
+        time.tv_sec * 1_000_000_000 + time.tv_nsec
+    };
+    let outside = now();
+    let dune = enter();
+    let first = now();
+    assert!(first >= outside);
+    let before = dune.counters();
+    let mut last = first;
+    for _ in 0..10_000 {
+        let next = now();
+        assert!(next >= last);
+        last = next;
+    }
+    let after = dune.counters();
+    assert!(last > first);
+    assert_eq!(
+        after.exits[EXIT_VMCALL], before.exits[EXIT_VMCALL],
+        "the vDSO fell back to the system call"
+    );
+    assert_eq!(exits(&before, &after), 0, "exits for time");
+    dune.leave();
+    assert!(now() >= last);
+}
+
+fn brk_past_4g() {
+    const STEP: usize = 64 << 20;
+    const STEPS: usize = 80;
+    let dune = enter();
+    // SAFETY: glibc copes with a break that others move; nothing is given back to it.
+    unsafe {
+        let start = libc::sbrk(0) as usize;
+        for step in 0..STEPS {
+            let got = libc::sbrk(STEP as isize);
+            assert_ne!(got as isize, -1, "step {step}: {}", std::io::Error::last_os_error());
+        }
+        let end = libc::sbrk(0) as usize;
+        assert!(end - start >= 5 << 30);
+        for at in [start, start + (1 << 32), start + (1 << 32) + 8, end - 8] {
+            let word = (at & !7) as *mut u64;
+            word.write_volatile(at as u64);
+            assert_eq!(word.read_volatile(), at as u64);
+        }
+        // The allocator goes on above.
+        let block = vec![7u8; 1 << 20];
+        assert_eq!(block[99_999], 7);
+        assert_eq!(libc::brk(start as *mut libc::c_void), 0);
+    }
+    dune.leave();
+}
+
+fn gigabytes_of_mmap() {
+    // 300 GiB of address space; as many GiBs of it as have slots are used, less what the program itself uses.
+    const GIBS: usize = 300;
+    let map = Map::at(0, GIBS * GIB, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_NORESERVE);
+    let dune = enter();
+    let most = dune.info().slots_free as usize - 20;
+    let step = GIBS.div_ceil(most.min(GIBS));
+    let used: Vec<usize> = (0..GIBS).step_by(step).collect();
+    println!("{} slots, a page in each of {} GiB", dune.info().slots_free, used.len());
+    for &gib in &used {
+        map.write(gib * GIB + 8 * gib, gib as u64 + 1);
+    }
+    for &gib in &used {
+        assert_eq!(map.read(gib * GIB + 8 * gib), gib as u64 + 1);
+        // The end of the GiB and the start of the next.
+        map.write((gib + 1) * GIB - 8, gib as u64);
+        assert_eq!(map.read((gib + 1) * GIB - 8), gib as u64);
+    }
+    dune.leave();
+    assert!(used.iter().all(|gib| map.read(gib * GIB + 8 * gib) == *gib as u64 + 1));
+}
+
+/// More GiBs one after another than there are slots: those without a mapping are used again.
+fn slots_are_recycled() {
+    let dune = enter();
+    let slots = dune.info().slots_free as usize;
+    for round in 0..(slots * 2).min(300) {
+        let address = (20_000 + round * 2) * GIB;
+        let map = Map::at(address, PAGE, libc::PROT_READ | libc::PROT_WRITE, 0);
+        assert_eq!(map.read(0), 0, "round {round}: memory of an older GiB");
+        map.write(0, round as u64 + 1);
+        assert_eq!(map.read(0), round as u64 + 1);
+    }
+    dune.leave();
+}
+
+fn own_page_table_maps_pages_elsewhere() {
+    let map = Map::new(8 * PAGE);
+    map.write(2 * PAGE, 0x2222);
+    map.write(3 * PAGE, 0x3333);
+    // A GVA that the process does not have: the upper half.
+    let elsewhere = 0xffff_9000_0000_0000usize;
+    let dune = enter();
+    install_probe(&dune);
+    let space = dune.address_space();
+    let hva = |page| Hva::new(map.page(page) as u64).unwrap();
+    let page = PAGE as u64;
+    space
+        .map(gva(elsewhere), page, hva(2), Permissions::WRITE)
+        .unwrap()
+        .flush();
+    assert_eq!(load(elsewhere), Ok(0x2222));
+    assert_eq!(store(elsewhere, 0x4444), Ok(()));
+    assert_eq!(map.read(2 * PAGE), 0x4444);
+    space
+        .map(gva(elsewhere), page, hva(3), Permissions::READ)
+        .unwrap()
+        .flush();
+    assert_eq!(load(elsewhere), Ok(0x3333));
+    let fault = store(elsewhere, 1).unwrap_err();
+    assert_eq!((fault.error_code & 3, fault.host_refused), (3, false));
+    space.unmap(gva(elsewhere), page).unwrap().flush();
+    let fault = load(elsewhere).unwrap_err();
+    assert_eq!(
+        (fault.error_code & 1, fault.host_refused, fault.address),
+        (0, false, elsewhere as u64)
+    );
+    // No execution without the permission.
+    map.write(4 * PAGE, 0xc3);
+    map.protect(4 * PAGE, PAGE, libc::PROT_READ | libc::PROT_EXEC);
+    space
+        .map(gva(elsewhere), page, hva(4), Permissions::EXECUTE)
+        .unwrap()
+        .flush();
+    assert_eq!(execute(elsewhere), Ok(()));
+    space.protect(gva(elsewhere), page, Permissions::READ).unwrap().flush();
+    let fault = execute(elsewhere).unwrap_err();
+    assert_eq!(
+        (fault.error_code & FETCH, fault.host_refused),
+        (FETCH, false),
+        "{fault:x?}"
+    );
+    drop(space);
+    dune.leave();
+}
+
+fn second_address_space_is_apart() {
+    let map = Map::new(4 * PAGE);
+    map.write(PAGE, 1);
+    let dune = enter();
+    install_probe(&dune);
+    let first = dune.address_space();
+    let second = first.duplicate().unwrap();
+    assert_ne!(first.root(), second.root());
+    let page = gva(map.page(1));
+    second.protect(page, PAGE as u64, Permissions::READ).unwrap().ignore();
+    assert!(first.is_loaded() && !second.is_loaded());
+    assert_eq!(store(map.page(1), 2), Ok(()));
+    for round in 0..20 {
+        // SAFETY: a duplicate with one page of ours read-only.
+        unsafe { second.load() };
+        assert!(second.is_loaded());
+        let fault = store(map.page(1), 99).unwrap_err();
+        assert_eq!((fault.error_code & 3, fault.host_refused), (3, false));
+        assert_eq!(load(map.page(1)), Ok(round + 2));
+        // A system call from here works as well.
+        assert_ne!(std::process::id(), 0);
+        // SAFETY: the table that the thread started with.
+        unsafe { first.load() };
+        assert_eq!(store(map.page(1), round + 3), Ok(()));
+    }
+    drop(second);
+    assert_eq!(load(map.page(1)), Ok(22));
+    drop(first);
+    dune.leave();
+}
+
+fn memory_is_the_same_in_and_out() {
+    let mut list: Vec<Box<u64>> = (0..1000).map(Box::new).collect();
+    let map = Map::new(256 * PAGE);
+    for round in 0..10u64 {
+        let dune = enter();
+        for (index, word) in list.iter_mut().enumerate() {
+            assert_eq!(**word, index as u64 + 3 * round);
+            **word += 1;
+        }
+        for page in 0..256 {
+            assert_eq!(map.read(page * PAGE), round);
+            map.write(page * PAGE, round + 1);
+        }
+        list.push(Box::new(list.len() as u64 + 3 * round + 1));
+        dune.leave();
+        assert!(!Dune::is_active());
+        list.iter_mut().for_each(|word| **word += 2);
+    }
+    assert_eq!(list.len(), 1010);
+}

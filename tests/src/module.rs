@@ -1,18 +1,50 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Loading and unloading the module.
 
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
 use crate::check;
 use crate::check_eq;
 use crate::check_ok;
 use crate::framework::Outcome;
+use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
+use crate::raw::Ended;
+use crate::raw::RawGuest;
+use crate::support::enter;
+use crate::support::spawn;
+use crate::support::Shared;
 
-pub const TESTS: &[Test] = &[Test::new("module_unloads_and_loads_again", module_unloads_and_loads).run_as(User::Root)];
+pub const TESTS: &[Test] = &[
+    Test::new("module_unloads_and_loads_again", module_unloads_and_loads).run_as(User::Root),
+    Test::asserting("unload_while_running_is_busy", unload_while_running_is_busy).run_as(User::Root),
+    Test::asserting("double_insmod_is_refused", double_insmod_is_refused).run_as(User::Root),
+    Test::asserting("wrong_parameters_are_refused", wrong_parameters_are_refused).run_as(User::Root),
+    Test::asserting("load_unload_100_times", load_unload_100_times)
+        .run_as(User::Root)
+        .timeout_s(240),
+    Test::asserting("counters_are_zero_after_each_end", counters_are_zero_after_each_end).run_as(User::Root),
+    Test::asserting("no_leak_after_1000_runs", no_leak_after_1000_runs)
+        .run_as(User::Root)
+        .timeout_s(240),
+    Test::asserting("max_vcpus_is_obeyed", max_vcpus_is_obeyed)
+        .run_as(User::Root)
+        .suite(Suite::Short),
+];
+
+/// `mov eax, 0x1234; vmcall`.
+const HEALTHY: &[u8] = &[0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1];
 
 fn module_unloads_and_loads() -> Outcome {
     check!(helpers::module_is_loaded());
+    let _again = Reload::keep();
     let ended = check_ok!(helpers::unload_module());
     check_eq!(ended.status, 0);
     check!(!helpers::module_is_loaded());
@@ -20,4 +52,269 @@ fn module_unloads_and_loads() -> Outcome {
     check!(ended.status == 0, "{ended:?}");
     check!(helpers::module_is_loaded());
     Outcome::Pass
+}
+
+/// Puts the module back as it was, with the parameters it had, whatever a test did.
+struct Reload(Vec<String>);
+
+impl Reload {
+    fn keep() -> Self {
+        let parameters = ["gpa_bits", "max_vcpus"].into_iter().filter_map(|name| {
+            let value = fs::read_to_string(format!("/sys/module/dune/parameters/{name}")).ok()?;
+            Some(format!("{name}={}", value.trim()))
+        });
+        Self(parameters.collect())
+    }
+
+    fn load(&self) {
+        let parameters: Vec<&str> = self.0.iter().map(String::as_str).collect();
+        let ended = helpers::load_module(&parameters).unwrap();
+        assert_eq!(ended.status, 0, "{ended:?}");
+    }
+}
+
+impl Drop for Reload {
+    fn drop(&mut self) {
+        if helpers::module_is_loaded() {
+            let _ = helpers::unload_module();
+        }
+        self.load();
+    }
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// insmod; the errno.
+fn insert(parameters: &str) -> Result<(), i32> {
+    let file = fs::File::open(helpers::MODULE).unwrap();
+    let parameters = CString::new(parameters).unwrap();
+    // SAFETY: an open file and a C string.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(errno())
+    }
+}
+
+/// rmmod without waiting; the errno.
+fn remove() -> Result<(), i32> {
+    // SAFETY: a C string.
+    let result = unsafe { libc::syscall(libc::SYS_delete_module, c"dune".as_ptr(), libc::O_NONBLOCK) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(errno())
+    }
+}
+
+fn unload_while_running_is_busy() {
+    let shared = Shared::new();
+    let child = spawn(|| {
+        let dune = enter();
+        shared.word(0).store(1, SeqCst);
+        while shared.word(1).load(SeqCst) == 0 {
+            std::hint::spin_loop();
+        }
+        dune.leave();
+        shared.word(0).store(2, SeqCst);
+    });
+    while shared.word(0).load(SeqCst) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for _ in 0..5 {
+        assert_eq!(remove(), Err(libc::EWOULDBLOCK), "rmmod while a guest runs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(helpers::module_is_loaded());
+    shared.word(1).store(1, SeqCst);
+    child.wait().assert_success();
+    assert_eq!(shared.word(0).load(SeqCst), 2);
+
+    // The fd alone keeps it, too.
+    let file = fs::File::options().read(true).write(true).open("/dev/dune").unwrap();
+    assert_eq!(remove(), Err(libc::EWOULDBLOCK), "rmmod while the device is open");
+    drop(file);
+    let again = Reload::keep();
+    assert_eq!(remove(), Ok(()));
+    assert!(!helpers::module_is_loaded());
+    drop(again);
+}
+
+fn double_insmod_is_refused() {
+    assert_eq!(insert(""), Err(libc::EEXIST));
+    assert!(helpers::module_is_loaded());
+    enter().leave();
+}
+
+fn wrong_parameters_are_refused() {
+    let again = Reload::keep();
+    remove().unwrap();
+    for (parameters, line) in [
+        ("gpa_bits=31", "gpa_bits=31 is not in 32..=48"),
+        ("gpa_bits=49", "gpa_bits=49 is not in 32..=48"),
+        ("max_vcpus=0", "max_vcpus=0 is not in 1..=4096"),
+        ("max_vcpus=4097", "max_vcpus=4097 is not in 1..=4096"),
+    ] {
+        assert_eq!(insert(parameters), Err(libc::EINVAL), "{parameters}");
+        let log = helpers::kernel_log().unwrap();
+        assert!(
+            log.lines().any(|text| text.contains("dune:") && text.contains(line)),
+            "no line `{line}`"
+        );
+        assert!(!helpers::module_is_loaded());
+    }
+    drop(again);
+    enter().leave();
+}
+
+/// Sum of all global counters.
+fn in_use() -> BTreeMap<String, u64> {
+    let counters = helpers::module_counters().unwrap();
+    for name in ["spaces", "vcpus", "vmcs_pages", "ept_pages"] {
+        assert!(counters.contains_key(name), "no counter {name}: {counters:?}");
+    }
+    counters
+}
+
+#[track_caller]
+fn assert_nothing_in_use() {
+    // What an exiting task still held goes a moment after it was waited for.
+    for _ in 0..200 {
+        if in_use().values().all(|value| *value == 0) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("left over: {:?}", in_use());
+}
+
+fn load_unload_100_times() {
+    let again = Reload::keep();
+    for round in 0..100 {
+        remove().unwrap_or_else(|errno| panic!("rmmod in round {round}: errno {errno}"));
+        insert("").unwrap_or_else(|errno| panic!("insmod in round {round}: errno {errno}"));
+        if round % 10 == 0 {
+            let mut guest = RawGuest::new(HEALTHY);
+            assert_eq!(guest.run(), Ended::Call(0x1234), "round {round}");
+        }
+    }
+    drop(again);
+    enter().leave();
+}
+
+fn counters_are_zero_after_each_end() {
+    assert_nothing_in_use();
+    {
+        let mut guest = RawGuest::new(HEALTHY);
+        assert_eq!(guest.run(), Ended::Call(0x1234));
+        let used = in_use();
+        assert_eq!(
+            (used["spaces"], used["vcpus"], used["vmcs_pages"]),
+            (1, 1, 1),
+            "{used:?}"
+        );
+        assert!(used["ept_pages"] >= 4, "{used:?}");
+    }
+    assert_nothing_in_use();
+    type Body = fn();
+    let ends: [(&str, Body); 6] = [
+        ("leave", || enter().leave()),
+        ("exit inside", || {
+            let _dune = enter();
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
+        }),
+        ("fatal signal", || {
+            let _dune = enter();
+            // SAFETY: ends the child.
+            unsafe { libc::abort() }
+        }),
+        ("SIGKILL", || {
+            let _dune = enter();
+            // SAFETY: ends the child.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }),
+        ("exec", || {
+            let _dune = enter();
+            let arguments = [c"true".as_ptr(), std::ptr::null()];
+            // SAFETY: a null-terminated list of C strings.
+            unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        }),
+        ("raw guest left as it is", || {
+            let guest = RawGuest::new(HEALTHY);
+            std::mem::forget(guest);
+        }),
+    ];
+    for (name, body) in ends {
+        println!("{name}");
+        spawn(body).wait();
+        assert_nothing_in_use();
+    }
+}
+
+/// Kilobytes of a line of /proc/meminfo.
+fn meminfo(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn no_leak_after_1000_runs() {
+    let run = |count: usize| {
+        for round in 0..count {
+            let child = spawn(|| {
+                let dune = enter();
+                let memory = vec![1u8; 1 << 20];
+                assert_eq!(std::hint::black_box(&memory)[4096], 1);
+                if round % 2 == 0 {
+                    dune.leave();
+                }
+            });
+            child.wait().assert_success();
+        }
+    };
+    // Caches fill up first.
+    run(50);
+    assert_nothing_in_use();
+    let before = (meminfo("Slab:"), meminfo("MemFree:"), meminfo("VmallocUsed:"));
+    run(1000);
+    assert_nothing_in_use();
+    let after = (meminfo("Slab:"), meminfo("MemFree:"), meminfo("VmallocUsed:"));
+    println!("slab, free, vmalloc: {before:?} kB before, {after:?} kB after");
+    // 1 kB per run would be 1000 kB.
+    assert!(
+        after.0 < before.0 + 900,
+        "slab grew from {} to {} kB",
+        before.0,
+        after.0
+    );
+    assert!(
+        after.1 + 3000 > before.1,
+        "free memory fell from {} to {} kB",
+        before.1,
+        after.1
+    );
+    assert!(
+        after.2 < before.2 + 400,
+        "vmalloc grew from {} to {} kB",
+        before.2,
+        after.2
+    );
+}
+
+fn max_vcpus_is_obeyed() {
+    let again = Reload::keep();
+    remove().unwrap();
+    insert("max_vcpus=3").unwrap();
+    let device = crate::raw::Device::open().unwrap();
+    assert_eq!(device.info().unwrap().max_vcpus, 3);
+    for _ in 0..3 {
+        device.create_vcpu().unwrap();
+    }
+    assert_eq!(device.create_vcpu().unwrap_err(), crate::raw::Errno(libc::ENOSPC));
+    drop(device);
+    drop(again);
 }

@@ -139,7 +139,6 @@ pub fn vm_entry_failure_is_reported() {
         ("CS with L and D", |page| page.sregs.cs.access_rights |= 1 << 14),
         ("CS a system segment", |page| page.sregs.cs.access_rights &= !(1 << 4)),
         ("CS not present", |page| page.sregs.cs.access_rights &= !(1 << 7)),
-        ("CS unusable", |page| page.sregs.cs.access_rights |= 1 << 16),
         ("SS with DPL 3 under CPL 0", |page| {
             page.sregs.ss.access_rights |= 3 << 5
         }),

@@ -17,17 +17,6 @@ use libdune::Thread;
 use libdune::TrapFrame;
 use libdune::Vector;
 
-/// A test whose function returns nothing and panics where something is wrong.
-#[macro_export]
-macro_rules! test {
-    ($name:ident) => {
-        $crate::framework::Test::new(stringify!($name), || {
-            $name();
-            $crate::framework::Outcome::Pass
-        })
-    };
-}
-
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 /// Bytes of a slot.
@@ -87,7 +76,12 @@ impl Map {
                 0,
             )
         };
-        assert_ne!(start, libc::MAP_FAILED, "mmap of {bytes:#x} bytes at {address:#x}: {}", io::Error::last_os_error());
+        assert_ne!(
+            start,
+            libc::MAP_FAILED,
+            "mmap of {bytes:#x} bytes at {address:#x}: {}",
+            io::Error::last_os_error()
+        );
         Self {
             start: start.cast(),
             bytes,

@@ -25,10 +25,7 @@ use core::ptr;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::AtomicUsize;
-use core::sync::atomic::Ordering::AcqRel;
-use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Relaxed;
-use core::sync::atomic::Ordering::Release;
 
 use dune_abi::Counters;
 use dune_abi::Info;
@@ -49,6 +46,8 @@ use crate::error::Result;
 use crate::host_loop;
 use crate::host_loop::HostContext;
 use crate::layout;
+use crate::owner::Owner;
+use crate::owner::Taken;
 use crate::paging;
 use crate::paging::is_cpl0;
 use crate::paging::memory::Memory;
@@ -64,9 +63,6 @@ use crate::trap;
 use crate::trap::Handler;
 use crate::trap::Thread;
 use crate::trap::Vector;
-
-/// The Dune thread: process in the upper half, thread in the lower; 0 if there is none.
-static OWNER: AtomicU64 = AtomicU64::new(0);
 
 /// Memory around libdune's code and data that is mapped before the first exception: it and what it calls.
 const SURROUNDINGS: u64 = 128 << 20;
@@ -95,7 +91,7 @@ impl Builder {
 #[derive(Debug)]
 pub struct Dune {
     parts: mem::ManuallyDrop<Parts>,
-    owner: u64,
+    owner: Owner,
     _not_send: PhantomData<*mut ()>,
 }
 
@@ -203,7 +199,7 @@ impl Drop for Dune {
         if is_cpl0() {
             // SAFETY: In Dune mode by libdune's loop; behind this the thread is outside.
             unsafe { host_loop::leave_guest() };
-        } else if OWNER.load(Acquire) != self.owner || owner() != self.owner {
+        } else if !self.owner.is_callers() {
             // A child, which has no vCPU and may share our memory with its parent: everything stays.
             return;
         }
@@ -221,44 +217,33 @@ impl Drop for Dune {
         }
         drop(parts.arena);
         drop(parts.device);
-        OWNER.store(0, Release);
+        self.owner.release();
     }
-}
-
-fn owner() -> u64 {
-    u64::from(sys::getpid()) << 32 | u64::from(sys::gettid())
 }
 
 /// Claims Dune mode for the calling thread.
-fn claim() -> Result<u64> {
+fn claim() -> Result<Claim> {
     if is_cpl0() {
         return Err(Error::AlreadyInside);
     }
-    let me = owner();
-    let mut found = 0;
-    loop {
-        match OWNER.compare_exchange(found, me, AcqRel, Acquire) {
-            Ok(_) => return Ok(me),
-            // Left over from the parent of this process.
-            Err(other) if other >> 32 != me >> 32 => found = other,
-            // This thread fell out of Dune mode and still has its `Dune`.
-            Err(other) if other == me => return Err(Error::AlreadyInside),
-            Err(other) => return Err(Error::SecondThread { tid: other as u32 }),
-        }
+    match Owner::claim() {
+        Ok(owner) => Ok(Claim(owner)),
+        Err(Taken::ByCaller) => Err(Error::AlreadyInside),
+        Err(Taken::ByThread(tid)) => Err(Error::SecondThread { tid }),
     }
 }
 
 /// Gives the claim back where entering fails.
-struct Claim(u64);
+struct Claim(Owner);
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let _ = OWNER.compare_exchange(self.0, 0, AcqRel, Acquire);
+        self.0.release();
     }
 }
 
 fn enter() -> Result<Dune> {
-    let claim = Claim(claim()?);
+    let claim = claim()?;
     let device = Device::open()?;
     let vcpu = device.create_vcpu()?;
     let arena = Arena::new().map_err(|errno| Error::at("mmap of the thread's memory", errno.0))?;
@@ -271,7 +256,7 @@ fn enter() -> Result<Dune> {
         (&raw mut (*vcpu.run).sregs).write_volatile(sregs);
         (&raw mut (*vcpu.run).dirty).write_volatile(DIRTY_RIP | DIRTY_SREGS);
     }
-    let context = build_context(&arena, &device, &vcpu, &fpu, block);
+    let context = build_context(&arena, &device, &vcpu, &fpu, block, claim.0);
     // SAFETY: The context lives in the arena until `restore_signals`.
     unsafe { host_loop::install_signals(context) }.map_err(|errno| Error::at("rt_sigaction", errno.0))?;
     // SAFETY: Everything that the loop and the first instructions of the guest need is there.
@@ -382,7 +367,7 @@ fn build_block(arena: &Arena, device: &Device, vcpu: &Vcpu, fpu: &Fpu) -> Result
         libc::memset as *const (),
         libc::memmove as *const (),
     ];
-    let anchors = [trap::ANCHOR, trap::stubs().0 as *const (), ptr::from_ref(&OWNER).cast()];
+    let anchors = [trap::ANCHOR, trap::stubs().0 as *const (), HostContext::anchor()];
     for anchor in anchors.into_iter().chain(memory_functions) {
         premap(block, (anchor as u64).saturating_sub(SURROUNDINGS))?;
         premap(block, (anchor as u64).saturating_add(SURROUNDINGS))?;
@@ -397,7 +382,14 @@ fn premap(block: &Block, address: u64) -> Result<()> {
     Ok(())
 }
 
-fn build_context(arena: &Arena, device: &Device, vcpu: &Vcpu, fpu: &Fpu, block: *const Block) -> *mut HostContext {
+fn build_context(
+    arena: &Arena,
+    device: &Device,
+    vcpu: &Vcpu,
+    fpu: &Fpu,
+    block: *const Block,
+    owner: Owner,
+) -> *mut HostContext {
     let context = arena.at(layout::HOST) as *mut HostContext;
     // SAFETY: The arena's zeroed memory is a valid context; each field is written once.
     unsafe {
@@ -409,6 +401,7 @@ fn build_context(arena: &Arena, device: &Device, vcpu: &Vcpu, fpu: &Fpu, block: 
         (*context).has_xsave = u64::from(fpu.has_xsave);
         (*context).fpu = arena.at(layout::HOST + FPU_OFFSET);
         (*context).tid = sys::gettid();
+        (*context).owner = owner;
     }
     context
 }

@@ -25,6 +25,8 @@ mod addr;
 mod layout;
 mod sys;
 
+mod owner;
+
 mod arena;
 mod device;
 

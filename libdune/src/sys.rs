@@ -108,6 +108,12 @@ pub(crate) fn madvise(address: u64, bytes: usize, advice: i32) -> Result<(), Err
     check(unsafe { raw(libc::SYS_madvise, [address, bytes as u64, advice as u64, 0, 0, 0]) }).map(drop)
 }
 
+/// `close`.
+pub(crate) fn close(fd: i32) {
+    // SAFETY: Closing is memory-safe; the callers own the fd.
+    let _ = unsafe { raw(libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]) };
+}
+
 /// `write`; returns the bytes written, 0 on any error.
 pub(crate) fn write(fd: i32, bytes: &[u8]) -> usize {
     // SAFETY: Linux reads from a live slice.

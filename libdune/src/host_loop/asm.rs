@@ -20,6 +20,7 @@ use super::slow::dune_host_slow;
 use super::slow::Action;
 use crate::abi::CALL_LEAVE;
 use crate::abi::IOPL_CPL0;
+use crate::layout;
 
 extern "C" {
     /// Starts the vCPU behind this call. Returns 0 at CPL0, or outside Dune mode what the first RUN failed with.
@@ -124,8 +125,21 @@ global_asm!(
     "mov r8, [rbx + {r8}]",
     "mov r9, [rbx + {r9}]",
     "jmp dune_forward_syscall",
-    // Registers go to the host stack: a signal may come in the middle.
+    // The thread ends. Its stack goes first, so signals are blocked and nothing is pushed from here on.
     "26:",
+    "cmp r12d, {action_exit}",
+    "jne 29f",
+    "mov r12, [rbp + {call}]",
+    "mov rdi, [rbp + {block}]",
+    "mov esi, {arena_bytes}",
+    "mov eax, {sys_munmap}",
+    "syscall",
+    "mov rdi, r12",
+    "mov eax, {sys_exit}",
+    "syscall",
+    "ud2",
+    // Registers go to the host stack: a signal may come in the middle.
+    "29:",
     "sub rsp, {registers_bytes}",
     "lea rsi, [rbp + {registers}]",
     "mov rdi, rsp",
@@ -210,6 +224,10 @@ global_asm!(
     call_leave = const CALL_LEAVE,
     action_run = const Action::Run as u32,
     action_forward = const Action::Forward as u32,
+    action_exit = const Action::Exit as u32,
+    arena_bytes = const layout::ARENA_BYTES,
+    sys_munmap = const libc::SYS_munmap,
+    sys_exit = const libc::SYS_exit,
     action_native = const Action::Native as u32,
     slow = sym dune_host_slow,
 );

@@ -4,6 +4,7 @@
 
 use dune_abi::RunPage;
 
+use crate::owner::Owner;
 use crate::percpu::Block;
 use crate::sys::SigAction;
 use crate::trap::TrapFrame;
@@ -135,6 +136,7 @@ pub(crate) struct HostContext {
     /// Copy of a `struct clone_args`.
     pub clone_args: [u64; 32],
     pub tid: u32,
+    pub owner: Owner,
     /// The vCPU is gone.
     pub left: bool,
     /// The program's actions for SIGSEGV and SIGBUS.
@@ -143,4 +145,14 @@ pub(crate) struct HostContext {
     pub touched: Touched,
     pub touched_entries: u64,
     pub touched_times: u32,
+}
+
+/// A byte of libdune's static data.
+static ANCHOR: u8 = 1;
+
+impl HostContext {
+    /// Address in libdune's static data, which lies beside its other data.
+    pub fn anchor() -> *const () {
+        (&raw const ANCHOR).cast()
+    }
 }

@@ -10,6 +10,7 @@
 use core::arch::global_asm;
 use core::ptr;
 use core::sync::atomic::AtomicPtr;
+use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Release;
 
@@ -60,14 +61,22 @@ fn action() -> SigAction {
 ///
 /// # Safety
 ///
-/// `context` must stay alive until `restore`.
+/// `context` must stay alive until `restore`, or the process ends.
 pub(crate) unsafe fn install(context: *mut HostContext) -> Result<(), Errno> {
-    HOST.store(context, Release);
+    let before = HOST.swap(context, AcqRel);
     let ours = action();
     for (index, signal) in SIGNALS.into_iter().enumerate() {
         // SAFETY: A handler and a restorer as Linux wants them. The action is noted before it can be asked for.
         unsafe {
-            (*context).actions[index] = sys::sigaction(signal, None)?;
+            let now = sys::sigaction(signal, None)?;
+            (*context).actions[index] = if now.handler != ours.handler {
+                now
+            } else if before.is_null() {
+                SigAction::default()
+            } else {
+                // Left over from a thread that ended in Dune mode, or from the parent of this process.
+                (*before).actions[index]
+            };
             sys::sigaction(signal, Some(&ours))?;
         }
     }

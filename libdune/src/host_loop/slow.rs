@@ -44,6 +44,8 @@ pub(super) enum Action {
     Native = 2,
     /// Make the system call in `HostContext::call`; a child goes on with its `Registers` outside Dune mode.
     Twice = 3,
+    /// Unmap the arena, stack and all, and end the thread with the status in `HostContext::call`.
+    Exit = 4,
 }
 
 /// What `enter_guest` returns where the module could not enter the guest at all; the run page says why.

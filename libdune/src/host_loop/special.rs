@@ -9,6 +9,7 @@
 //! | rt_sigaction (SIGSEGV, SIGBUS) | the host loop has them; the program's actions are kept and given back |
 //! | rt_sigreturn | there is no signal frame to return from: handlers run natively, on the host stack |
 //! | close, close_range, dup2, dup3 | the device's fd is hidden |
+//! | exit | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports |
 
 use dune_abi::Gprs;
@@ -33,7 +34,7 @@ use crate::sys;
 use crate::sys::SigAction;
 use crate::trap::TrapFrame;
 
-const CALLS: [i64; 11] = [
+const CALLS: [i64; 12] = [
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_fork,
@@ -45,6 +46,7 @@ const CALLS: [i64; 11] = [
     libc::SYS_close_range,
     libc::SYS_dup2,
     libc::SYS_dup3,
+    libc::SYS_exit,
 ];
 
 /// Bit that selects the x32 ABI: nothing of that kind can be told apart here, and next to no kernel has it.
@@ -82,6 +84,7 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
                 Action::Forward
             }
         }
+        libc::SYS_exit => exit(context, &gprs),
         _ => Action::Forward,
     }
 }
@@ -120,6 +123,19 @@ fn private(context: &mut HostContext, number: u64, gprs: &Gprs) -> Action {
         }
         _ => fail(context.run, libc::ENOSYS),
     }
+}
+
+/// exit of the thread: nothing of its Dune mode is left for the threads that live on.
+fn exit(context: &mut HostContext, gprs: &Gprs) -> Action {
+    let (run, fd) = (context.run as u64, context.fd as i32);
+    sys::sigprocmask(libc::SIG_SETMASK, u64::MAX);
+    leave(context);
+    // SAFETY: The vCPU is gone and the program never sees its run page again.
+    let _ = unsafe { sys::munmap(run, dune_abi::RUN_PAGE_BYTES) };
+    sys::close(fd);
+    context.owner.release();
+    context.call[0] = gprs.rdi;
+    Action::Exit
 }
 
 /// Gives the thread the segment bases that the guest had, where WRFSBASE changed them.

@@ -26,6 +26,7 @@ use crate::paging::read_cr3;
 use crate::paging::AddressSpace;
 use crate::paging::PagingError;
 use crate::percpu::Block;
+use crate::sys;
 
 /// Level codes by which the stub says that there is no way on.
 pub(super) const LEVEL_TOO_DEEP: u32 = 100;
@@ -164,6 +165,7 @@ pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block:
     if frame.vector() == Vector::PF {
         match fill_leaf(frame, block) {
             Ok(true) => return 0,
+            Ok(false) if vsyscall(frame) => return 0,
             Ok(false) => {}
             Err(error) => {
                 let reason = match error {
@@ -201,6 +203,30 @@ fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
         return Ok(false);
     };
     fill(&block.memory, root, gva)
+}
+
+/// Makes the call where the program has called into the vsyscall page, which Linux emulates for ordinary processes.
+fn vsyscall(frame: &mut TrapFrame) -> bool {
+    const PAGE: u64 = 0xffff_ffff_ff60_0000;
+    const CALLS: [i64; 3] = [libc::SYS_gettimeofday, libc::SYS_time, libc::SYS_getcpu];
+    const BYTES_PER_CALL: u64 = 1024;
+    let Some(offset) = frame.rip.checked_sub(PAGE) else {
+        return false;
+    };
+    if frame.cr2 != frame.rip || offset % BYTES_PER_CALL != 0 {
+        return false;
+    }
+    let Some(call) = CALLS.get((offset / BYTES_PER_CALL) as usize) else {
+        return false;
+    };
+    // SAFETY: The program's call with the program's arguments, returning as its RET would. A bad stack gives an
+    // exception at this level's handler stack, as a RET there would.
+    unsafe {
+        frame.rax = sys::raw(*call, [frame.rdi, frame.rsi, frame.rdx, 0, 0, 0]) as u64;
+        frame.rip = (frame.rsp as *const u64).read_volatile();
+    }
+    frame.rsp += 8;
+    true
 }
 
 /// The default: Linux raises its signal, from the same instruction executed outside Dune mode.

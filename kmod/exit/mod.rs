@@ -63,7 +63,7 @@ impl ExitInfo {
         let raw_reason = vmcs.read(exit_info::REASON) as u32;
         let mut info = Self { raw_reason, ..Default::default() };
         info.cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
-        if info.reason() == ExitReason::Vmcall {
+        if info.is(ExitReason::Vmcall) {
             info.is_syscall = info.cpl == 0;
             if info.is_syscall {
                 vmcall::advance(vmcs, syscall_vmcall, run);
@@ -78,18 +78,20 @@ impl ExitInfo {
         info.instruction_len = vmcs.read(exit_info::INSTRUCTION_LENGTH) as u32;
         info.idt_vectoring = vmcs.read(exit_info::IDT_VECTORING_INFO) as u32;
         info.idt_vectoring_error_code = vmcs.read(exit_info::IDT_VECTORING_ERROR_CODE) as u32;
-        match info.reason() {
-            ExitReason::ExceptionOrNmi => {
-                info.interruption = vmcs.read(exit_info::INTERRUPTION_INFO) as u32;
-                info.interruption_error_code = vmcs.read(exit_info::INTERRUPTION_ERROR_CODE) as u32;
-            }
-            ExitReason::EptViolation | ExitReason::EptMisconfiguration => {
-                info.gpa = vmcs.read(exit_info::GUEST_PHYSICAL_ADDRESS);
-                info.gla = vmcs.read(exit_info::GUEST_LINEAR_ADDRESS);
-            }
-            _ => {}
+        if info.is(ExitReason::ExceptionOrNmi) {
+            info.interruption = vmcs.read(exit_info::INTERRUPTION_INFO) as u32;
+            info.interruption_error_code = vmcs.read(exit_info::INTERRUPTION_ERROR_CODE) as u32;
+        } else if info.is(ExitReason::EptViolation) || info.is(ExitReason::EptMisconfiguration) {
+            info.gpa = vmcs.read(exit_info::GUEST_PHYSICAL_ADDRESS);
+            info.gla = vmcs.read(exit_info::GUEST_LINEAR_ADDRESS);
         }
         info
+    }
+
+    /// Compares numbers: the decoding of `reason` is a long chain where the compiler may not use jump tables.
+    #[inline(always)]
+    fn is(&self, reason: ExitReason) -> bool {
+        self.basic_reason() == reason.number()
     }
 
     pub(crate) fn reason(&self) -> ExitReason {
@@ -115,18 +117,18 @@ impl ExitInfo {
     }
 
     pub(crate) fn is_external_interrupt(&self) -> bool {
-        self.reason() == ExitReason::ExternalInterrupt
+        self.is(ExitReason::ExternalInterrupt)
     }
 
     pub(crate) fn is_nmi(&self) -> bool {
-        self.reason() == ExitReason::ExceptionOrNmi
+        self.is(ExitReason::ExceptionOrNmi)
             && self.interruption().is_valid()
             && self.interruption().kind() == EventKind::Nmi
     }
 
     pub(crate) fn is_machine_check(&self) -> bool {
-        self.reason() == ExitReason::EntryMachineCheck
-            || self.reason() == ExitReason::ExceptionOrNmi
+        self.is(ExitReason::EntryMachineCheck)
+            || self.is(ExitReason::ExceptionOrNmi)
                 && self.interruption().is_exception(crate::arch::exit::vector::MC)
     }
 

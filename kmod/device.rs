@@ -32,7 +32,11 @@ impl FileOps for Space {
         }
         match cmd {
             abi::DUNE_NEW_SPACE => return Ok(misc::new_fd(Space::new()?)? as u64),
-            abi::DUNE_GET_INFO | abi::DUNE_CREATE_VCPU | abi::DUNE_DESTROY_VCPU | abi::DUNE_SYNC | abi::DUNE_MAP_SLOT => {}
+            abi::DUNE_GET_INFO
+            | abi::DUNE_CREATE_VCPU
+            | abi::DUNE_DESTROY_VCPU
+            | abi::DUNE_SYNC
+            | abi::DUNE_MAP_SLOT => {}
             _ => return Err(ENOTTY),
         }
         self.check_mm()?;

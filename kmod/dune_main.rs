@@ -68,6 +68,12 @@ impl kernel::Module for DuneModule {
         let vmx = Vmx::start()?;
         let device = sys::misc::MiscDevice::register::<space::Space>(c"dune")?;
         pr_info!("ready: guest-physical addresses of {} bits\n", space::gpa_bits());
-        Ok(Self { _device: device, _kvm_watch: kvm_watch, _vmx: vmx, _counters: counters, _percpu: percpu })
+        Ok(Self {
+            _device: device,
+            _kvm_watch: kvm_watch,
+            _vmx: vmx,
+            _counters: counters,
+            _percpu: percpu,
+        })
     }
 }

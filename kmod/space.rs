@@ -77,7 +77,10 @@ impl Space {
             Self {
                 notifier: Notifier::new(),
                 mm,
-                vcpus: SpinLock::new(Table { vcpus: ZeroedSlice::new(0)?, count: 0 }),
+                vcpus: SpinLock::new(Table {
+                    vcpus: ZeroedSlice::new(0)?,
+                    count: 0,
+                }),
                 ept: Ept::new(gpa_bits, traits)?,
                 msr_bitmap: MsrBitmap::new()?,
                 cr4: Cr4Policy::new(&capabilities),
@@ -174,7 +177,11 @@ impl Space {
     /// Only its owner uses or destroys a vCPU, so it stays until the caller itself destroys it.
     fn find(&self, number: u64) -> Result<*mut Vcpu> {
         let table = self.vcpus.lock();
-        let vcpu = usize::try_from(number).ok().and_then(|n| table.vcpus.get(n)).copied().unwrap_or(null_mut());
+        let vcpu = usize::try_from(number)
+            .ok()
+            .and_then(|n| table.vcpus.get(n))
+            .copied()
+            .unwrap_or(null_mut());
         if vcpu.is_null() {
             return Err(ENOENT);
         }
@@ -259,7 +266,12 @@ fn max_vcpus() -> u32 {
 pub(crate) fn check_parameters() -> Result {
     let bits = module::param_gpa_bits();
     if bits != 0 && !GPA_BITS.contains(&bits) {
-        pr_err!("gpa_bits={} is not in {}..={}\n", bits, GPA_BITS.start(), GPA_BITS.end());
+        pr_err!(
+            "gpa_bits={} is not in {}..={}\n",
+            bits,
+            GPA_BITS.start(),
+            GPA_BITS.end()
+        );
         return Err(EINVAL);
     }
     let vcpus = module::param_max_vcpus();

@@ -125,7 +125,11 @@ impl Vcpu {
     /// A vCPU of the calling thread. ENOMEM.
     pub(crate) fn new(space: &Space) -> Result<KBox<Self>> {
         let capabilities = &space.usage.capabilities;
-        let vpid = if capabilities.has_vpid() { Vpid::new() } else { Vpid::none() };
+        let vpid = if capabilities.has_vpid() {
+            Vpid::new()
+        } else {
+            Vpid::none()
+        };
         let vcpu = KBox::new(
             Self {
                 owner: Task::current(),
@@ -252,7 +256,11 @@ impl Vcpu {
                 Window::Exited(info) => exit::handle(self, space, &info)?,
                 Window::Failed { instruction_error } => {
                     self.drop_injection();
-                    Flow::User(abi::Exit { kind: abi::EXIT_FAIL_ENTRY, instruction_error, ..Default::default() })
+                    Flow::User(abi::Exit {
+                        kind: abi::EXIT_FAIL_ENTRY,
+                        instruction_error,
+                        ..Default::default()
+                    })
                 }
                 // A CPU that goes offline: the scheduler is about to move this thread.
                 Window::Unusable | Window::UserMode => return Ok(self.finish(&AGAIN)),
@@ -335,7 +343,11 @@ impl Vcpu {
         })?;
         self.is_set_up = true;
         if dirty & abi::DIRTY_SREGS != 0 {
-            self.soft = Soft { lstar: sregs.lstar, syscall_vmcall: sregs.syscall_vmcall, efer: sregs.efer };
+            self.soft = Soft {
+                lstar: sregs.lstar,
+                syscall_vmcall: sregs.syscall_vmcall,
+                efer: sregs.efer,
+            };
         }
         if dirty & abi::DIRTY_RIP != 0 {
             // Elsewhere now: what was to go on where the guest was is void.
@@ -347,7 +359,7 @@ impl Vcpu {
                 info: event_info,
                 error_code: event.error_code,
                 instruction_len: event.instruction_len,
-                });
+            });
         }
         // SAFETY: As above.
         unsafe { addr_of_mut!((*run).dirty).write_volatile(0) };
@@ -381,10 +393,7 @@ impl Vcpu {
     }
 
     /// Calls `f` with the VMCS current, in a window without an entry. ENODEV when VMX was taken away.
-    fn with_vmcs(
-        &mut self,
-        f: impl FnOnce(&mut CurrentVmcs<'_>, &crate::arch::controls::VmxCapabilities),
-    ) -> Result {
+    fn with_vmcs(&mut self, f: impl FnOnce(&mut CurrentVmcs<'_>, &crate::arch::controls::VmxCapabilities)) -> Result {
         let capabilities = crate::vmx::owner::capabilities().ok_or(ENODEV)?;
         // A CPU that goes offline sends the thread elsewhere; it does not take many turns.
         for _ in 0..1000 {

@@ -48,7 +48,10 @@ fn main() {
         "operation", "Linux", "Dune", "exits", "VMREAD", "VMWRITE", "RDMSR", "WRMSR"
     );
     for row in &inside {
-        let linux = native.iter().find(|other| other.name == row.name).map_or("-".into(), |row| row.ticks.to_string());
+        let linux = native
+            .iter()
+            .find(|other| other.name == row.name)
+            .map_or("-".into(), |row| row.ticks.to_string());
         print!("{:<44} {linux:>8} {:>8} {:>6}", row.name, row.ticks, row.exits);
         if counted {
             let [vmreads, vmwrites, rdmsrs, wrmsrs] = row.heavy;
@@ -71,7 +74,12 @@ struct Row {
 const WARM_UP: usize = 16;
 
 /// Measures an operation that is the same each time.
-fn measure_repeated(dune: Option<&Dune>, name: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) -> Row {
+fn measure_repeated(
+    dune: Option<&Dune>,
+    name: &'static str,
+    count: usize,
+    mut action: impl FnMut(usize) -> u64,
+) -> Row {
     for i in 0..WARM_UP {
         action(i);
     }
@@ -91,7 +99,12 @@ fn measure(dune: Option<&Dune>, name: &'static str, count: usize, mut action: im
         }
     }
     let [ticks, exits, heavy @ ..] = columns.map(|mut column| median(&mut column));
-    Row { name, ticks: ticks.saturating_sub(empty()), exits, heavy }
+    Row {
+        name,
+        ticks: ticks.saturating_sub(empty()),
+        exits,
+        heavy,
+    }
 }
 
 /// Exits and heavy operations between two readings.
@@ -122,10 +135,19 @@ fn empty() -> u64 {
 }
 
 fn measure_all(dune: Option<&Dune>) -> Vec<Row> {
-    let mut rows = vec![measure_repeated(dune, "getpid by SYSCALL", CALLS, |_| timed(syscall_getpid))];
+    let mut rows = vec![measure_repeated(dune, "getpid by SYSCALL", CALLS, |_| {
+        timed(syscall_getpid)
+    })];
     if let Some(dune) = dune {
-        rows.push(measure_repeated(Some(dune), "getpid by VMCALL", CALLS, |_| timed(vmcall_getpid)));
-        rows.push(measure_repeated(Some(dune), "exit settled in the module (CPUID)", CALLS, |_| timed(cpuid)));
+        rows.push(measure_repeated(Some(dune), "getpid by VMCALL", CALLS, |_| {
+            timed(vmcall_getpid)
+        }));
+        rows.push(measure_repeated(
+            Some(dune),
+            "exit settled in the module (CPUID)",
+            CALLS,
+            |_| timed(cpuid),
+        ));
         rows.push(user_fault(dune));
     }
     rows.push(present_pages(dune));
@@ -171,7 +193,14 @@ impl Memory {
         // SAFETY: A fresh mapping.
         let start = unsafe {
             let plain = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let start = libc::mmap(core::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, plain, -1, 0);
+            let start = libc::mmap(
+                core::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                plain,
+                -1,
+                0,
+            );
             assert!(start != libc::MAP_FAILED, "mmap");
             assert!(libc::madvise(start, bytes, libc::MADV_NOHUGEPAGE) == 0, "madvise");
             if flags & libc::MAP_POPULATE != 0 {
@@ -219,8 +248,13 @@ static ENTERED: AtomicU64 = AtomicU64::new(0);
 
 fn page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
     ENTERED.store(ticks(), Relaxed);
-    let Some(gva) = Gva::new(frame.cr2) else { return Outcome::Unhandled };
-    match thread.address_space().protect(gva.align_down(PAGE as u64), PAGE as u64, Permissions::ALL) {
+    let Some(gva) = Gva::new(frame.cr2) else {
+        return Outcome::Unhandled;
+    };
+    match thread
+        .address_space()
+        .protect(gva.align_down(PAGE as u64), PAGE as u64, Permissions::ALL)
+    {
         Ok(flush) => flush.ignore(),
         Err(_) => return Outcome::Unhandled,
     }
@@ -235,7 +269,10 @@ fn user_fault(dune: &Dune) -> Row {
     let space = dune.address_space();
     let start = Gva::of(page).expect("a program's address is canonical");
     let row = measure_repeated(Some(dune), "page fault handled by the program", PAGES, |i| {
-        space.protect(start, PAGE as u64, Permissions::NONE).expect("the page can be protected").flush();
+        space
+            .protect(start, PAGE as u64, Permissions::NONE)
+            .expect("the page can be protected")
+            .flush();
         // SAFETY: In the mapping; the handler makes it accessible.
         timed(|| unsafe { page.write_volatile(i as u8) })
     });

@@ -417,10 +417,7 @@ impl RawMsrs {
     /// # Errors
     ///
     /// `NoVmx`, the two of IA32_FEATURE_CONTROL, and `NoMsr` for one that VMX implies and that does not read.
-    pub fn read(
-        cpuid_1_ecx: u32,
-        mut rdmsr: impl FnMut(u32) -> Option<u64>,
-    ) -> Result<Self, Missing> {
+    pub fn read(cpuid_1_ecx: u32, mut rdmsr: impl FnMut(u32) -> Option<u64>) -> Result<Self, Missing> {
         if cpuid_1_ecx & CPUID_1_ECX_VMX == 0 {
             return Err(Missing::NoVmx);
         }

@@ -74,24 +74,8 @@ pub mod rflags {
     pub const VIP: u64 = 1 << 20;
     pub const ID: u64 = 1 << 21;
     /// Bits that exist; a VM entry with another one set fails.
-    pub const DEFINED: u64 = CF
-        | FIXED_1
-        | PF
-        | AF
-        | ZF
-        | SF
-        | TF
-        | IF
-        | DF
-        | OF
-        | IOPL
-        | NT
-        | RF
-        | VM
-        | AC
-        | VIF
-        | VIP
-        | ID;
+    pub const DEFINED: u64 =
+        CF | FIXED_1 | PF | AF | ZF | SF | TF | IF | DF | OF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
 }
 
 /// CR0 bits that the guest changes without an exit: WP for its own page tables, TS for lazy FPU schemes.

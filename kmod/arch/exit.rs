@@ -401,17 +401,13 @@ impl InterruptionInfo {
     pub const fn is_software(self) -> bool {
         matches!(
             self.kind(),
-            EventKind::SoftwareInterrupt
-                | EventKind::PrivilegedSoftwareException
-                | EventKind::SoftwareException
+            EventKind::SoftwareInterrupt | EventKind::PrivilegedSoftwareException | EventKind::SoftwareException
         )
     }
 
     /// Valid, and an exception of hardware with this vector.
     pub const fn is_exception(self, vector: u8) -> bool {
-        self.is_valid()
-            && matches!(self.kind(), EventKind::HardwareException)
-            && self.vector() == vector
+        self.is_valid() && matches!(self.kind(), EventKind::HardwareException) && self.vector() == vector
     }
 
     /// Whether a VM entry takes it (SDM, "Checks on VM-Entry Control Fields"): user space may ask for such an event
@@ -427,16 +423,9 @@ impl InterruptionInfo {
                     && self.has_error_code() == exception_has_error_code(self.vector())
             }
             EventKind::SoftwareInterrupt => !self.has_error_code(),
-            EventKind::PrivilegedSoftwareException => {
-                self.vector() == vector::DB && !self.has_error_code()
-            }
-            EventKind::SoftwareException => {
-                matches!(self.vector(), vector::BP | vector::OF) && !self.has_error_code()
-            }
-            EventKind::ExternalInterrupt
-            | EventKind::Reserved
-            | EventKind::Nmi
-            | EventKind::Other => false,
+            EventKind::PrivilegedSoftwareException => self.vector() == vector::DB && !self.has_error_code(),
+            EventKind::SoftwareException => matches!(self.vector(), vector::BP | vector::OF) && !self.has_error_code(),
+            EventKind::ExternalInterrupt | EventKind::Reserved | EventKind::Nmi | EventKind::Other => false,
         }
     }
 }
@@ -451,11 +440,7 @@ impl fmt::Debug for InterruptionInfo {
             "InterruptionInfo({:?} {}{})",
             self.kind(),
             self.vector(),
-            if self.has_error_code() {
-                " with error code"
-            } else {
-                ""
-            }
+            if self.has_error_code() { " with error code" } else { "" }
         )
     }
 }
@@ -464,14 +449,7 @@ impl fmt::Debug for InterruptionInfo {
 pub const fn exception_has_error_code(vector: u8) -> bool {
     matches!(
         vector,
-        vector::DF
-            | vector::TS
-            | vector::NP
-            | vector::SS
-            | vector::GP
-            | vector::PF
-            | vector::AC
-            | vector::CP
+        vector::DF | vector::TS | vector::NP | vector::SS | vector::GP | vector::PF | vector::AC | vector::CP
     )
 }
 

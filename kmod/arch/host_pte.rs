@@ -104,9 +104,7 @@ impl HostPte {
             Level::Page4K => Self::PAT_4K,
             _ => Self::PAT_LARGE,
         };
-        (self.has(pat) as u32) << 2
-            | (self.has(Self::CACHE_DISABLE) as u32) << 1
-            | self.has(Self::WRITE_THROUGH) as u32
+        (self.has(pat) as u32) << 2 | (self.has(Self::CACHE_DISABLE) as u32) << 1 | self.has(Self::WRITE_THROUGH) as u32
     }
 }
 

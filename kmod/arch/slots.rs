@@ -33,11 +33,7 @@ pub const SLOT_SHIFT: u32 = 30;
 /// 3 words per slot: the reverse table and a hash table of twice its length.
 pub const fn words_for(slots: u32) -> usize {
     let slots = if slots > MAX_SLOTS { MAX_SLOTS } else { slots };
-    let slots = if slots < MIN_CAPACITY {
-        MIN_CAPACITY
-    } else {
-        slots
-    };
+    let slots = if slots < MIN_CAPACITY { MIN_CAPACITY } else { slots };
     3 * slots.next_power_of_two() as usize
 }
 

@@ -104,7 +104,13 @@ impl Ept {
         let root = crate::arch::ept::eptp(tree.root(), traits.accessed_dirty);
         let slots = SlotTable::new(storage, gpa_bits).ok_or(EINVAL)?;
         Ok(Self {
-            lock: SpinLock::new(Locked { tree, slots, invalidating: 0, range: 0..0, dead: false }),
+            lock: SpinLock::new(Locked {
+                tree,
+                slots,
+                invalidating: 0,
+                range: 0..0,
+                dead: false,
+            }),
             sequence: AtomicU64::new(0),
             translations: Translations::new()?,
             traits,
@@ -158,7 +164,9 @@ impl Ept {
         // Linux may take a page away again before we look: after some rounds let the host loop try.
         let mut rounds = 0;
         loop {
-            let Some(hva) = self.lock.lock().slots.hva_of(gpa) else { return Ok(Fault::NoSlot) };
+            let Some(hva) = self.lock.lock().slots.hva_of(gpa) else {
+                return Ok(Fault::NoSlot);
+            };
             let sequence = self.sequence.load(Acquire);
             let leaf = host_walk::walk(mm, hva, self.traits.format, &IrqOff::new());
             let Some(leaf) = leaf.filter(|leaf| allows(leaf, access)) else {
@@ -243,8 +251,7 @@ impl Ept {
     }
 
     fn has_raced(&self, locked: &Locked, range: Range<u64>, sequence: u64) -> bool {
-        let going_on =
-            locked.invalidating > 0 && locked.range.start < range.end && range.start < locked.range.end;
+        let going_on = locked.invalidating > 0 && locked.range.start < range.end && range.start < locked.range.end;
         going_on || self.sequence.load(Acquire) != sequence
     }
 

@@ -99,10 +99,16 @@ impl Tree {
                     return Install::Present;
                 }
                 slot.store(leaf.as_u64(), Relaxed);
-                return if entry.is_present() { Install::Replaced } else { Install::Installed };
+                return if entry.is_present() {
+                    Install::Replaced
+                } else {
+                    Install::Installed
+                };
             }
             if !entry.is_present() {
-                let Some(page) = pages.take() else { return Install::NeedPages };
+                let Some(page) = pages.take() else {
+                    return Install::NeedPages;
+                };
                 counters::EPT_PAGES.fetch_add(1, Relaxed);
                 // INVARIANT: A fresh, zeroed table that only this entry refers to.
                 let new = EptEntry::table(Hpa::new(page.into_hpa()).unwrap_or(self.root()));

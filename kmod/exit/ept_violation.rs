@@ -22,7 +22,10 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     let Some(gpa) = Gpa::new(info.gpa) else {
         return Ok(report(info, violation, abi::EXIT_NO_SLOT, None));
     };
-    let access = Access { write: violation.write(), execute: violation.execute() };
+    let access = Access {
+        write: violation.write(),
+        execute: violation.execute(),
+    };
     let mut effort = Effort::default();
     let fault = space.ept.fault(space.mm, gpa, access, &mut effort);
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);

@@ -13,9 +13,9 @@ mod vmcall;
 
 use crate::abi;
 use crate::abi::RunPage;
+use crate::arch::exit::EventKind;
 use crate::arch::exit::ExitReason;
 use crate::arch::exit::InterruptionInfo;
-use crate::arch::exit::EventKind;
 use crate::arch::exit::ENTRY_FAILURE;
 use crate::arch::segment;
 use crate::arch::vmcs_field::exit_info;
@@ -61,7 +61,10 @@ impl ExitInfo {
     #[inline]
     pub(crate) fn read(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut RunPage) -> Self {
         let raw_reason = vmcs.read(exit_info::REASON) as u32;
-        let mut info = Self { raw_reason, ..Default::default() };
+        let mut info = Self {
+            raw_reason,
+            ..Default::default()
+        };
         info.cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
         if info.is(ExitReason::Vmcall) {
             info.is_syscall = info.cpl == 0;
@@ -128,8 +131,7 @@ impl ExitInfo {
 
     pub(crate) fn is_machine_check(&self) -> bool {
         self.is(ExitReason::EntryMachineCheck)
-            || self.is(ExitReason::ExceptionOrNmi)
-                && self.interruption().is_exception(crate::arch::exit::vector::MC)
+            || self.is(ExitReason::ExceptionOrNmi) && self.interruption().is_exception(crate::arch::exit::vector::MC)
     }
 
     /// For user space: everything that was read.
@@ -143,7 +145,11 @@ impl ExitInfo {
             gla: self.gla,
             instruction_len: self.instruction_len,
             flags: if delivering { abi::FLAG_EVENT_DELIVERY } else { 0 },
-            interruption_info: if delivering { self.idt_vectoring } else { self.interruption },
+            interruption_info: if delivering {
+                self.idt_vectoring
+            } else {
+                self.interruption
+            },
             interruption_error_code: if delivering {
                 self.idt_vectoring_error_code
             } else {

@@ -21,8 +21,12 @@ pub(crate) fn advance(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut
     let rip = vmcs.read(guest::RIP);
     if rip == syscall_vmcall {
         // SAFETY: The run page is there; each field is read once.
-        let (rcx, r11) =
-            unsafe { (addr_of!((*run).gprs.rcx).read_volatile(), addr_of!((*run).gprs.r11).read_volatile()) };
+        let (rcx, r11) = unsafe {
+            (
+                addr_of!((*run).gprs.rcx).read_volatile(),
+                addr_of!((*run).gprs.r11).read_volatile(),
+            )
+        };
         vmcs.write(guest::RIP, rcx);
         vmcs.write(guest::RFLAGS, r11 & SYSRET_MASK | rflags::FIXED_1);
     } else {

@@ -39,7 +39,10 @@ unsafe impl<T: Send> Send for SpinLock<T> {}
 impl<T> SpinLock<T> {
     /// A lock that is not yet usable: call [`SpinLock::init`] where it stays.
     pub(crate) const fn new(data: T) -> Self {
-        Self { raw: UnsafeCell::new(Raw([MaybeUninit::zeroed(); 128])), data: UnsafeCell::new(data) }
+        Self {
+            raw: UnsafeCell::new(Raw([MaybeUninit::zeroed(); 128])),
+            data: UnsafeCell::new(data),
+        }
     }
 
     /// Makes the lock usable.
@@ -64,14 +67,20 @@ impl<T> SpinLock<T> {
     pub(crate) fn lock(&self) -> Guard<'_, T> {
         // SAFETY: Initialised at this address, by the type's contract.
         unsafe { bindings::dune_spin_lock(self.raw.get().cast()) };
-        Guard { lock: self, flags: None }
+        Guard {
+            lock: self,
+            flags: None,
+        }
     }
 
     /// Takes the lock with interrupts off; for locks that are taken in interrupts or with interrupts off.
     pub(crate) fn lock_irqsave(&self) -> Guard<'_, T> {
         // SAFETY: As in `lock`.
         let flags = unsafe { bindings::dune_spin_lock_irqsave(self.raw.get().cast()) };
-        Guard { lock: self, flags: Some(flags) }
+        Guard {
+            lock: self,
+            flags: Some(flags),
+        }
     }
 
     /// The data, without taking the lock: nobody else has a reference.

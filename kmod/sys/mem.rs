@@ -99,12 +99,18 @@ impl<T: Zeroed> ZeroedSlice<T> {
     /// Allocates `len` elements; may sleep. ENOMEM.
     pub(crate) fn new(len: usize) -> Result<Self> {
         if len == 0 {
-            return Ok(Self { ptr: NonNull::dangling(), len });
+            return Ok(Self {
+                ptr: NonNull::dangling(),
+                len,
+            });
         }
         let bytes = len.checked_mul(core::mem::size_of::<T>()).ok_or(ENOMEM)?;
         // SAFETY: May be called wherever sleeping is allowed.
         let ptr = unsafe { bindings::dune_kvzalloc(bytes) };
-        Ok(Self { ptr: NonNull::new(ptr.cast()).ok_or(ENOMEM)?, len })
+        Ok(Self {
+            ptr: NonNull::new(ptr.cast()).ok_or(ENOMEM)?,
+            len,
+        })
     }
 }
 

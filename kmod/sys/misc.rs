@@ -80,7 +80,12 @@ pub(crate) fn new_fd<T: FileOps>(data: KBox<T>) -> Result<i32> {
     let data = KBox::into_raw(data);
     // SAFETY: The table lives as long as the module, which the file keeps alive; `release` takes `data` back.
     let fd = unsafe {
-        bindings::anon_inode_getfd(c"[dune]".as_ptr().cast(), FOPS.0.get(), data.cast(), (O_RDWR | O_CLOEXEC) as c_int)
+        bindings::anon_inode_getfd(
+            c"[dune]".as_ptr().cast(),
+            FOPS.0.get(),
+            data.cast(),
+            (O_RDWR | O_CLOEXEC) as c_int,
+        )
     };
     if fd < 0 {
         // SAFETY: No file was made, so `release` will not run.

@@ -151,7 +151,13 @@ unsafe impl Send for Notifier {}
 impl Notifier {
     pub(crate) fn new() -> Self {
         // SAFETY: All bytes zero is a value of these C structures.
-        unsafe { Self { raw: zeroed(), ops: zeroed(), mm: None } }
+        unsafe {
+            Self {
+                raw: zeroed(),
+                ops: zeroed(),
+                mm: None,
+            }
+        }
     }
 
     /// Registers for `mm`, the calling process'. ENOMEM, EINTR.

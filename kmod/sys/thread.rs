@@ -48,7 +48,10 @@ pub(crate) fn set_user_result(exit_kind: u32, forward: Option<Forward>) {
     // SAFETY: The current thread is in a system call, so its registers are there and nobody else uses them.
     let regs = unsafe { &mut *bindings::dune_current_pt_regs() };
     regs.r12 = exit_kind as _;
-    if let Some(Forward { args: [di, si, dx, r10, r8, r9] }) = forward {
+    if let Some(Forward {
+        args: [di, si, dx, r10, r8, r9],
+    }) = forward
+    {
         regs.di = di as _;
         regs.si = si as _;
         regs.dx = dx as _;

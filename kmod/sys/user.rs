@@ -29,8 +29,7 @@ pub(crate) fn read<T: Plain>(user: u64) -> Result<T> {
 /// Writes `v` to `user`. EFAULT.
 pub(crate) fn write<T: Plain>(user: u64, v: &T) -> Result {
     // SAFETY: `v` has no padding that could leak; the copy checks the user's address.
-    let left =
-        unsafe { bindings::dune_copy_to_user(user as *mut _, (v as *const T).cast(), size_of::<T>() as _) };
+    let left = unsafe { bindings::dune_copy_to_user(user as *mut _, (v as *const T).cast(), size_of::<T>() as _) };
     if left != 0 {
         return Err(EFAULT);
     }

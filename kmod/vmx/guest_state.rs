@@ -39,7 +39,11 @@ impl Cr4Policy {
             owned &= !cr4::PKE;
         }
         let as_host = host & (cr4::PAE | cr4::PSE | cr4::MCE | cr4::OSXSAVE);
-        Self { owned, allowed: owned | as_host, forced: cr4::VMXE | (host & cr4::MCE) | capabilities.cr4_fixed0 }
+        Self {
+            owned,
+            allowed: owned | as_host,
+            forced: cr4::VMXE | (host & cr4::MCE) | capabilities.cr4_fixed0,
+        }
     }
 
     /// CR4 with which a vCPU starts: the host's, without what protects a kernel from user mode.

@@ -28,7 +28,12 @@ pub(crate) struct HostState {
 impl HostState {
     pub(crate) const fn new() -> Self {
         // Values that no CPU has: the first comparison writes.
-        Self { cr3: !0, cr4: !0, fs_base: !0, gdt: TableRegister { limit: 0, base: 0 } }
+        Self {
+            cr3: !0,
+            cr4: !0,
+            fs_base: !0,
+            gdt: TableRegister { limit: 0, base: 0 },
+        }
     }
 
     /// Whether nothing was written for this CPU yet.

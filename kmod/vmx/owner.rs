@@ -45,8 +45,12 @@ struct Global(UnsafeCell<State>);
 // SAFETY: Used under the `OwnerMutex` only.
 unsafe impl Sync for Global {}
 
-static STATE: Global =
-    Global(UnsafeCell::new(State { capabilities: None, online: None, spaces: 0, told: false }));
+static STATE: Global = Global(UnsafeCell::new(State {
+    capabilities: None,
+    online: None,
+    spaces: 0,
+    told: false,
+}));
 
 fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
     let _guard = OwnerMutex::lock();
@@ -64,7 +68,10 @@ impl Online {
     fn new() -> Result<Self> {
         // Field order is teardown order: VMX goes off before the callback that would do so in a crash.
         let emergency = Emergency::register();
-        Ok(Self { _cpuhp: Cpuhp::register(cpu_up, cpu_down)?, _emergency: emergency })
+        Ok(Self {
+            _cpuhp: Cpuhp::register(cpu_up, cpu_down)?,
+            _emergency: emergency,
+        })
     }
 }
 

@@ -90,7 +90,10 @@ impl Vmcs {
                 page,
                 hpa,
                 cpu: AtomicUsize::new(NO_CPU),
-                entry: Entry { host_rsp: AtomicU64::new(!0), launched: AtomicU64::new(0) },
+                entry: Entry {
+                    host_rsp: AtomicU64::new(!0),
+                    launched: AtomicU64::new(0),
+                },
                 prev: null_mut(),
                 next: null_mut(),
             },
@@ -134,7 +137,14 @@ impl Vmcs {
             }
             percpu.current.store(self.hpa, Relaxed);
         }
-        Loaded::Here { vmcs: CurrentVmcs { failed: 0, ops: OpCounts::default(), _irq: PhantomData }, moved: active != here }
+        Loaded::Here {
+            vmcs: CurrentVmcs {
+                failed: 0,
+                ops: OpCounts::default(),
+                _irq: PhantomData,
+            },
+            moved: active != here,
+        }
     }
 
     /// If it is active on another CPU, has that CPU clear it. With interrupts on; may wait for the other CPU.

@@ -88,10 +88,7 @@ proptest! {
 #[test]
 fn wanted_words_do_not_ask_for_what_the_policy_forbids() {
     for (wanted, forbidden) in [
-        (
-            PIN,
-            pin::VIRTUAL_NMIS | pin::PREEMPTION_TIMER | pin::POSTED_INTERRUPTS,
-        ),
+        (PIN, pin::VIRTUAL_NMIS | pin::PREEMPTION_TIMER | pin::POSTED_INTERRUPTS),
         (
             PRIMARY,
             primary::CR3_LOAD_EXITING
@@ -124,42 +121,28 @@ fn wanted_words_do_not_ask_for_what_the_policy_forbids() {
         ),
         (
             EXIT,
-            exit::ACKNOWLEDGE_INTERRUPT
-                | exit::SAVE_PAT
-                | exit::LOAD_PAT
-                | exit::LOAD_PERF_GLOBAL_CTRL,
+            exit::ACKNOWLEDGE_INTERRUPT | exit::SAVE_PAT | exit::LOAD_PAT | exit::LOAD_PERF_GLOBAL_CTRL,
         ),
         (
             ENTRY,
-            entry::LOAD_PAT
-                | entry::ENTRY_TO_SMM
-                | entry::DEACTIVATE_DUAL_MONITOR
-                | entry::LOAD_PERF_GLOBAL_CTRL,
+            entry::LOAD_PAT | entry::ENTRY_TO_SMM | entry::DEACTIVATE_DUAL_MONITOR | entry::LOAD_PERF_GLOBAL_CTRL,
         ),
     ] {
         assert_eq!(wanted.required & wanted.optional, 0);
-        assert_eq!(
-            (wanted.required | wanted.optional | wanted.tolerated) & forbidden,
-            0
-        );
+        assert_eq!((wanted.required | wanted.optional | wanted.tolerated) & forbidden, 0);
     }
 }
 
-const EPT_ALL: u64 =
-    1 << 0 | 1 << 6 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21 | 1 << 25 | 1 << 26;
+const EPT_ALL: u64 = 1 << 0 | 1 << 6 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21 | 1 << 25 | 1 << 26;
 const VPID_ALL: u64 = 1 << 32 | 0xf << 40;
 
 /// A CPU that has it all, as a modern one says it: TRUE MSRs with CR3 exiting optional.
 fn modern() -> HashMap<u32, u64> {
-    let true_primary =
-        primary::DEFAULT1 & !(primary::CR3_LOAD_EXITING | primary::CR3_STORE_EXITING);
+    let true_primary = primary::DEFAULT1 & !(primary::CR3_LOAD_EXITING | primary::CR3_STORE_EXITING);
     HashMap::from([
         (msr::IA32_FEATURE_CONTROL, 5),
         // Revision 0x12, 1024 bytes, write-back, INS/OUTS information, TRUE MSRs.
-        (
-            msr::IA32_VMX_BASIC,
-            1 << 55 | 1 << 54 | 6 << 50 | 1024 << 32 | 0x12,
-        ),
+        (msr::IA32_VMX_BASIC, 1 << 55 | 1 << 54 | 6 << 50 | 1024 << 32 | 0x12),
         (msr::IA32_VMX_PINBASED_CTLS, cap(pin::DEFAULT1, !0)),
         (msr::IA32_VMX_PROCBASED_CTLS, cap(primary::DEFAULT1, !0)),
         (msr::IA32_VMX_EXIT_CTLS, cap(exit::DEFAULT1, !0)),
@@ -211,26 +194,13 @@ fn modern_cpu_gets_the_words_of_the_policy() {
             | 0x8000_0000
     );
     assert_eq!(capabilities.primary & 0x1_8000, 0, "CR3 exits");
-    assert_eq!(
-        capabilities.secondary,
-        0x2 | 0x8 | 0x20 | 0x40 | 0x1000 | 0x8000
-    );
+    assert_eq!(capabilities.secondary, 0x2 | 0x8 | 0x20 | 0x40 | 0x1000 | 0x8000);
     assert_eq!(capabilities.exit, (exit::DEFAULT1 & !4) | 0x200 | 0x30_0000);
-    assert_eq!(
-        capabilities.entry,
-        (entry::DEFAULT1 & !4) | 0x200 | 0x8000 | 4
-    );
+    assert_eq!(capabilities.entry, (entry::DEFAULT1 & !4) | 0x200 | 0x8000 | 4);
     assert!(capabilities.has_vpid() && capabilities.has_rdtscp() && capabilities.has_invpcid());
-    assert!(
-        capabilities.ept.page_2m()
-            && capabilities.ept.page_1g()
-            && capabilities.ept.accessed_dirty()
-    );
+    assert!(capabilities.ept.page_2m() && capabilities.ept.page_1g() && capabilities.ept.accessed_dirty());
     assert!(capabilities.ept.execute_only() && capabilities.ept.invept_single());
-    assert!(
-        capabilities.ept.invvpid_individual()
-            && capabilities.ept.invvpid_single_retaining_globals()
-    );
+    assert!(capabilities.ept.invvpid_individual() && capabilities.ept.invvpid_single_retaining_globals());
     assert_eq!(capabilities.fix_cr0(1 << 40), 0x8000_0021);
     assert_eq!(capabilities.fix_cr4(1 << 32 | 0x20), 0x2020);
 }
@@ -395,10 +365,7 @@ fn msrs_that_do_not_exist_are_not_read() {
         cpu.get(&number).copied()
     })
     .unwrap();
-    assert!(
-        seen.iter().all(|number| cpu.contains_key(number)),
-        "{seen:x?}"
-    );
+    assert!(seen.iter().all(|number| cpu.contains_key(number)), "{seen:x?}");
     assert_eq!(VmxCapabilities::from_msrs(&raw), Err(Missing::NoEpt));
 }
 

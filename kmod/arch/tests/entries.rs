@@ -21,13 +21,7 @@ use proptest::prelude::*;
 const LINUX_PAT: u64 = 0x0407_0506_0007_0106;
 
 const LEAVES: [Level; 3] = [Level::Page4K, Level::Page2M, Level::Page1G];
-const MEM_TYPES: [MemType; 5] = [
-    MemType::Uc,
-    MemType::Wc,
-    MemType::Wt,
-    MemType::Wp,
-    MemType::Wb,
-];
+const MEM_TYPES: [MemType; 5] = [MemType::Uc, MemType::Wc, MemType::Wt, MemType::Wp, MemType::Wb];
 
 #[test]
 fn address_kinds_end_where_they_say() {
@@ -42,10 +36,7 @@ fn address_kinds_end_where_they_say() {
     assert_eq!(Gva::new(0xffff_7fff_ffff_ffff), None);
     assert!(Gva::new(0xffff_8000_0000_0000).is_some());
     assert_eq!(Hpa::from_page_number(1 << 40), None);
-    assert_eq!(
-        Hpa::from_page_number((1 << 40) - 1),
-        Hpa::new(0xf_ffff_ffff_f000)
-    );
+    assert_eq!(Hpa::from_page_number((1 << 40) - 1), Hpa::new(0xf_ffff_ffff_f000));
     assert_eq!(Hva::new((1 << 47) - 1).unwrap().checked_add(1), None);
     assert_eq!(Gva::new(!0).unwrap().checked_add(1), None);
     assert_eq!(format!("{:?}", Gpa::new(0x1234).unwrap()), "Gpa(0x1234)");
@@ -54,10 +45,7 @@ fn address_kinds_end_where_they_say() {
 #[test]
 fn levels_split_an_address_into_four_indices() {
     let address = (1u64 << 39) | (2 << 30) | (3 << 21) | (4 << 12) | 5;
-    let indices: Vec<_> = Level::DOWN
-        .iter()
-        .map(|level| level.index(address))
-        .collect();
+    let indices: Vec<_> = Level::DOWN.iter().map(|level| level.index(address)).collect();
     assert_eq!(indices, [1, 2, 3, 4]);
     assert_eq!(Level::Page4K.bytes(), 4096);
     assert_eq!(Level::Page2M.bytes(), 2 << 20);
@@ -106,10 +94,7 @@ fn ept_accessed_and_write_protect_change_one_bit() {
     let leaf = EptEntry::leaf(page, Level::Page4K, EptPerms::ALL, MemType::Wb);
     let used = EptEntry::from_raw(leaf.as_u64() | EptEntry::ACCESSED | EptEntry::DIRTY);
     assert!(used.is_accessed() && used.is_dirty());
-    assert_eq!(
-        used.clear_accessed().as_u64(),
-        leaf.as_u64() | EptEntry::DIRTY
-    );
+    assert_eq!(used.clear_accessed().as_u64(), leaf.as_u64() | EptEntry::DIRTY);
     assert_eq!(leaf.write_protect().as_u64(), leaf.as_u64() & !2);
 }
 
@@ -120,18 +105,8 @@ fn ept_covers_is_a_partial_order_of_permissions() {
     let read = EptEntry::leaf(page, Level::Page4K, EptPerms::READ, MemType::Wb);
     let all = EptEntry::leaf(page, Level::Page4K, EptPerms::ALL, MemType::Wb);
     assert!(all.covers(read) && all.covers(all) && !read.covers(all));
-    assert!(!all.covers(EptEntry::leaf(
-        other_page,
-        Level::Page4K,
-        EptPerms::READ,
-        MemType::Wb
-    )));
-    assert!(!all.covers(EptEntry::leaf(
-        page,
-        Level::Page4K,
-        EptPerms::READ,
-        MemType::Uc
-    )));
+    assert!(!all.covers(EptEntry::leaf(other_page, Level::Page4K, EptPerms::READ, MemType::Wb)));
+    assert!(!all.covers(EptEntry::leaf(page, Level::Page4K, EptPerms::READ, MemType::Uc)));
     assert!(!EptEntry::EMPTY.covers(read));
 }
 
@@ -139,11 +114,7 @@ fn ept_covers_is_a_partial_order_of_permissions() {
 fn ept_tables_are_no_leaves() {
     let table = EptEntry::table(Hpa::new(0x7000).unwrap());
     assert_eq!(table.as_u64(), 0x7007);
-    assert!(
-        !table.is_leaf(Level::P512G)
-            && !table.is_leaf(Level::Page1G)
-            && !table.is_leaf(Level::Page2M)
-    );
+    assert!(!table.is_leaf(Level::P512G) && !table.is_leaf(Level::Page1G) && !table.is_leaf(Level::Page2M));
     assert!(!EptEntry::EMPTY.is_present() && !EptEntry::EMPTY.is_leaf(Level::Page4K));
 }
 
@@ -208,10 +179,7 @@ fn walk_ands_write_and_user_and_ignores_upper_nx() {
     let page = 0x5000 | P | W | U | D;
     let found = leaf([table | NX, table | NX, table | NX, page]);
     assert!(found.writable && found.writable_and_dirty && found.executable && !found.special);
-    assert_eq!(
-        (found.hpa, found.level),
-        (Hpa::new(0x5000).unwrap(), Level::Page4K)
-    );
+    assert_eq!((found.hpa, found.level), (Hpa::new(0x5000).unwrap(), Level::Page4K));
     assert_eq!(found.mem_type, MemType::Wb);
     assert_eq!(found.perms(), EptPerms::ALL);
 
@@ -241,12 +209,7 @@ fn walk_ands_write_and_user_and_ignores_upper_nx() {
 #[test]
 fn prot_none_and_swap_entries_are_absent() {
     let table = 0x1000 | P | W | U;
-    for not_present in [
-        1 << 8 | 0x5000 | U,
-        1 << 8 | W | D,
-        0x1234_5678_9abc_def0 & !P,
-        0,
-    ] {
+    for not_present in [1 << 8 | 0x5000 | U, 1 << 8 | W | D, 0x1234_5678_9abc_def0 & !P, 0] {
         assert_eq!(walk(&[table, table, table, not_present]), Step::Absent);
     }
 }
@@ -257,26 +220,19 @@ fn large_pages_end_the_walk_and_lose_their_pat_bit() {
     let Step::Leaf(page) = walk(&[table, table, 0x20_0000 | PSE | P | W | U | D | 1 << 12]) else {
         panic!();
     };
-    assert_eq!(
-        (page.hpa, page.level),
-        (Hpa::new(0x20_0000).unwrap(), Level::Page2M)
-    );
+    assert_eq!((page.hpa, page.level), (Hpa::new(0x20_0000).unwrap(), Level::Page2M));
     // PAT index 4.
     assert_eq!(page.mem_type, MemType::Wb);
 
     let Step::Leaf(page) = walk(&[table, 0x4000_0000 | PSE | P | U | 1 << 12 | 1 << 3]) else {
         panic!();
     };
-    assert_eq!(
-        (page.hpa, page.level),
-        (Hpa::new(0x4000_0000).unwrap(), Level::Page1G)
-    );
+    assert_eq!((page.hpa, page.level), (Hpa::new(0x4000_0000).unwrap(), Level::Page1G));
     assert_eq!(page.mem_type, MemType::Wp);
     assert!(!page.writable);
 
     // Bit 7 is PAT, not PSE, in a 4 KiB entry, and nothing of Linux' in the top level.
-    let Step::Leaf(page) = walk(&[table, table, table, 0x5000 | PSE | P | U | 1 << 3 | 1 << 4])
-    else {
+    let Step::Leaf(page) = walk(&[table, table, table, 0x5000 | PSE | P | U | 1 << 3 | 1 << 4]) else {
         panic!();
     };
     assert_eq!((page.level, page.mem_type), (Level::Page4K, MemType::Wt));

@@ -32,10 +32,7 @@ fn every_reason_round_trips_and_flags_do_not_matter() {
     assert_eq!(ExitReason::KNOWN.len(), 76);
     assert_eq!(ExitReason::EptViolation.number(), 48);
     assert_eq!(ExitReason::Vmcall.number(), 18);
-    assert_eq!(
-        ExitReason::from_raw(0x8000_0021),
-        ExitReason::EntryInvalidGuestState
-    );
+    assert_eq!(ExitReason::from_raw(0x8000_0021), ExitReason::EntryInvalidGuestState);
     assert_eq!(ExitReason::from_raw(35), ExitReason::Unknown(35));
     assert_eq!(ExitReason::Xsetbv.to_string(), "XSETBV (55)");
 }
@@ -73,13 +70,7 @@ fn cr_access_decodes_each_kind() {
             from: Gpr::new(15)
         }
     );
-    assert_eq!(
-        CrAccess::decode(0x0418),
-        CrAccess::Read {
-            cr: 8,
-            to: Gpr::new(4)
-        }
-    );
+    assert_eq!(CrAccess::decode(0x0418), CrAccess::Read { cr: 8, to: Gpr::new(4) });
     assert!(Gpr::new(4).is_rsp() && !Gpr::new(5).is_rsp());
     assert_eq!(CrAccess::decode(0x20), CrAccess::Clts);
     assert_eq!(
@@ -106,9 +97,7 @@ fn events_are_encoded_as_the_sdm_says() {
         0x8000_0603
     );
     let fault = InterruptionInfo::hardware_exception(vector::GP, Some(0));
-    assert!(
-        fault.is_exception(vector::GP) && !fault.is_exception(vector::PF) && !fault.is_software()
-    );
+    assert!(fault.is_exception(vector::GP) && !fault.is_exception(vector::PF) && !fault.is_software());
     assert!(!InterruptionInfo::NONE.is_valid());
 }
 
@@ -147,10 +136,7 @@ fn injectable_events_are_counted() {
         if info.is_injectable_by_user() {
             by_kind[info.kind() as usize] += 1;
         }
-        assert!(
-            !InterruptionInfo::new(low).is_injectable_by_user(),
-            "not valid"
-        );
+        assert!(!InterruptionInfo::new(low).is_injectable_by_user(), "not valid");
         assert!(!InterruptionInfo::new(1 << 31 | 1 << 12 | low).is_injectable_by_user());
     }
     // 31 exceptions (32 less NMI), all 256 INT n, INT1, INT3 and INTO.
@@ -175,10 +161,7 @@ fn segment_rights_are_those_of_a_64_bit_guest() {
         assert_eq!(segment::dpl(segment::data(dpl)), dpl);
         // SDM, "Checks on Guest Segment Registers": L and D are never both 1 in code, reserved bits are 0.
         assert_eq!(segment::code_64(dpl) & segment::rights::DEFAULT_BIG, 0);
-        assert_eq!(
-            (segment::code_64(dpl) | segment::data(dpl)) & 0xfffe_0f00,
-            0
-        );
+        assert_eq!((segment::code_64(dpl) | segment::data(dpl)) & 0xfffe_0f00, 0);
     }
 }
 
@@ -193,10 +176,7 @@ fn msr_bitmap_bits_are_distinct_and_inside() {
         }
     }
     assert_eq!(seen.len(), 8 * msr::BITMAP_BYTES);
-    assert_eq!(
-        msr::bitmap_bit(msr::IA32_LSTAR, true),
-        Some((0xc10, 1 << 2))
-    );
+    assert_eq!(msr::bitmap_bit(msr::IA32_LSTAR, true), Some((0xc10, 1 << 2)));
     assert_eq!(msr::bitmap_bit(0x2000, false), None);
     assert_eq!(msr::bitmap_bit(0xbfff_ffff, false), None);
     assert_eq!(msr::bitmap_bit(0xc000_2000, true), None);

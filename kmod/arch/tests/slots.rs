@@ -95,10 +95,7 @@ fn forty_bits_and_the_largest_space_fill_up() {
         );
         assert_eq!(table.iter().count(), slots as usize);
         for (hva, gpa) in table.iter() {
-            assert_eq!(
-                (table.lookup(hva), table.hva_of(gpa)),
-                (Some(gpa), Some(hva))
-            );
+            assert_eq!((table.lookup(hva), table.hva_of(gpa)), (Some(gpa), Some(hva)));
         }
     }
 }
@@ -117,11 +114,7 @@ fn gpa_outside_every_slot_has_no_hva() {
         (1 << 40) - 1,
         (1 << 48) - 1,
     ] {
-        assert_eq!(
-            table.hva_of(Gpa::new(outside).unwrap()),
-            None,
-            "{outside:#x}"
-        );
+        assert_eq!(table.hva_of(Gpa::new(outside).unwrap()), None, "{outside:#x}");
     }
     assert_eq!(
         table.hva_of(Gpa::new(gpa.as_u64() + GIB - 1).unwrap()),
@@ -194,10 +187,7 @@ fn agree(gpa_bits: u32, ops: Vec<Op>) -> Result<(), TestCaseError> {
         prop_assert_eq!(table.free() as usize, limit - 1 - model.len());
     }
     for (&gib, &gpa) in &model {
-        prop_assert_eq!(
-            table.lookup(hva(gib, 9)).map(Gpa::as_u64),
-            Some(gpa.as_u64() + 9)
-        );
+        prop_assert_eq!(table.lookup(hva(gib, 9)).map(Gpa::as_u64), Some(gpa.as_u64() + 9));
         prop_assert_eq!(table.hva_of(gpa), Some(hva(gib, 0)));
     }
     prop_assert_eq!(table.iter().count(), model.len());

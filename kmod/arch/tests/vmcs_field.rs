@@ -57,10 +57,7 @@ fn names_for_dumps() {
     assert_eq!(vmcs_field::name(0x681e), Some("guest::RIP"));
     assert_eq!(vmcs_field::name(0x681f), None);
     for &(encoding, area, name, _, _) in FIELDS {
-        assert_eq!(
-            vmcs_field::name(encoding).unwrap(),
-            format!("{area}::{name}")
-        );
+        assert_eq!(vmcs_field::name(encoding).unwrap(), format!("{area}::{name}"));
     }
 }
 

@@ -45,8 +45,29 @@ pub fn cs() -> u16 {
 
 /// Exits between two readings that the program caused: interrupts come whenever they come.
 pub fn exits(before: &Counters, after: &Counters) -> u64 {
-    let all = |counters: &Counters| counters.exits.iter().sum::<u64>() - counters.exits[EXIT_INTERRUPT];
-    all(after) - all(before)
+    by_reason(before, after).iter().map(|(_, count)| count).sum()
+}
+
+/// The same as (basic exit reason, count), for messages.
+pub fn by_reason(before: &Counters, after: &Counters) -> Vec<(usize, u64)> {
+    (0..before.exits.len())
+        .filter(|reason| *reason != EXIT_INTERRUPT)
+        .map(|reason| (reason, after.exits[reason] - before.exits[reason]))
+        .filter(|(_, count)| *count != 0)
+        .collect()
+}
+
+/// Runs `body` three times, the first two to bring memory in, and fails the test if the last caused an exit.
+#[track_caller]
+pub fn assert_no_exits(dune: &Dune, mut body: impl FnMut()) {
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let before = dune.counters();
+        body();
+        let after = dune.counters();
+        seen = by_reason(&before, &after);
+    }
+    assert_eq!(seen, [], "(exit reason, count)");
 }
 
 /// Anonymous memory; unmapped when dropped.

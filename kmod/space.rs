@@ -11,18 +11,22 @@ use crate::ept::host_walk::Format;
 use crate::sys::cpu;
 use crate::sys::lock::Class;
 use crate::sys::lock::SpinLock;
+use crate::sys::mem::Zeroed;
 use crate::sys::mem::ZeroedSlice;
 use crate::sys::mm::Mm;
 use crate::sys::mm::Notifier;
 use crate::sys::mm::NotifierOps;
 use crate::sys::module;
+use crate::sys::thread;
 use crate::vcpu::Vcpu;
 use crate::vmx::capability;
 use crate::vmx::guest_state::Cr4Policy;
 use crate::vmx::owner;
 use crate::vmx::setup::MsrBitmap;
+use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
+use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
@@ -38,7 +42,10 @@ pub(crate) struct Space {
     /// First: the kernel hands us its address.
     notifier: Notifier,
     pub(crate) mm: Mm,
-    vcpus: SpinLock<Table>,
+    /// vCPUs by number.
+    places: ZeroedSlice<Place>,
+    /// How many there are; its lock is taken to change `places`.
+    vcpus: SpinLock<u32>,
     pub(crate) ept: Ept,
     pub(crate) msr_bitmap: MsrBitmap,
     pub(crate) cr4: Cr4Policy,
@@ -47,14 +54,16 @@ pub(crate) struct Space {
     traits: Traits,
 }
 
-/// vCPUs by number; null where there is none.
-struct Table {
-    vcpus: ZeroedSlice<*mut Vcpu>,
-    count: u32,
+/// A vCPU's place. Written under the space's `vcpus` lock; its owner reads it without.
+struct Place {
+    /// Null where the place is free. Only the task that stands here uses or frees `vcpu`, while it lives: so a task that
+    /// finds itself here finds a vCPU that stays until it destroys it itself.
+    owner: AtomicPtr<c_void>,
+    vcpu: AtomicPtr<Vcpu>,
 }
 
-// SAFETY: The pointers are owned boxes of a type that may be sent.
-unsafe impl Send for Table {}
+// SAFETY: Null pointers are values.
+unsafe impl Zeroed for Place {}
 
 impl Space {
     /// A space of the calling process.
@@ -77,10 +86,8 @@ impl Space {
             Self {
                 notifier: Notifier::new(),
                 mm,
-                vcpus: SpinLock::new(Table {
-                    vcpus: ZeroedSlice::new(0)?,
-                    count: 0,
-                }),
+                places: ZeroedSlice::new(max_vcpus() as usize)?,
+                vcpus: SpinLock::new(0),
                 ept: Ept::new(gpa_bits, traits)?,
                 msr_bitmap: MsrBitmap::new()?,
                 cr4: Cr4Policy::new(&capabilities),
@@ -128,7 +135,7 @@ impl Space {
             cr4: self.cr4.initial(),
             efer: crate::sys::regs::read_msr(crate::arch::msr::IA32_EFER).unwrap_or(0),
             slots_free: self.ept.slots_free(),
-            vcpus: self.vcpus.lock().count,
+            vcpus: *self.vcpus.lock(),
         }
     }
 
@@ -138,75 +145,67 @@ impl Space {
         if crate::sys::regs::data_selectors() != 0 {
             return Err(ENXIO);
         }
-        let mut fresh: Option<ZeroedSlice<*mut Vcpu>> = None;
-        if self.vcpus.lock().vcpus.is_empty() {
-            fresh = Some(ZeroedSlice::new(max_vcpus() as usize)?);
+        let vcpu = Vcpu::new(self)?;
+        let mut count = self.vcpus.lock();
+        let free = self.places.iter().position(Place::is_free);
+        // SAFETY: Under the lock what stands in a place is alive.
+        let dead = || {
+            self.places
+                .iter()
+                .position(|place| unsafe { (*place.vcpu.load(Relaxed)).owner_is_exiting() })
+        };
+        let Some(number) = free.or_else(dead) else {
+            drop(count);
+            return Err(ENOSPC);
+        };
+        let place = &self.places[number];
+        let reaped = place.vcpu.load(Relaxed);
+        if reaped.is_null() {
+            *count += 1;
         }
-        let vcpu = KBox::into_raw(Vcpu::new(self)?);
-        let mut table = self.vcpus.lock();
-        if table.vcpus.is_empty() {
-            if let Some(fresh) = fresh.take() {
-                table.vcpus = fresh;
-            }
+        let owner = vcpu.owner();
+        place.vcpu.store(KBox::into_raw(vcpu), Relaxed);
+        place.owner.store(owner, Relaxed);
+        drop(count);
+        if !reaped.is_null() {
+            // SAFETY: Taken out of its place; its owner is past running it.
+            drop(unsafe { KBox::from_raw(reaped) });
         }
-        let mut reaped = null_mut();
-        // SAFETY: Under the lock the pointers in the table are alive.
-        let free = table.vcpus.iter().position(|p| p.is_null()).or_else(|| {
-            let dead = table.vcpus.iter().position(|p| unsafe { (**p).owner_is_exiting() })?;
-            reaped = core::mem::replace(&mut table.vcpus[dead], null_mut());
-            table.count -= 1;
-            Some(dead)
-        });
-        if let Some(number) = free {
-            table.vcpus[number] = vcpu;
-            table.count += 1;
-        }
-        drop(table);
-        drop(fresh);
-        for gone in [reaped, if free.is_none() { vcpu } else { null_mut() }] {
-            if !gone.is_null() {
-                // SAFETY: Taken out of the table, or never in it; an exiting owner does not run it any more.
-                drop(unsafe { KBox::from_raw(gone) });
-            }
-        }
-        free.map(|number| number as u32).ok_or(ENOSPC)
+        Ok(number as u32)
     }
 
-    /// The vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
-    ///
-    /// Only its owner uses or destroys a vCPU, so it stays until the caller itself destroys it.
-    fn find(&self, number: u64) -> Result<*mut Vcpu> {
-        let table = self.vcpus.lock();
-        let vcpu = usize::try_from(number)
+    /// The place of the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
+    fn find(&self, number: u64) -> Result<&Place> {
+        let place = usize::try_from(number)
             .ok()
-            .and_then(|n| table.vcpus.get(n))
-            .copied()
-            .unwrap_or(null_mut());
-        if vcpu.is_null() {
-            return Err(ENOENT);
+            .and_then(|n| self.places.get(n))
+            .ok_or(ENOENT)?;
+        let owner = place.owner.load(Relaxed);
+        if owner == thread::current_id() {
+            Ok(place)
+        } else if owner.is_null() {
+            Err(ENOENT)
+        } else {
+            Err(EPERM)
         }
-        // SAFETY: Under the lock the pointers in the table are alive.
-        if !unsafe { (*vcpu).is_owned_by_current() } {
-            return Err(EPERM);
-        }
-        Ok(vcpu)
     }
 
     /// Calls `f` with the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
     pub(crate) fn with_vcpu<R>(&self, number: u64, f: impl FnOnce(&mut Vcpu) -> Result<R>) -> Result<R> {
-        let vcpu = self.find(number)?;
+        let vcpu = self.find(number)?.vcpu.load(Relaxed);
         // SAFETY: The calling thread owns it and is here, so nobody else uses or destroys it.
         f(unsafe { &mut *vcpu })
     }
 
     /// ENOENT, EPERM.
     pub(crate) fn destroy_vcpu(&self, number: u64) -> Result {
-        let vcpu = self.find(number)?;
-        let mut table = self.vcpus.lock();
-        table.vcpus[number as usize] = null_mut();
-        table.count -= 1;
-        drop(table);
-        // SAFETY: Taken out of the table by its owner, who is here.
+        let place = self.find(number)?;
+        let mut count = self.vcpus.lock();
+        place.owner.store(null_mut(), Relaxed);
+        let vcpu = place.vcpu.swap(null_mut(), Relaxed);
+        *count -= 1;
+        drop(count);
+        // SAFETY: Taken out of its place by its owner, who is here.
         drop(unsafe { KBox::from_raw(vcpu) });
         Ok(())
     }
@@ -218,13 +217,20 @@ impl Space {
     }
 }
 
+impl Place {
+    fn is_free(&self) -> bool {
+        self.vcpu.load(Relaxed).is_null()
+    }
+}
+
 impl Drop for Space {
     fn drop(&mut self) {
         self.notifier.unregister();
-        for vcpu in self.vcpus.get_mut().vcpus.iter() {
+        for place in self.places.iter() {
+            let vcpu = place.vcpu.load(Relaxed);
             if !vcpu.is_null() {
                 // SAFETY: The last reference to the file is gone, so nobody runs it.
-                drop(unsafe { KBox::from_raw(*vcpu) });
+                drop(unsafe { KBox::from_raw(vcpu) });
             }
         }
         counters::SPACES.fetch_sub(1, Relaxed);

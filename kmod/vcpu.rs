@@ -23,6 +23,7 @@ use crate::sys::regs;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
 use crate::sys::thread::Task;
+use crate::sys::thread::TaskId;
 use crate::vmx::enter;
 use crate::vmx::enter::Entered;
 use crate::vmx::guest_state;
@@ -154,8 +155,8 @@ impl Vcpu {
         Ok(vcpu)
     }
 
-    pub(crate) fn is_owned_by_current(&self) -> bool {
-        self.owner.is_current()
+    pub(crate) fn owner(&self) -> TaskId {
+        self.owner.id()
     }
 
     pub(crate) fn owner_is_exiting(&self) -> bool {

@@ -385,9 +385,9 @@ bool dune_signal_pending(void)
 	return signal_pending(current);
 }
 
-bool dune_need_resched(void)
+bool dune_work_pending(void)
 {
-	return need_resched();
+	return read_thread_flags() & EXIT_TO_USER_MODE_WORK;
 }
 
 bool dune_user_work_pending(void)

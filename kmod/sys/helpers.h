@@ -92,7 +92,7 @@ void dune_put_task(struct task_struct *task);
 bool dune_task_is_exiting(const struct task_struct *task);
 struct pt_regs *dune_current_pt_regs(void);
 bool dune_signal_pending(void);
-bool dune_need_resched(void);
+bool dune_work_pending(void);
 bool dune_user_work_pending(void);
 void dune_cond_resched(void);
 bool dune_cpuid_faults(void);

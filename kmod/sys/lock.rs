@@ -82,11 +82,6 @@ impl<T> SpinLock<T> {
             flags: Some(flags),
         }
     }
-
-    /// The data, without taking the lock: nobody else has a reference.
-    pub(crate) fn get_mut(&mut self) -> &mut T {
-        self.data.get_mut()
-    }
 }
 
 /// Access to the data of a [`SpinLock`]; dropping releases it.

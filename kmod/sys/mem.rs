@@ -87,8 +87,6 @@ pub(crate) unsafe trait Zeroed {}
 unsafe impl Zeroed for u32 {}
 // SAFETY: As above.
 unsafe impl Zeroed for core::sync::atomic::AtomicU64 {}
-// SAFETY: The null pointer is a value.
-unsafe impl<T> Zeroed for *mut T {}
 
 // SAFETY: Owns its elements.
 unsafe impl<T: Send> Send for ZeroedSlice<T> {}

@@ -5,6 +5,15 @@
 use super::bindings;
 use core::ptr::NonNull;
 
+/// Address of a task, to be compared only; null is none.
+pub(crate) type TaskId = *mut core::ffi::c_void;
+
+/// The current task's.
+pub(crate) fn current_id() -> TaskId {
+    // SAFETY: Reads a per-CPU variable.
+    unsafe { bindings::dune_current().cast() }
+}
+
 /// A reference to a task.
 pub(crate) struct Task(NonNull<bindings::task_struct>);
 
@@ -19,9 +28,9 @@ impl Task {
         Self(unsafe { NonNull::new_unchecked(bindings::dune_get_current()) })
     }
 
-    pub(crate) fn is_current(&self) -> bool {
-        // SAFETY: Reads a per-CPU variable.
-        unsafe { bindings::dune_current() == self.0.as_ptr() }
+    /// Stands for the task; not another's as long as this reference is held.
+    pub(crate) fn id(&self) -> TaskId {
+        self.0.as_ptr().cast()
     }
 
     /// Whether it is past the point where it could run user code again.
@@ -73,19 +82,18 @@ pub(crate) enum Pending {
     UserWork,
 }
 
+#[inline]
 pub(crate) fn pending() -> Pending {
     // SAFETY: Each reads flags of the current thread.
     unsafe {
-        if bindings::dune_user_work_pending() {
-            if bindings::dune_signal_pending() {
-                Pending::Signal
-            } else {
-                Pending::UserWork
-            }
-        } else if bindings::dune_need_resched() {
-            Pending::Reschedule
-        } else {
+        if !bindings::dune_work_pending() {
             Pending::Nothing
+        } else if bindings::dune_signal_pending() {
+            Pending::Signal
+        } else if bindings::dune_user_work_pending() {
+            Pending::UserWork
+        } else {
+            Pending::Reschedule
         }
     }
 }

@@ -8,6 +8,7 @@ use core::cell::UnsafeCell;
 use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::AtomicU64;
+use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 
@@ -31,6 +32,8 @@ unsafe impl Sync for PerCpu {}
 unsafe impl Send for PerCpu {}
 
 static TABLE: AtomicPtr<PerCpu> = AtomicPtr::new(core::ptr::null_mut());
+/// Its length: the number of CPUs that can ever be.
+static CPUS: AtomicUsize = AtomicUsize::new(0);
 
 /// Owns the table of all CPUs; one exists while the module is loaded.
 pub(crate) struct Table(KVec<PerCpu>);
@@ -49,6 +52,7 @@ impl Table {
                 GFP_KERNEL,
             )?;
         }
+        CPUS.store(table.len(), Ordering::Relaxed);
         TABLE.store(table.as_mut_ptr(), Ordering::Release);
         Ok(Self(table))
     }
@@ -63,7 +67,7 @@ impl Drop for Table {
 
 /// The part of CPU `cpu`.
 pub(crate) fn of(cpu: usize) -> &'static PerCpu {
-    assert!(cpu < cpu::nr_cpu_ids());
+    assert!(cpu < CPUS.load(Ordering::Relaxed));
     // SAFETY: The table has an entry per possible CPU and is there as long as anything of the module runs.
     unsafe { &*TABLE.load(Ordering::Relaxed).add(cpu) }
 }

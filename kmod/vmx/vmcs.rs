@@ -148,7 +148,13 @@ impl Vmcs {
     }
 
     /// If it is active on another CPU, has that CPU clear it. With interrupts on; may wait for the other CPU.
+    #[inline]
     pub(crate) fn clear_elsewhere(&self) {
+        // Nearly always: it is where it was. If the thread moves now, `load` says so.
+        let active = self.cpu.load(Relaxed);
+        if active == NO_CPU || active == cpu::cpu_hint() {
+            return;
+        }
         let preempt = PreemptGuard::new();
         let active = self.cpu.load(Relaxed);
         if active != NO_CPU && active != preempt.cpu() {

@@ -23,7 +23,6 @@ use crate::support::load;
 use crate::support::store;
 use crate::support::Map;
 use crate::support::EXIT_EPT_VIOLATION;
-use crate::support::EXIT_VMCALL;
 use crate::support::GIB;
 use crate::support::PAGE;
 

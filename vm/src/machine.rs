@@ -38,6 +38,8 @@ pub struct Machine {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Instructions per second of guest time.
+    pub ips: u32,
     /// More kernel arguments.
     pub append: String,
     /// Parameters of `dune.ko`; `None` leaves the module out.
@@ -89,6 +91,17 @@ pub struct Outcome {
     /// When each frame came.
     pub times: String,
     pub elapsed: Duration,
+}
+
+/// Guest seconds are made of instructions. The fewer, the cheaper it is to wait
+/// for devices and, with several CPUs, to be idle; a kernel that is busy with
+/// checking itself needs more, or the timer tick is all it does.
+pub fn default_ips(kernel: &str) -> u32 {
+    if kernel == "debug" {
+        200_000_000
+    } else {
+        50_000_000
+    }
 }
 
 /// How often the serial lines are looked at.
@@ -274,7 +287,9 @@ fn kernel_arguments(machine: &Machine) -> String {
     };
     format!(
         "console=ttyS0 loglevel=3 panic_on_warn=1 oops=panic softlockup_panic=1 panic=0 \
-         tsc=reliable no_timer_check lpj=200000 idle=halt cpuidle.off=1 random.trust_bootloader=on dune_load={load}"
+         tsc=reliable no_timer_check lpj={} idle=halt cpuidle.off=1 random.trust_bootloader=on dune_load={load}",
+        // What the kernel would measure: the TSC counts instructions, HZ is 250.
+        machine.ips / 250
     )
 }
 
@@ -291,12 +306,13 @@ fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, s
         cpu_model,
         cpus,
         memory_mib,
+        ips,
         ..
     } = machine;
     // A triple fault of the guest stops the emulator instead of starting the
     // guest again.
     format!(
-        "cpu: model={cpu_model}, count={cpus}, ips=50000000, quantum=32, reset_on_triple_fault=0\n\
+        "cpu: model={cpu_model}, count={cpus}, ips={ips}, quantum=32, reset_on_triple_fault=0\n\
          megs: {memory_mib}\n\
          romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
          vgaromimage: file=/usr/share/vgabios/vgabios.bin\n\

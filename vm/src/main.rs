@@ -66,6 +66,9 @@ struct MachineArgs {
     /// Memory in MiB.
     #[arg(long, default_value_t = 1024)]
     memory: u32,
+    /// Instructions per second of guest time.
+    #[arg(long)]
+    ips: Option<u32>,
     /// Module parameter gpa_bits.
     #[arg(long)]
     gpa_bits: Option<u32>,
@@ -236,6 +239,9 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         cpu_model: arguments.cpu_model.clone(),
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
+        ips: arguments
+            .ips
+            .unwrap_or_else(|| machine::default_ips(&arguments.kernel)),
         append: arguments.append.clone(),
         module_parameters: if module.is_some() {
             module_parameters(arguments)

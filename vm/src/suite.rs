@@ -221,6 +221,7 @@ fn run_row(row: Row) -> Result<Finished> {
         cpu_model: row.cpu_model.to_string(),
         cpus: row.cpus,
         memory_mib: 2048,
+        ips: machine::default_ips(row.kernel),
         append: String::new(),
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
     };

@@ -122,11 +122,6 @@ impl Hva {
     pub(crate) const fn gib(self) -> u64 {
         self.0 >> 30
     }
-
-    /// The address as a pointer.
-    pub(crate) const fn as_ptr<T>(self) -> *mut T {
-        self.0 as *mut T
-    }
 }
 
 #[cfg(test)]

@@ -41,6 +41,10 @@ pub(crate) struct Memory {
     end: AtomicU64,
     free: AtomicU64,
     limit: u64,
+    /// Start of the arena: what a table's HVA must lie behind.
+    start: u64,
+    /// HVA less GPA of the arena, wrapping: every table lies in it.
+    arena_offset: AtomicU64,
 }
 
 impl Memory {
@@ -60,6 +64,8 @@ impl Memory {
             end: AtomicU64::new(arena + (layout::POOL + layout::POOL_STEP) as u64),
             free: AtomicU64::new(0),
             limit: arena + layout::ARENA_BYTES as u64,
+            start: arena,
+            arena_offset: AtomicU64::new(0),
         }
     }
 
@@ -120,21 +126,29 @@ unsafe impl Frames for Memory {
                 self.next.fetch_add(PAGE, Relaxed)
             }
         };
-        self.gpa(Hva::new(page).ok_or(PagingError::Corrupt(page))?)
+        let gpa = self.gpa(Hva::new(page).ok_or(PagingError::Corrupt(page))?)?;
+        // INVARIANT: One GiB, one slot: the same number each time.
+        self.arena_offset.store(page.wrapping_sub(gpa.as_u64()), Relaxed);
+        Ok(gpa)
     }
 
     fn free(&self, table: Gpa) {
-        if let Some(hva) = self.hva(table) {
-            // SAFETY: The caller's page, unused from now on.
-            unsafe { hva.as_ptr::<u64>().write(self.free.load(Relaxed)) };
-            self.free.store(hva.as_u64(), Relaxed);
+        if let Some(page) = self.table(table) {
+            // The caller's page, unused from now on.
+            page.0[0].store(self.free.load(Relaxed), Relaxed);
+            self.free.store(page as *const Table as u64, Relaxed);
         }
     }
 
     fn table(&self, gpa: Gpa) -> Option<&Table> {
-        let hva = self.hva(gpa.align_down(PAGE))?;
-        // SAFETY: GPAs of tables come from `allocate`: a page that holds only atomic entries.
-        Some(unsafe { &*hva.as_ptr::<Table>() })
+        let hva = gpa
+            .align_down(PAGE)
+            .as_u64()
+            .wrapping_add(self.arena_offset.load(Relaxed));
+        // SAFETY: GPAs of tables come from `allocate`: a page of the pool that holds only atomic entries. Whatever
+        // else an entry was made to hold, memory of the pool it is.
+        (hva >= self.start + layout::POOL as u64 && hva < self.end.load(Relaxed))
+            .then(|| unsafe { &*(hva as *const Table) })
     }
 
     fn gpa(&self, hva: Hva) -> Result<Gpa, PagingError> {

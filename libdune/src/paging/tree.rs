@@ -80,12 +80,17 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     /// The entry that decides about `gva`, and its level: the first one on the way that refers to no table.
     fn find(&self, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
+        self.find_down_to(1, gva)
+    }
+
+    /// As `find`, but not below `lowest`.
+    fn find_down_to(&self, lowest: u32, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
         let mut level = 4;
         let mut table = self.table(self.root)?;
         loop {
             let slot = &table.0[gva.index(level)];
             let entry = Entry(slot.load(Relaxed));
-            if entry.kind(level) != Kind::Table {
+            if level == lowest || entry.kind(level) != Kind::Table {
                 return Ok((level, slot));
             }
             table = self.table_of(entry)?;
@@ -137,8 +142,9 @@ impl<'f, F: Frames> Tree<'f, F> {
         };
         let start = hva.align_down(leaf_bytes(3));
         loop {
-            let (level, slot) = self.find(gva)?;
-            if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty || level < 3 {
+            // This is on the way of every page fault: what is filled is seen without looking at the lower tables.
+            let (level, slot) = self.find_down_to(3, gva)?;
+            if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty {
                 return Ok(false);
             }
             if level > 3 {

@@ -94,12 +94,14 @@ impl Tree {
                     // SAFETY: By the invariant the table is ours; the entry that referred to it is gone.
                     return Install::ReplacedTable(unsafe { Page::from_hpa(entry.hpa().as_u64()) });
                 }
-                let same = entry.is_present() && entry.covers(leaf);
-                if same {
+                if entry.is_present() && entry.covers(leaf) {
                     return Install::Present;
                 }
                 slot.store(leaf.as_u64(), Relaxed);
-                return if entry.is_present() {
+                // An entry that allows more needs no flush: the violation itself dropped what the CPU had cached of the
+                // old one, and another CPU that still has it comes here by a violation of its own (SDM, "Operations
+                // that Invalidate Cached Mappings").
+                return if entry.is_present() && !leaf.covers(entry) {
                     Install::Replaced
                 } else {
                     Install::Installed
@@ -225,7 +227,7 @@ pub(crate) enum Install {
     Installed,
     /// A table was in its place: the caller flushes, then drops it.
     ReplacedTable(Page),
-    /// An entry was there that allowed less, or another page: the caller flushes.
+    /// Another page was there, or one with other permissions: the caller flushes.
     Replaced,
     /// It was there already.
     Present,

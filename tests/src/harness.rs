@@ -26,6 +26,9 @@ pub const TESTS: &[Test] = &[
         .suite(Suite::Harness)
         .timeout_s(100_000),
     Test::new("harness_skips", || Outcome::Skip("on purpose".into())).suite(Suite::Harness),
+    Test::new("harness_writes_out_of_bounds", writes_out_of_bounds)
+        .suite(Suite::Harness)
+        .run_as(User::Root),
     Test::new("harness_oopses_the_kernel", oopses)
         .suite(Suite::Harness)
         .run_as(User::Root),
@@ -76,4 +79,10 @@ fn hangs() -> Outcome {
 fn oopses() -> Outcome {
     check_ok!(fs::write("/proc/sysrq-trigger", "c"));
     Outcome::Fail("the kernel survived".into())
+}
+
+/// The module's debug-only knob: KASAN must see it, and that ends the machine.
+fn writes_out_of_bounds() -> Outcome {
+    check_ok!(fs::write("/sys/module/dune/parameters/write_out_of_bounds", "1"));
+    Outcome::Fail("nobody noticed".into())
 }

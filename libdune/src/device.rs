@@ -40,12 +40,18 @@ impl Device {
     pub fn open() -> Result<Self> {
         const STEP: &str = "open /dev/dune";
         let path = CString::new(DEVICE_PATH).unwrap_or_default();
-        // SAFETY: A terminated string.
-        let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-        if fd < 0 {
+        // A signal interrupts it where the kernel waits for locks of the process.
+        let fd = loop {
+            // SAFETY: A terminated string.
+            let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+            if fd >= 0 {
+                break fd;
+            }
             let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
-            return Err(open_error(STEP, errno));
-        }
+            if errno != libc::EINTR {
+                return Err(open_error(STEP, errno));
+            }
+        };
         // SAFETY: Just opened.
         let fd = high(unsafe { OwnedFd::from_raw_fd(fd) });
         let mut info = Info {

@@ -48,14 +48,19 @@ fn check(result: i64) -> Result<u64, Errno> {
     }
 }
 
-/// `ioctl` with a number or a pointer.
+/// `ioctl` with a number or a pointer, made again where a signal interrupted it.
 ///
 /// # Safety
 ///
 /// `argument` must be what `request` asks for.
 pub(crate) unsafe fn ioctl(fd: i32, request: u32, argument: u64) -> Result<u64, Errno> {
-    // SAFETY: The caller's.
-    check(unsafe { raw(libc::SYS_ioctl, [fd as u64, request as u64, argument, 0, 0, 0]) })
+    loop {
+        // SAFETY: The caller's.
+        match check(unsafe { raw(libc::SYS_ioctl, [fd as u64, request as u64, argument, 0, 0, 0]) }) {
+            Err(Errno(libc::EINTR)) => {}
+            result => return result,
+        }
+    }
 }
 
 /// `mmap` at an address of Linux' choice.

@@ -38,7 +38,7 @@ pub fn why_not_native() -> Option<String> {
 pub fn run(command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<i32> {
     let script = |name: &str| Command::new(paths::root().join("scripts").join(name));
     if let Some(parameters) = module_parameters {
-        let module = paths::module("native")?;
+        let module = paths::module("native", None)?;
         let status = script("load")
             .env("DUNE_MODULE", module)
             .args(parameters)

@@ -210,8 +210,15 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
     let mut files = Initramfs::base(&kernel_tree)?;
     let module = match &arguments.module {
         Some(path) => Some(path.clone()),
-        None if arguments.no_load || !paths::has_module() => None,
-        None => Some(paths::module(&arguments.kernel)?),
+        None if !paths::has_module() => None,
+        None if arguments.no_load => match paths::module(&arguments.kernel, None) {
+            Ok(path) => Some(path),
+            Err(error) => {
+                eprintln!("dune-vm: going on without a module: {error:#}");
+                None
+            }
+        },
+        None => Some(paths::module(&arguments.kernel, None)?),
     };
     files.add_built(module.as_deref())?;
     for entry in &arguments.files {
@@ -239,9 +246,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         cpu_model: arguments.cpu_model.clone(),
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
-        ips: arguments
-            .ips
-            .unwrap_or_else(|| machine::default_ips(&arguments.kernel)),
+        ips: arguments.ips.unwrap_or_else(|| machine::default_ips(&arguments.kernel)),
         append: arguments.append.clone(),
         module_parameters: if module.is_some() {
             module_parameters(arguments)

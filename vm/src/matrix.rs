@@ -26,11 +26,20 @@ pub struct Row {
     pub cpu_model: &'static str,
     pub cpus: u32,
     pub gpa_bits: Option<u32>,
+    /// A variable for the module's build, `DUNE_MUTATE=retry`.
+    pub variant: Option<&'static str>,
     /// Whether init inserts the module.
     pub load: bool,
     pub command: &'static str,
     pub timeout_s: u64,
     pub expect: Expect,
+}
+
+impl Row {
+    /// Whether `dune.ko` has to be in the image: init loads it, or a test does.
+    pub fn needs_module(&self) -> bool {
+        self.load || self.expect == Expect::Green
+    }
 }
 
 const HASWELL: &str = "corei7_haswell_4770";
@@ -71,6 +80,32 @@ pub fn rows(long: bool) -> Vec<Row> {
             ..green(name, model, NO_VMX)
         });
     }
+    // A safeguard compiled out: its test must notice.
+    rows.push(Row {
+        cpus: 2,
+        variant: Some("DUNE_MUTATE=retry"),
+        expect: Expect::Red(&["not ok retry_closes_the_race"]),
+        ..green(
+            "mutant-without-retry",
+            HASWELL,
+            "dune-tests run --only retry_closes_the_race",
+        )
+    });
+    // A write out of bounds on purpose: an empty log of the debug kernel means something.
+    rows.push(Row {
+        kernel: "debug",
+        expect: Expect::Red(&[
+            "the guest's kernel panicked",
+            "KASAN: ",
+            "1 results were planned, 0 arrived",
+            "token",
+        ]),
+        ..green(
+            "self-kasan",
+            HASWELL,
+            "dune-tests run --only harness_writes_out_of_bounds",
+        )
+    });
     // The harness' own tests. None needs the module.
     for (name, timeout_s, command, faults) in SELF_TESTS {
         rows.push(Row {
@@ -95,7 +130,6 @@ const SELF_TESTS: &[SelfTest] = &[
             "harness_panics",
             "harness_exits_early",
             "harness_hangs",
-            "ended with status 1",
         ],
     ),
     (
@@ -149,6 +183,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         cpu_model,
         cpus: 1,
         gpa_bits: None,
+        variant: None,
         load: true,
         command,
         timeout_s: 300,

@@ -40,17 +40,15 @@ pub fn kernel_tree(name: &str) -> Result<PathBuf> {
     if let Some(tree) = std::env::var_os("DUNE_KERNEL_TREE") {
         return Ok(PathBuf::from(tree));
     }
-    script_answer("kernel", name)
+    script_answer("kernel", &[name])
 }
 
-/// `dune.ko` for the kernel `name`, built first when it is not up to date.
-pub fn module(name: &str) -> Result<PathBuf> {
-    script_answer("module", name)
-}
-
-/// Where `scripts/module` puts the module of the kernel `name`.
-pub fn built_module(name: &str) -> PathBuf {
-    target_dir().join("kmod").join(name).join("dune.ko")
+/// `dune.ko` for the kernel `name`, built first when it is not up to date;
+/// `variant` is a variable for its build, `DUNE_MUTATE=retry`.
+pub fn module(name: &str, variant: Option<&str>) -> Result<PathBuf> {
+    let mut arguments = vec![name];
+    arguments.extend(variant);
+    script_answer("module", &arguments)
 }
 
 /// Whether the tree has a module to build.
@@ -58,11 +56,12 @@ pub fn has_module() -> bool {
     root().join("Kbuild").is_file()
 }
 
-/// Runs `scripts/SCRIPT NAME` and returns the path it prints last.
-fn script_answer(script: &str, name: &str) -> Result<PathBuf> {
+/// Runs `scripts/SCRIPT ARGUMENTS` and returns the path it prints last.
+fn script_answer(script: &str, arguments: &[&str]) -> Result<PathBuf> {
+    let name = arguments.join(" ");
     let path = root().join("scripts").join(script);
     let output = Command::new(&path)
-        .arg(name)
+        .args(arguments)
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("running {}", path.display()))?;

@@ -12,9 +12,11 @@ use libdune::Gva;
 use libdune::Hva;
 use libdune::Permissions;
 
+use crate::framework::Need;
 use crate::framework::Outcome;
 use crate::framework::Test;
 use crate::framework::User;
+use crate::helpers::pin_to_cpu;
 use crate::support::assert_no_exits;
 use crate::support::assert_refused;
 use crate::support::enter;
@@ -39,6 +41,11 @@ pub const TESTS: &[Test] = &[
     Test::asserting("retry_closes_the_race", retry_closes_the_race)
         .run_as(User::Root)
         .timeout_s(60),
+    Test::asserting(
+        "running_guest_loses_its_translations",
+        running_guest_loses_its_translations,
+    )
+    .needs(&[Need::Cpus(2)]),
     Test::new("thp_mapped_as_2m", thp_mapped_as_2m),
     Test::asserting("vdso_clock_gettime_works", vdso_clock_gettime_works),
     Test::asserting("brk_past_4g", brk_past_4g),
@@ -69,9 +76,15 @@ fn ept_follows_munmap() {
     }
     for round in 0..8 {
         let page = 3 + round * 7;
+        let invept = dune.counters().invept;
         map.unmap(page * PAGE, PAGE);
         // Not a stale translation, for reading or writing.
         let fault = assert_refused(load(map.page(page)), map.page(page));
+        // No TLB may still have it; with `DUNE_MUTATE=invept` this is red.
+        assert!(
+            dune.counters().invept > invept,
+            "no INVEPT for a page that was taken away"
+        );
         // Nothing there: P clear, as Linux reports SEGV_MAPERR.
         assert_eq!(fault.error_code & 1, 0, "{fault:x?}");
         let fault = assert_refused(store(map.page(page), 1), map.page(page));
@@ -388,6 +401,69 @@ fn retry_closes_the_race() {
             "no violation raced an invalidation: nothing was tested"
         );
     }
+}
+
+/// Another CPU takes the permission to write away while the guest writes and never exits: once mprotect has returned,
+/// no write arrives any more. (Bochs drops all translations at each VM exit, and Linux' own TLB shootdown makes the guest
+/// exit: there only [`ept_follows_munmap`]'s look at the counter shows a missing INVEPT. On VT-x this test does.)
+fn running_guest_loses_its_translations() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    const ROUNDS: usize = 40;
+    pin_to_cpu(0).unwrap();
+    let map = Map::new(2 * PAGE);
+    map.write(0, 0);
+    let (start, bytes) = (map.address(), map.bytes);
+    let changer = std::thread::spawn(move || {
+        pin_to_cpu(1).unwrap();
+        let word = start as *const u64;
+        // SAFETY: the map outlives this thread, which is joined; the page is readable all the time.
+        let read = || unsafe { word.read_volatile() };
+        let protect = |protection| {
+            // SAFETY: as above.
+            assert_eq!(
+                unsafe { libc::mprotect(start as *mut libc::c_void, bytes, protection) },
+                0
+            );
+        };
+        let mut late = 0;
+        for _ in 0..ROUNDS {
+            // The guest is at it.
+            let first = read();
+            while read() < first + 100 {
+                std::hint::spin_loop();
+            }
+            protect(libc::PROT_READ);
+            let after = read();
+            let pause = std::time::Instant::now();
+            while pause.elapsed() < std::time::Duration::from_micros(300) {
+                std::hint::spin_loop();
+            }
+            late += u32::from(read() != after);
+            protect(libc::PROT_READ | libc::PROT_WRITE);
+        }
+        STOP.store(true, SeqCst);
+        late
+    });
+    let dune = enter();
+    install_probe(&dune);
+    let (mut number, mut refused) = (0u64, 0u64);
+    while !STOP.load(Relaxed) {
+        number += 1;
+        if store(start, number).is_err() {
+            refused += 1;
+        }
+    }
+    dune.leave();
+    let late = changer.join().unwrap();
+    println!("{number} writes, {refused} refused");
+    assert_eq!(
+        late, 0,
+        "rounds of {ROUNDS} in which a write arrived after mprotect had returned"
+    );
+    assert!(
+        refused >= ROUNDS as u64 / 2,
+        "{refused} writes were refused: nothing was tested"
+    );
 }
 
 fn thp_mapped_as_2m() -> Outcome {

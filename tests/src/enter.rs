@@ -142,7 +142,7 @@ fn libstd_runs_in_dune_mode() {
 fn panic_unwinds_in_dune_mode() {
     let dune = enter();
     let result = std::panic::catch_unwind(|| {
-        let guard = vec![1, 2, 3];
+        let guard = [1, 2, 3];
         panic!("on purpose: {}", guard.len());
     });
     let message = result.unwrap_err();

@@ -241,7 +241,7 @@ fn registers_survive_fault() {
     for round in 0..50u64 {
         let mut registers = [0u64; 16];
         for (index, register) in registers.iter_mut().enumerate() {
-            *register = 0x0101_0101_0101_0101 * (index as u64 + 1) ^ round << 32;
+            *register = (0x0101_0101_0101_0101 * (index as u64 + 1)) ^ (round << 32);
         }
         // CF PF AF ZF SF OF by turns, IOPL as it is at CPL0.
         registers[15] = 0x3002 | [0, 0x8d5, 0x40, 0x801][round as usize % 4];

@@ -51,3 +51,38 @@ impl Drop for Arena {
         let _ = unsafe { sys::munmap(self.start, layout::ARENA_BYTES) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aligned_and_accessible_but_for_the_guards() {
+        let arena = Arena::new().unwrap();
+        assert_eq!(arena.at(0) % layout::ARENA_BYTES as u64, 0);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let access = |offset: usize| {
+            let address = arena.at(offset);
+            let line = maps.lines().find(|line| {
+                let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+                let number = |text| u64::from_str_radix(text, 16).unwrap();
+                (number(start)..number(end)).contains(&address)
+            });
+            line.map(|line| line.split(' ').nth(1).unwrap().to_owned())
+        };
+        for guard in layout::GUARDS {
+            assert_eq!(access(guard).as_deref(), Some("---p"), "{guard:#x}");
+            assert_eq!(access(guard + layout::PAGE).as_deref(), Some("rw-p"), "{guard:#x}");
+        }
+        for top in [
+            layout::IST_TOP,
+            layout::DOUBLE_TOP,
+            layout::REPORT_TOP,
+            layout::HOST_STACK_TOP,
+        ] {
+            assert_eq!(access(top - 8).as_deref(), Some("rw-p"), "{top:#x}");
+        }
+        assert_eq!(access(layout::POOL).as_deref(), Some("rw-p"));
+        assert_eq!(access(layout::POOL + layout::POOL_STEP).as_deref(), Some("---p"));
+    }
+}

@@ -56,3 +56,26 @@ impl Owner {
         OWNER.load(Acquire) == self.0 && Self::caller() == self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_thread_at_a_time() {
+        let owner = Owner::claim().unwrap();
+        assert!(owner.is_callers());
+        assert_eq!(Owner::claim(), Err(Taken::ByCaller));
+        let me = sys::gettid();
+        std::thread::spawn(move || {
+            assert_eq!(Owner::claim(), Err(Taken::ByThread(me)));
+            assert!(!owner.is_callers());
+        })
+        .join()
+        .unwrap();
+        owner.release();
+        let next = std::thread::spawn(|| Owner::claim().unwrap()).join().unwrap();
+        assert!(!next.is_callers());
+        next.release();
+    }
+}

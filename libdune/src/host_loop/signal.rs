@@ -164,3 +164,71 @@ unsafe fn pass_on(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host_loop::touch::touch;
+
+    const PAGE: usize = dune_abi::PAGE_BYTES;
+
+    /// One test for all of it: the actions belong to the whole process.
+    #[test]
+    fn refused_accesses_come_back_and_the_actions_too() {
+        let before = SIGNALS.map(|signal| {
+            // SAFETY: Asks only.
+            unsafe { sys::sigaction(signal, None) }.unwrap()
+        });
+        // SAFETY: The context is plain data, valid when zeroed.
+        let mut context: Box<HostContext> = unsafe { Box::new(core::mem::zeroed()) };
+        let context = &raw mut *context;
+        // SAFETY: The context outlives `restore` below.
+        unsafe { install(context) }.unwrap();
+        // SAFETY: As above; the test is the only user.
+        assert_eq!(unsafe { (*context).actions }, before);
+
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: Fresh memory.
+        let page = unsafe { sys::mmap(PAGE, libc::PROT_READ, flags, -1, 0) }.unwrap();
+        let refusal = || {
+            // SAFETY: As above.
+            let refusal = unsafe { (*context).refusal };
+            (refusal.signal, refusal.code)
+        };
+        const SEGV_MAPERR: i32 = 1;
+        const SEGV_ACCERR: i32 = 2;
+        assert!(touch(page, false));
+        assert!(!touch(page, true));
+        assert_eq!(refusal(), (libc::SIGSEGV, SEGV_ACCERR));
+        // SAFETY: The test's own page.
+        unsafe { sys::mprotect(page, PAGE, libc::PROT_READ | libc::PROT_WRITE) }.unwrap();
+        assert!(touch(page, true));
+        // SAFETY: The test's own page.
+        unsafe { sys::munmap(page, PAGE) }.unwrap();
+        assert!(!touch(page, false));
+        assert_eq!(refusal(), (libc::SIGSEGV, SEGV_MAPERR));
+
+        // A blocked signal must not kill the process, and stays blocked.
+        let blocked = sys::sigprocmask(libc::SIG_BLOCK, sys::signal_bit(libc::SIGSEGV));
+        assert!(!touch(8, true));
+        let mask = sys::sigprocmask(libc::SIG_SETMASK, blocked);
+        assert_ne!(mask & sys::signal_bit(libc::SIGSEGV), 0);
+
+        // Beyond the end of a file it is SIGBUS.
+        // SAFETY: A terminated name; the file is the test's own.
+        let page = unsafe {
+            let file = libc::memfd_create(c"dune-test".as_ptr(), 0);
+            assert!(file >= 0);
+            sys::mmap(PAGE, libc::PROT_READ, libc::MAP_SHARED, file, 0).unwrap()
+        };
+        assert!(!touch(page, false));
+        assert_eq!(refusal().0, libc::SIGBUS);
+
+        // SAFETY: The context given to `install`.
+        unsafe { restore(context) };
+        for (signal, action) in SIGNALS.into_iter().zip(before) {
+            // SAFETY: Asks only.
+            assert_eq!(unsafe { sys::sigaction(signal, None) }, Ok(action));
+        }
+    }
+}

@@ -6,6 +6,7 @@ mod enter;
 mod framework;
 mod harness;
 mod helpers;
+mod kvm;
 mod machine;
 mod memory;
 mod module;
@@ -37,6 +38,7 @@ const TOPICS: &[&[Test]] = &[
     sched::TESTS,
     robust::TESTS,
     module::TESTS,
+    kvm::TESTS,
 ];
 
 #[derive(Parser)]

@@ -81,6 +81,12 @@ pub fn run(options: &Options) -> Result<Sum> {
         .collect();
     let mut modules = Modules::new();
     total.add(part("kernels and modules", || build(&rows, &mut modules))?);
+    if !only_rows {
+        for script in ["test-kbuild", "test-external-app"] {
+            let run = || command_part(script, Command::new(format!("scripts/{script}")));
+            total.add(part(script, run)?);
+        }
+    }
     total.add(part("machines", || machines(rows, &modules))?);
     Ok(total)
 }
@@ -279,6 +285,12 @@ fn judge(row: &Row, outcome: &Outcome, report: &Report, faults: &[String]) -> (S
                 row.name,
                 sum.line()
             );
+            let slowest: Vec<String> = report
+                .slowest(4)
+                .iter()
+                .map(|result| format!("{} {} ms", result.name, result.milliseconds.unwrap_or(0)))
+                .collect();
+            text.push_str(&format!("    slowest, in guest time: {}\n", slowest.join(", ")));
             for result in &report.results {
                 if let Status::Skipped(reason) = &result.status {
                     text.push_str(&format!("    skipped {}: {reason}\n", result.name));

@@ -15,6 +15,7 @@
 use std::arch::asm;
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::ptr;
 
 use dune_abi::CreateVcpu;
@@ -24,6 +25,8 @@ use dune_abi::MapSlot;
 use dune_abi::RunPage;
 use dune_abi::Segment;
 use dune_abi::Sregs;
+
+use crate::support::Map;
 
 /// Number that a VMCALL of the trap stub of vector 0 has.
 pub const TRAP: u64 = 0x7a00;
@@ -232,6 +235,8 @@ pub struct RawGuest {
     arena: *mut u8,
     /// GPA of the GiB that holds the arena.
     pub slot: u64,
+    /// More memory that RUN may ask to touch.
+    also: Range<u64>,
 }
 
 impl RawGuest {
@@ -254,6 +259,7 @@ impl RawGuest {
             run,
             arena,
             slot,
+            also: 0..0,
         };
         guest.build_tables();
         guest.set_code(code);
@@ -468,6 +474,18 @@ impl RawGuest {
         ODD_WINDOW + gpa % LARGE
     }
 
+    /// New memory in the arena's GiB, which the guest's page table maps; the guest may use it as well.
+    pub fn memory_beside(&mut self, bytes: usize) -> Map {
+        let gib = self.arena as u64 & !(dune_abi::SLOT_BYTES - 1);
+        let last = gib + dune_abi::SLOT_BYTES - bytes as u64;
+        let free = (gib..last)
+            .step_by(2 << 20)
+            .find_map(|address| Map::try_at(address as usize, bytes));
+        let map = free.expect("no room in a whole GiB");
+        self.also = map.address() as u64..(map.address() + bytes) as u64;
+        map
+    }
+
     /// RUN until the guest ends in some way; what Linux can settle by an access of ours is settled.
     pub fn run(&mut self) -> Ended {
         self.try_run().unwrap_or_else(|errno| panic!("RUN failed: {errno:?}"))
@@ -530,7 +548,7 @@ impl RawGuest {
 
     fn owns(&self, hva: u64) -> bool {
         let first = self.arena as u64;
-        (first..first + ARENA_BYTES as u64).contains(&hva)
+        (first..first + ARENA_BYTES as u64).contains(&hva) || self.also.contains(&hva)
     }
 }
 

@@ -7,7 +7,10 @@ use dune_abi::Info;
 use dune_abi::MapSlot;
 use dune_abi::RunPage;
 
+use crate::framework::Need;
+use crate::framework::Suite;
 use crate::framework::Test;
+use crate::framework::User;
 use crate::raw::Device;
 use crate::raw::Ended;
 use crate::raw::Errno;
@@ -33,6 +36,11 @@ pub const TESTS: &[Test] = &[
     Test::asserting("bad_maps_are_refused", bad_maps_are_refused),
     Test::asserting("out_of_vcpus", out_of_vcpus),
     Test::asserting("out_of_slots", out_of_slots),
+    Test::asserting("every_allocation_may_fail", every_allocation_may_fail)
+        .run_as(User::Root)
+        .suite(Suite::Debug)
+        .needs(&[Need::Path("/proc/self/fail-nth")])
+        .timeout_s(120),
 ];
 
 /// `mov eax, 0x1234; vmcall`: what a healthy guest does.
@@ -329,8 +337,18 @@ pub fn refused_instructions_fault() {
         ("rdmsr of IA32_APIC_BASE", GP, &[0xb9, 0x1b, 0, 0, 0, 0x0f, 0x32]),
         ("wrmsr of IA32_EFER", GP, &[0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x30]),
         ("rdmsr of an MSR in no range", GP, &[0xb9, 0, 0, 0, 0x40, 0x0f, 0x32]),
+        ("mov dr7, rax", GP, &[0x0f, 0x23, 0xf8]),
+        ("invd", GP, &[0x0f, 0x08]),
         ("rdpmc", GP, &[0x0f, 0x33]),
-        ("xsetbv of an unknown XCR", GP, &[0xb9, 9, 0, 0, 0, 0x0f, 0x01, 0xd1]),
+        (
+            "xsetbv of an unknown XCR",
+            if std::arch::is_x86_feature_detected!("xsave") {
+                GP
+            } else {
+                UD
+            },
+            &[0xb9, 9, 0, 0, 0, 0x0f, 0x01, 0xd1],
+        ),
         ("monitor", UD, &[0x0f, 0x01, 0xc8]),
         ("mwait", UD, &[0x0f, 0x01, 0xc9]),
         ("vmxon", UD, &[0xf3, 0x0f, 0xc7, 0x37]),
@@ -688,4 +706,126 @@ pub fn out_of_slots() {
     assert_eq!(device.info().unwrap().slots_free, 0);
     let first = device.map_slot(0).unwrap();
     assert!(gpas.contains(&first), "a slot that is there is answered again");
+}
+
+/// The fault injection of this task: the n-th of its allocations fails.
+struct FailNth(std::fs::File);
+
+impl FailNth {
+    fn new() -> Self {
+        // Allocations that may sleep, and single pages, are spared unless told otherwise.
+        for (file, value) in [
+            ("failslab/ignore-gfp-wait", "0"),
+            ("fail_page_alloc/ignore-gfp-wait", "0"),
+            ("fail_page_alloc/min-order", "0"),
+            ("failslab/verbose", "0"),
+            ("fail_page_alloc/verbose", "0"),
+        ] {
+            let path = format!("/sys/kernel/debug/{file}");
+            std::fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
+        }
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/proc/thread-self/fail-nth");
+        Self(file.unwrap())
+    }
+
+    fn set(&self, nth: u32) {
+        use std::os::unix::fs::FileExt;
+        // Formatted by hand: an allocation of ours must not be the one that fails.
+        let mut text = [0u8; 10];
+        let mut at = text.len();
+        let mut rest = nth;
+        loop {
+            at -= 1;
+            text[at] = b'0' + (rest % 10) as u8;
+            rest /= 10;
+            if rest == 0 {
+                break;
+            }
+        }
+        self.0.write_all_at(&text[at..], 0).expect("fail-nth");
+    }
+
+    /// Whether the failure did not come yet; from here on it does not come at all.
+    fn clear(&self) -> bool {
+        use std::os::unix::fs::FileExt;
+        let mut text = [0u8; 16];
+        let read = self.0.read_at(&mut text, 0).expect("fail-nth");
+        self.set(0);
+        text[..read].trim_ascii() != b"0"
+    }
+}
+
+/// `rcx` pages from `rdi` on are written, then comes a VMCALL.
+const WRITE_PAGES: &[u8] = &[
+    0xc6, 0x07, 0x01, // mov byte [rdi], 1
+    0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add rdi, 4096
+    0x48, 0xff, 0xc9, // dec rcx
+    0x75, 0xf1, // jnz
+    0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1,
+];
+
+/// From the first allocation to the last, over making a guest and over its first RUN with 100 page faults: each may fail,
+/// and then the answer is ENOMEM or none at all, and the same once more goes well.
+fn every_allocation_may_fail() {
+    let fail = FailNth::new();
+    let mut refused = 0;
+    let mut nth = 0;
+    loop {
+        nth += 1;
+        fail.set(nth);
+        let guest = RawGuest::try_new(HEALTHY);
+        let all_done = fail.clear();
+        match guest {
+            Ok(mut guest) => assert_eq!(guest.run(), Ended::Call(0x1234), "allocation {nth}"),
+            Err(errno) => {
+                assert_eq!(errno, Errno(libc::ENOMEM), "allocation {nth}");
+                refused += 1;
+            }
+        }
+        assert_healthy(&mut RawGuest::new(HEALTHY));
+        if all_done {
+            break;
+        }
+    }
+    println!("making a guest: {} allocations, {refused} of them reported", nth - 1);
+    assert!(refused >= 5, "nothing was tested");
+
+    const PAGES: usize = 100;
+    refused = 0;
+    nth = 0;
+    loop {
+        nth += 1;
+        let mut guest = RawGuest::new(WRITE_PAGES);
+        let memory = guest.memory_beside(PAGES * 4096);
+        // Small pages, a fault for each.
+        memory.advise(0, memory.bytes, libc::MADV_NOHUGEPAGE);
+        guest.edit(|page| {
+            page.gprs.rdi = memory.address() as u64;
+            page.gprs.rcx = PAGES as u64;
+        });
+        fail.set(nth);
+        let mut ended = guest.try_run();
+        let all_done = fail.clear();
+        if let Err(errno) = ended {
+            assert_eq!(errno, Errno(libc::ENOMEM), "allocation {nth}");
+            refused += 1;
+            ended = guest.try_run();
+        }
+        assert_eq!(ended, Ok(Ended::Call(0x1234)), "allocation {nth}");
+        assert!(
+            (0..PAGES).all(|page| memory.read(page * 4096) & 0xff == 1),
+            "allocation {nth}"
+        );
+        if all_done {
+            break;
+        }
+    }
+    println!(
+        "{PAGES} page faults: {} allocations, {refused} of them reported",
+        nth - 1
+    );
+    assert!(nth > 100, "nothing was tested");
 }

@@ -109,6 +109,25 @@ impl Map {
         }
     }
 
+    /// Private, readable and writable memory exactly there, if nothing is there yet.
+    pub fn try_at(address: usize, bytes: usize) -> Option<Self> {
+        // SAFETY: a new mapping that replaces nothing.
+        let start = unsafe {
+            libc::mmap(
+                address as *mut libc::c_void,
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+                -1,
+                0,
+            )
+        };
+        (start != libc::MAP_FAILED).then_some(Self {
+            start: start.cast(),
+            bytes,
+        })
+    }
+
     pub fn address(&self) -> usize {
         self.start as usize
     }

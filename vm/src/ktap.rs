@@ -15,6 +15,8 @@ pub struct TestResult {
     pub number: usize,
     pub name: String,
     pub status: Status,
+    /// The `N` of `# N ms`.
+    pub milliseconds: Option<u64>,
 }
 
 /// What a KTAP stream said.
@@ -73,6 +75,14 @@ impl Report {
         (passed, failed, self.results.len() - passed - failed)
     }
 
+    /// The tests that took longest, in guest time.
+    pub fn slowest(&self, count: usize) -> Vec<&TestResult> {
+        let mut results: Vec<&TestResult> = self.results.iter().collect();
+        results.sort_by_key(|result| std::cmp::Reverse(result.milliseconds));
+        results.truncate(count);
+        results
+    }
+
     fn count(&self, wanted: impl Fn(&Status) -> bool) -> usize {
         self.results.iter().filter(|r| wanted(&r.status)).count()
     }
@@ -95,7 +105,13 @@ fn parse_result(line: &str) -> Option<TestResult> {
         (true, None) => Status::Passed,
         (false, None) => Status::Failed,
     };
-    Some(TestResult { number, name, status })
+    let milliseconds = directive.strip_suffix(" ms").and_then(|text| text.parse().ok());
+    Some(TestResult {
+        number,
+        name,
+        status,
+        milliseconds,
+    })
 }
 
 #[cfg(test)]
@@ -111,6 +127,7 @@ mod tests {
         let report = Report::parse(GOOD);
         assert_eq!(report.planned, Some(3));
         assert_eq!(report.results[0].name, "first");
+        assert_eq!(report.results[0].milliseconds, Some(12));
         assert_eq!(report.results[1].status, Status::Failed);
         assert_eq!(report.results[2].status, Status::Skipped("no VMX".into()));
         assert_eq!(report.counts(), (1, 1, 1));

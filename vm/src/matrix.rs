@@ -60,6 +60,7 @@ pub fn rows(long: bool) -> Vec<Row> {
     // Machines on which Dune runs.
     rows.push(Row {
         cpus: 2,
+        timeout_s: 900,
         ..green("haswell-2cpu", HASWELL, SHORT)
     });
     rows.push(Row {

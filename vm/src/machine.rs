@@ -261,6 +261,7 @@ pub fn shell(machine: &Machine, files: Initramfs) -> Result<()> {
     Command::new("stty")
         .arg(state)
         .stdin(File::open("/dev/tty")?)
+        .stderr(Stdio::null())
         .status()?;
     result
 }
@@ -287,7 +288,7 @@ fn kernel_arguments(machine: &Machine) -> String {
     };
     format!(
         "console=ttyS0 loglevel=3 panic_on_warn=1 oops=panic softlockup_panic=1 panic=0 \
-         tsc=reliable no_timer_check lpj={} idle=halt cpuidle.off=1 random.trust_bootloader=on dune_load={load}",
+         tsc=reliable no_timer_check lpj={} idle=halt cpuidle.off=1 reboot=t random.trust_bootloader=on dune_load={load}",
         // What the kernel would measure: the TSC counts instructions, HZ is 250.
         machine.ips / 250
     )

@@ -33,6 +33,16 @@ pub fn why_not_native() -> Option<String> {
     }
 }
 
+/// Like [`run`] as root with a freshly loaded module; returns what the command
+/// wrote, and its exit status.
+pub fn capture(command: &str) -> Result<(i32, String)> {
+    let file = tempfile::NamedTempFile::new()?;
+    let code = format!("{{ {command}; }} >{} 2>&1", file.path().display());
+    let status = run(&code, "root", Some(&[]))?;
+    let output = fs::read_to_string(file.path())?;
+    Ok((status, output))
+}
+
 /// Loads the module, runs `command` as `user` and unloads the module. Returns
 /// the command's exit status.
 pub fn run(command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<i32> {

@@ -13,6 +13,7 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 
+use crate::host;
 use crate::image::Initramfs;
 use crate::ktap::Report;
 use crate::ktap::Status;
@@ -75,6 +76,12 @@ pub fn run(options: &Options) -> Result<Sum> {
         total.add(part("host tests", host_tests)?);
         total.add(part("check", || command_part("check", Command::new("scripts/check")))?);
     }
+    if !only_rows {
+        match host::why_not_native() {
+            Some(reason) => println!("== native: not on this machine itself, because {reason}"),
+            None => total.add(part("native", native)?),
+        }
+    }
     let rows: Vec<Row> = matrix::rows(options.long)
         .into_iter()
         .filter(|row| !only_rows || options.rows.iter().any(|name| row.name.contains(name.as_str())))
@@ -110,6 +117,24 @@ fn command_part(name: &str, mut command: Command) -> Result<Sum> {
         passed: usize::from(status.success()),
         failed: usize::from(!status.success()),
         skipped: 0,
+    })
+}
+
+/// The short suite on this very machine. It needs the users `tester`, in the
+/// group `dune`, and `outsider`, who is not.
+fn native() -> Result<Sum> {
+    let (status, output) = host::capture("dune-tests run --suite short")?;
+    let report = Report::parse(&output);
+    let (passed, failed, skipped) = report.counts();
+    let own = !report.defects().is_empty() || (status != 0 && failed == 0);
+    if own || failed != 0 {
+        print!("{output}");
+        println!("    {:?}, status {status}", report.defects());
+    }
+    Ok(Sum {
+        passed,
+        failed: failed + usize::from(own),
+        skipped,
     })
 }
 

@@ -129,6 +129,22 @@ fn random_token() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// A directory for one machine. Those of runs that were killed are removed.
+fn machine_dir() -> Result<tempfile::TempDir> {
+    const PREFIX: &str = "dune-vm.";
+    for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('.'));
+        if let Some((owner, _)) = owner {
+            if !Path::new("/proc").join(owner).exists() {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+    let prefix = format!("{PREFIX}{}.", std::process::id());
+    Ok(tempfile::Builder::new().prefix(&prefix).tempdir()?)
+}
+
 /// Boots `machine` with `files`, runs `job` and returns what came back. Each
 /// line of the program goes to `sink` as it arrives.
 ///
@@ -138,7 +154,7 @@ fn random_token() -> Result<String> {
 /// happens inside the machine is in the [`Outcome`].
 pub fn run(machine: &Machine, mut files: Initramfs, job: &Job, sink: &mut dyn FnMut(&str)) -> Result<Outcome> {
     let token = random_token()?;
-    let dir = tempfile::Builder::new().prefix("dune-vm.").tempdir()?;
+    let dir = machine_dir()?;
     let command = format!("#!/bin/sh\n{}\n", job.command);
     files.add_text("dune/command", &command, 0o755);
     let arguments = format!(
@@ -231,7 +247,7 @@ pub fn shell(machine: &Machine, files: Initramfs) -> Result<()> {
         bail!("a shell needs a terminal: vm/boot runs a command without one");
     };
     drop(terminal);
-    let dir = tempfile::Builder::new().prefix("dune-vm.").tempdir()?;
+    let dir = machine_dir()?;
     let (rows, columns) = window_size();
     let term = std::env::var("TERM").unwrap_or_else(|_| "vt100".into());
     let arguments = format!(

@@ -256,7 +256,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
         cpus: row.cpus,
         memory_mib: 2048,
         ips: machine::default_ips(row.kernel),
-        append: String::new(),
+        append: if row.kernel == "debug" { "dune_leaks=1" } else { "" }.to_string(),
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
     };
     let job = Job {

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The run page from the module's side, and how RUN's results reach the registers of its caller.
+//!
+//! User space writes the page at any time: every access is one volatile read or write of a field, and what is read is
+//! checked before it is used.
+
+use super::Vcpu;
+use crate::abi;
+use crate::abi::RunPage;
+use crate::sys::mem::Page;
+use crate::sys::thread;
+use core::mem::size_of;
+use core::ptr::addr_of;
+use core::ptr::addr_of_mut;
+
+/// Nothing for user space but to come back.
+pub(super) const AGAIN: abi::Exit = abi::Exit {
+    kind: abi::EXIT_AGAIN,
+    reason: 0,
+    qualification: 0,
+    gpa: 0,
+    gla: 0,
+    hva: 0,
+    access: 0,
+    flags: 0,
+    instruction_len: 0,
+    interruption_info: 0,
+    interruption_error_code: 0,
+    instruction_error: 0,
+};
+
+impl Vcpu {
+    pub(crate) fn run_page(&self) -> &Page {
+        &self.run
+    }
+
+    pub(super) fn run_ptr(&self) -> *mut RunPage {
+        self.run.as_ptr().cast()
+    }
+
+    /// The guest's general-purpose registers, as of the last exit.
+    pub(crate) fn gprs(&self) -> abi::Gprs {
+        // SAFETY: The page is there; any bytes are a value.
+        unsafe { addr_of!((*self.run_ptr()).gprs).read_volatile() }
+    }
+
+    /// Changes registers of the guest.
+    pub(crate) fn set_gprs(&self, gprs: &abi::Gprs) {
+        // SAFETY: As above.
+        unsafe { addr_of_mut!((*self.run_ptr()).gprs).write_volatile(*gprs) };
+    }
+
+    /// Adds to the counter of the run page at that offset in [`abi::Counters`].
+    #[inline]
+    pub(crate) fn count(&self, offset: usize, n: u64) {
+        assert!(offset % 8 == 0 && offset < size_of::<abi::Counters>());
+        // SAFETY: The page is there, and the counter inside. What user space writes there is its own loss.
+        unsafe {
+            let p = addr_of_mut!((*self.run_ptr()).counters).cast::<u64>().add(offset / 8);
+            p.write_volatile(p.read_volatile().wrapping_add(n));
+        }
+    }
+
+    /// Whether user space wants RUN to return at once.
+    pub(super) fn is_interrupt_requested(&self) -> bool {
+        // SAFETY: The page is there.
+        unsafe { addr_of!((*self.run_ptr()).interrupt_request).read_volatile() != 0 }
+    }
+
+    /// Hands a result to user space that is no system call.
+    pub(super) fn finish(&self, exit: &abi::Exit) -> u64 {
+        // SAFETY: The page is there.
+        unsafe { addr_of_mut!((*self.run_ptr()).exit).write_volatile(*exit) };
+        thread::set_user_result(exit.kind, None);
+        0
+    }
+
+    /// Hands a system call to user space: its arguments in the registers where SYSCALL wants them.
+    pub(super) fn forward(&self) -> u64 {
+        let gprs = self.gprs();
+        // SAFETY: The page is there.
+        unsafe { addr_of_mut!((*self.run_ptr()).exit.kind).write_volatile(abi::EXIT_SYSCALL) };
+        let args = [gprs.rdi, gprs.rsi, gprs.rdx, gprs.r10, gprs.r8, gprs.r9];
+        thread::set_user_result(abi::EXIT_SYSCALL, Some(thread::Forward { args }));
+        // Linux takes the low 32 bits; zero-extended they are never taken for an error of ours.
+        gprs.rax as u32 as u64
+    }
+}

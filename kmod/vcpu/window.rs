@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Windows: the VMCS current, interrupts off.
+
+use super::Vcpu;
+use crate::abi;
+use crate::arch::controls::exception;
+use crate::arch::controls::VmxCapabilities;
+use crate::arch::vmcs_field::control;
+use crate::arch::vmcs_field::exit_info;
+use crate::arch::vmcs_field::guest;
+use crate::exit::ExitInfo;
+use crate::space::Space;
+use crate::sys::cpu::IrqOff;
+use crate::sys::regs;
+use crate::sys::thread;
+use crate::sys::thread::Pending;
+use crate::vmx::enter;
+use crate::vmx::enter::Entered;
+use crate::vmx::host_state::HostState;
+use crate::vmx::ops;
+use crate::vmx::owner;
+use crate::vmx::vmcs::CurrentVmcs;
+use crate::vmx::vmcs::Loaded;
+use core::mem::offset_of;
+use core::sync::atomic::Ordering::Relaxed;
+use kernel::prelude::*;
+
+/// How a window with an entry ended.
+pub(super) enum Window {
+    /// The guest ran and exited.
+    Exited(ExitInfo),
+    /// The entry failed before anything of the guest ran.
+    Failed { instruction_error: u32 },
+    /// VMX is not usable on this CPU now.
+    Unusable,
+    /// Something came up: look at `pending` again.
+    Retry,
+    /// The FPU state can only be loaded on the way through user mode.
+    UserMode,
+}
+
+impl Vcpu {
+    /// Calls `f` with the VMCS current, in a window without an entry. ENODEV when VMX was taken away.
+    pub(super) fn with_vmcs(&mut self, f: impl FnOnce(&mut CurrentVmcs<'_>, &VmxCapabilities)) -> Result {
+        let capabilities = owner::capabilities().ok_or(ENODEV)?;
+        // A CPU that goes offline sends the thread elsewhere; it does not take many turns.
+        for _ in 0..1000 {
+            self.vmcs.clear_elsewhere();
+            let irq = IrqOff::new();
+            match self.vmcs.load(&irq) {
+                Loaded::Here { mut vmcs, moved } => {
+                    f(&mut vmcs, &capabilities);
+                    if moved {
+                        // The next entry has this CPU's state to write, and to flush.
+                        self.host = HostState::new();
+                    }
+                    return if vmcs.has_failed() { Err(EIO) } else { Ok(()) };
+                }
+                Loaded::Elsewhere => {}
+                Loaded::Unusable => {
+                    drop(irq);
+                    thread::yield_now();
+                }
+            }
+        }
+        Err(ENODEV)
+    }
+
+    /// One window: load, enter, exit, read why.
+    pub(super) fn enter_once(&mut self, space: &Space) -> Window {
+        let irq = IrqOff::new();
+        if thread::pending() != Pending::Nothing {
+            return Window::Retry;
+        }
+        if !regs::load_fpu(&irq) {
+            return Window::UserMode;
+        }
+        let (mut vmcs, moved) = match self.vmcs.load(&irq) {
+            Loaded::Here { vmcs, moved } => (vmcs, moved),
+            Loaded::Elsewhere => return Window::Retry,
+            Loaded::Unusable => return Window::Unusable,
+        };
+        let moved = moved || self.host.is_new();
+        self.host.refresh(&mut vmcs, moved, &irq);
+        self.write_next(&mut vmcs);
+
+        // From here on an invalidation interrupts this CPU.
+        if space.ept.translations.enter(&irq) {
+            self.flush_ept();
+        }
+        if moved {
+            self.flush_vpid();
+        }
+        // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
+        unsafe { regs::write_lstar(self.soft.lstar, &irq) };
+        thread::guest_timing_enter(&irq);
+        // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
+        let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &irq) };
+        // SAFETY: Linux' own value.
+        unsafe { regs::write_lstar(self.host_lstar, &irq) };
+        space.ept.translations.leave(&irq);
+
+        if entered != Entered::Exit {
+            thread::guest_timing_exit(&irq);
+            let instruction_error = match entered {
+                Entered::FailValid => vmcs.read(exit_info::INSTRUCTION_ERROR) as u32,
+                _ => return Window::Unusable,
+            };
+            return Window::Failed { instruction_error };
+        }
+        self.host.restore_after_exit(&irq);
+        let info = ExitInfo::read(&mut vmcs, self.soft.syscall_vmcall, self.run_ptr());
+        self.count_exit(&info, &vmcs);
+        if !info.is_entry_failure() {
+            self.vmcs.entry.launched.store(1, Relaxed);
+        }
+        if info.is_nmi() {
+            enter::handle_nmi(&irq);
+        } else if info.is_machine_check() {
+            enter::handle_machine_check(&irq);
+        }
+        if vmcs.has_failed() {
+            pr_err!("a VMREAD or VMWRITE failed: somebody else uses VMX\n");
+            thread::guest_timing_exit(&irq);
+            return Window::Unusable;
+        }
+        if info.is_external_interrupt() {
+            // Taken now, while the time still counts as the guest's: the tick must find it so.
+            drop(irq);
+            let irq = IrqOff::new();
+            thread::guest_timing_exit(&irq);
+        } else {
+            thread::guest_timing_exit(&irq);
+        }
+        Window::Exited(info)
+    }
+
+    /// Writes what earlier exits, or user space, left for this entry.
+    #[inline]
+    fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        if let Some(rip) = self.next.rip.take() {
+            vmcs.write(guest::RIP, rip);
+        }
+        if let Some(injection) = self.next.injection.take() {
+            vmcs.write(control::ENTRY_INTERRUPTION_INFO, injection.info.as_u32().into());
+            if injection.info.has_error_code() {
+                vmcs.write(control::ENTRY_EXCEPTION_ERROR_CODE, injection.error_code.into());
+            }
+            if injection.info.is_software() {
+                vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, injection.instruction_len.into());
+            }
+        } else if self.next.clear_injection {
+            vmcs.write(control::ENTRY_INTERRUPTION_INFO, 0);
+        }
+        self.next.clear_injection = false;
+    }
+
+    fn flush_ept(&self) {
+        // SAFETY: VMX is on, the type is one the CPU has, interrupts are off.
+        let result = unsafe { ops::invept(self.invept_single.then_some(self.eptp)) };
+        if result.is_err() {
+            pr_err!("INVEPT failed\n");
+        }
+        self.count(offset_of!(abi::Counters, invept), 1);
+    }
+
+    fn flush_vpid(&self) {
+        if self.vpid == 0 {
+            return;
+        }
+        // SAFETY: As above.
+        let result = unsafe { ops::invvpid(self.invvpid_single.then_some(self.vpid.into())) };
+        if result.is_err() {
+            pr_err!("INVVPID failed\n");
+        }
+        self.count(offset_of!(abi::Counters, invvpid), 1);
+        self.count(offset_of!(abi::Counters, migrations), 1);
+    }
+
+    fn count_exit(&self, info: &ExitInfo, vmcs: &CurrentVmcs<'_>) {
+        let reason = (info.basic_reason() as usize).min(abi::EXIT_REASONS - 1);
+        self.count(offset_of!(abi::Counters, exits) + 8 * reason, 1);
+        if !info.is_entry_failure() {
+            self.count(offset_of!(abi::Counters, entries), 1);
+        }
+        if cfg!(dune_count_ops) {
+            let ops = vmcs.ops;
+            self.count(offset_of!(abi::Counters, vmreads), ops.vmreads);
+            self.count(offset_of!(abi::Counters, vmwrites), ops.vmwrites);
+            self.count(offset_of!(abi::Counters, rdmsrs), ops.rdmsrs);
+            // LSTAR, in and out.
+            self.count(offset_of!(abi::Counters, wrmsrs), ops.wrmsrs + 2);
+        }
+    }
+}
+
+// Windows rely on these exits, however the guest sets its IDT.
+const _: () = assert!(exception::ALWAYS & exception::MC != 0);

@@ -55,6 +55,9 @@ enum Action {
         /// Suites to run: short, long, debug, no-vmx, harness.
         #[arg(long = "suite", default_value = "short")]
         suites: Vec<Suite>,
+        /// These tests too, whatever their suite.
+        #[arg(long = "with", value_delimiter = ',')]
+        with: Vec<String>,
         /// Only these tests, whatever their suite.
         #[arg(long, value_delimiter = ',')]
         only: Vec<String>,
@@ -70,7 +73,7 @@ enum Action {
 
 fn main() -> ExitCode {
     match Cli::parse().action {
-        Action::Run { suites, only } => runner::run_all(&all_tests(), &suites, &only),
+        Action::Run { suites, with, only } => runner::run_all(&all_tests(), &suites, &with, &only),
         Action::Exec { name } => runner::exec(&all_tests(), &name),
         Action::List => {
             for test in all_tests() {

@@ -40,7 +40,7 @@ const SKIP_PREFIX: &str = "skipped: ";
 const SHOWN_LINES: usize = 60;
 
 /// Runs the chosen tests; the exit status is 0 when none failed.
-pub fn run_all(tests: &[&'static Test], suites: &[Suite], only: &[String]) -> ExitCode {
+pub fn run_all(tests: &[&'static Test], suites: &[Suite], with: &[String], only: &[String]) -> ExitCode {
     if !helpers::is_root() {
         eprintln!("dune-tests: run needs root, to become each test's user");
         return ExitCode::from(2);
@@ -50,13 +50,13 @@ pub fn run_all(tests: &[&'static Test], suites: &[Suite], only: &[String]) -> Ex
         .copied()
         .filter(|test| {
             if only.is_empty() {
-                suites.contains(&test.suite)
+                suites.contains(&test.suite) || with.iter().any(|name| name == test.name)
             } else {
                 only.iter().any(|name| name == test.name)
             }
         })
         .collect();
-    for name in only {
+    for name in only.iter().chain(with) {
         if !chosen.iter().any(|test| test.name == name) {
             eprintln!("dune-tests: there is no test {name}");
             return ExitCode::from(2);

@@ -48,7 +48,11 @@ const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
 const SHORT: &str = "dune-tests run --suite short";
 const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";
 const SHORT_LONG_DEBUG: &str = "dune-tests run --suite short --suite long --suite debug";
-const DEBUG: &str = "dune-tests run --suite debug";
+/// The debug kernel is slow: besides its own suite, one test of each kind.
+const DEBUG: &str = "dune-tests run --suite debug --with hello_enters_and_leaves,libstd_runs_in_dune_mode,\
+     registers_survive_syscall,divide_error_handled,page_fault_handled_without_vm_exit,ept_follows_munmap,\
+     ept_follows_mprotect,thp_mapped_as_2m,sigkill_ends_guest_loop_at_once,two_processes_at_once,\
+     vm_entry_failure_is_reported,bad_calls_are_refused,counters_are_zero_after_each_end";
 const NO_VMX: &str = "dune-tests run --suite no-vmx";
 
 /// All rows, the slowest first, so that two workers end at about the same time.

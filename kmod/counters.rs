@@ -4,6 +4,7 @@
 
 use crate::sys::debugfs::Dir;
 use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
 
 /// Spaces that exist.
 pub(crate) static SPACES: AtomicUsize = AtomicUsize::new(0);
@@ -13,6 +14,22 @@ pub(crate) static VCPUS: AtomicUsize = AtomicUsize::new(0);
 pub(crate) static VMCS_PAGES: AtomicUsize = AtomicUsize::new(0);
 /// Pages of EPT paging structures.
 pub(crate) static EPT_PAGES: AtomicUsize = AtomicUsize::new(0);
+
+/// One of what a counter counts. Holding it as a field counts right in every path, also where a half-made owner is dropped.
+pub(crate) struct Counted(&'static AtomicUsize);
+
+impl Counted {
+    pub(crate) fn new(counter: &'static AtomicUsize) -> Self {
+        counter.fetch_add(1, Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
 
 /// Shows them.
 pub(crate) fn show() -> Dir {

@@ -5,6 +5,7 @@
 use crate::abi;
 use crate::arch::addr::Hva;
 use crate::counters;
+use crate::counters::Counted;
 use crate::ept::fault::Ept;
 use crate::ept::fault::Traits;
 use crate::ept::host_walk::Format;
@@ -52,6 +53,7 @@ pub(crate) struct Space {
     pub(crate) usage: owner::Use,
     gpa_bits: u32,
     traits: Traits,
+    _counted: Counted,
 }
 
 /// A vCPU's place. Written under the space's `vcpus` lock; its owner reads it without.
@@ -94,10 +96,10 @@ impl Space {
                 usage,
                 gpa_bits,
                 traits,
+                _counted: Counted::new(&counters::SPACES),
             },
             GFP_KERNEL,
         )?;
-        counters::SPACES.fetch_add(1, Relaxed);
         // SAFETY: The box does not move from here on, and nobody else has it yet. `notifier` is its first field, and
         // `drop` unregisters it.
         unsafe {
@@ -233,7 +235,6 @@ impl Drop for Space {
                 drop(unsafe { KBox::from_raw(vcpu) });
             }
         }
-        counters::SPACES.fetch_sub(1, Relaxed);
     }
 }
 

@@ -15,6 +15,7 @@ use crate::abi;
 use crate::arch::exit::InterruptionInfo;
 use crate::arch::msr;
 use crate::counters;
+use crate::counters::Counted;
 use crate::exit;
 use crate::exit::Flow;
 use crate::space::Space;
@@ -28,7 +29,6 @@ use crate::vmx::guest_state::Cr4Policy;
 use crate::vmx::host_state::HostState;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
-use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
 /// An event for the guest's IDT.
@@ -74,6 +74,7 @@ pub(crate) struct Vcpu {
     next: Next,
     /// The VMCS has its constant part.
     is_set_up: bool,
+    _counted: Counted,
 }
 
 impl Vcpu {
@@ -103,10 +104,10 @@ impl Vcpu {
                 soft: Soft::default(),
                 next: Next::default(),
                 is_set_up: false,
+                _counted: Counted::new(&counters::VCPUS),
             },
             GFP_KERNEL,
         )?;
-        counters::VCPUS.fetch_add(1, Relaxed);
         Ok(vcpu)
     }
 
@@ -198,11 +199,5 @@ impl Vcpu {
                 }
             }
         }
-    }
-}
-
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        counters::VCPUS.fetch_sub(1, Relaxed);
     }
 }

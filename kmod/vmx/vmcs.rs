@@ -10,6 +10,7 @@ use super::percpu;
 use crate::arch::vmcs_field::Field;
 use crate::arch::vmcs_field::ReadWrite;
 use crate::counters;
+use crate::counters::Counted;
 use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
@@ -48,6 +49,9 @@ pub(crate) struct Vmcs {
     pub(crate) entry: Entry,
     prev: *mut Vmcs,
     next: *mut Vmcs,
+    /// In the list: not yet where its own allocation failed.
+    listed: bool,
+    _counted: Counted,
 }
 
 // SAFETY: The links are used under the lock of `ALL`, the rest as the invariants say.
@@ -96,15 +100,17 @@ impl Vmcs {
                 },
                 prev: null_mut(),
                 next: null_mut(),
+                listed: false,
+                _counted: Counted::new(&counters::VMCS_PAGES),
             },
             GFP_KERNEL,
         )?;
-        counters::VMCS_PAGES.fetch_add(1, Relaxed);
         let raw: *mut Vmcs = &mut *vmcs;
         let mut all = ALL.lock_irqsave();
         // SAFETY: The list's elements are alive: each takes itself out when it is dropped. The box does not move its
         // contents.
         unsafe {
+            (*raw).listed = true;
             (*raw).next = all.0;
             if !all.0.is_null() {
                 (*all.0).prev = raw;
@@ -213,6 +219,9 @@ impl Vmcs {
 
 impl Drop for Vmcs {
     fn drop(&mut self) {
+        if !self.listed {
+            return;
+        }
         loop {
             let active = self.cpu.load(SeqCst);
             if active == NO_CPU {
@@ -236,7 +245,6 @@ impl Drop for Vmcs {
         }
         drop(all);
         let _ = &self.page;
-        counters::VMCS_PAGES.fetch_sub(1, Relaxed);
     }
 }
 

@@ -26,7 +26,9 @@ all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples a
 
 run: ## run the four examples: natively with VT-x, else in the emulated machine
 	@$(START); scripts/setup --quiet && cargo build -q --release -p dune-examples -p dune-vm && \
-	$(RELEASE)/dune-vm boot --native --memory 2048 --user tester -- "$$(cat scripts/run-examples)"; \
+	mkdir -p $(CARGO_TARGET_DIR)/run && \
+	$(RELEASE)/wordcount --native --generate 1 $(CARGO_TARGET_DIR)/run/text >$(CARGO_TARGET_DIR)/run/words 2>/dev/null && \
+	$(RELEASE)/dune-vm boot --native --memory 2048 --user tester --file $(CARGO_TARGET_DIR)/run:/opt/run -- "$$(cat scripts/run-examples)"; \
 	status=$$?; $(ELAPSED); exit $$status
 
 test: ## host tests, checks, the short matrix of machines; ends with a count

@@ -249,9 +249,11 @@ impl RawGuest {
         let device = Device::open()?;
         let info = device.info()?;
         let create = device.create_vcpu()?;
-        let run = device.map_run_page(&create)?;
-        let arena = map_arena();
-        let slot = device.map_slot(arena as u64)?;
+        // Unmapped again where a later step fails: a mapped run page keeps the space.
+        let arena = Map::owning(map_arena()?, ARENA_BYTES);
+        let run = Map::owning(device.map_run_page(&create)?.cast(), dune_abi::RUN_PAGE_BYTES);
+        let slot = device.map_slot(arena.address() as u64)?;
+        let (arena, run) = (arena.into_start(), run.into_start().cast());
         let mut guest = Self {
             device,
             info,
@@ -591,7 +593,7 @@ fn touch(exit: &Exit) {
 }
 
 /// Memory for a guest, not astride a slot edge.
-fn map_arena() -> *mut u8 {
+fn map_arena() -> Result<*mut u8, Errno> {
     let mut strays = Vec::new();
     loop {
         // SAFETY: a new mapping; nothing of ours is replaced.
@@ -605,14 +607,16 @@ fn map_arena() -> *mut u8 {
                 0,
             )
         };
-        assert_ne!(address, libc::MAP_FAILED, "no memory for a raw guest");
+        if address == libc::MAP_FAILED {
+            return Err(last_errno());
+        }
         let first = address as u64;
         if first / dune_abi::SLOT_BYTES == (first + ARENA_BYTES as u64 - 1) / dune_abi::SLOT_BYTES {
             for stray in strays {
                 // SAFETY: ours, and unused.
                 unsafe { libc::munmap(stray, ARENA_BYTES) };
             }
-            return address.cast();
+            return Ok(address.cast());
         }
         strays.push(address);
     }

@@ -717,6 +717,7 @@ impl FailNth {
         for (file, value) in [
             ("failslab/ignore-gfp-wait", "0"),
             ("fail_page_alloc/ignore-gfp-wait", "0"),
+            ("fail_page_alloc/ignore-gfp-highmem", "0"),
             ("fail_page_alloc/min-order", "0"),
         ] {
             let path = format!("/sys/kernel/debug/{file}");
@@ -750,9 +751,13 @@ impl FailNth {
     fn clear(&self) -> bool {
         use std::os::unix::fs::FileExt;
         let mut text = [0u8; 16];
-        let read = self.0.read_at(&mut text, 0).expect("fail-nth");
+        let pending = match self.0.read_at(&mut text, 0) {
+            Ok(read) => text[..read].trim_ascii() != b"0",
+            // It hit this very read.
+            Err(_) => true,
+        };
         self.set(0);
-        text[..read].trim_ascii() != b"0"
+        pending
     }
 }
 
@@ -832,5 +837,5 @@ fn every_allocation_may_fail() {
         "{PAGES} page faults: {} allocations, {refused} of them reported",
         nth - 1
     );
-    assert!(nth > 100, "nothing was tested");
+    assert!(nth > 50, "nothing was tested");
 }

@@ -128,6 +128,16 @@ impl Map {
         })
     }
 
+    /// Takes over a mapping that the caller made.
+    pub fn owning(start: *mut u8, bytes: usize) -> Self {
+        Self { start, bytes }
+    }
+
+    /// Gives the mapping up to the caller.
+    pub fn into_start(self) -> *mut u8 {
+        std::mem::ManuallyDrop::new(self).start
+    }
+
     pub fn address(&self) -> usize {
         self.start as usize
     }

@@ -37,9 +37,11 @@ test: ## host tests, checks, the short matrix of machines; ends with a count
 test-long: ## the full matrix and the long suites
 	@scripts/setup --quiet && scripts/run-tests --long
 
-bench: ## the measurements, on the smallest kernel
+bench: ## what the basic operations cost, on the smallest kernel; the second table counts heavy operations
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \
-	$(RELEASE)/dune-vm boot --native --kernel bench --timeout 600 --user tester -- dune-bench
+	$(RELEASE)/dune-vm boot --native --kernel bench --timeout 600 --user tester -- dune-bench && \
+	module=$$(scripts/module bench DUNE_COUNT_OPS=y | tail -n 1) && \
+	$(RELEASE)/dune-vm boot --kernel bench --module "$$module" --timeout 600 --user tester -- dune-bench
 
 shell: ## an interactive root shell in the emulated machine, module loaded
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \

@@ -98,7 +98,7 @@ impl Space {
                 traits,
                 _counted: Counted::new(&counters::SPACES),
             },
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )?;
         // SAFETY: The box does not move from here on, and nobody else has it yet. `notifier` is its first field, and
         // `drop` unregisters it.
@@ -243,8 +243,8 @@ impl NotifierOps for Space {
         self.ept.kill();
     }
 
-    fn invalidate_start(&self, range: Range<u64>) {
-        self.ept.invalidate_start(range);
+    fn invalidate_start(&self, range: Range<u64>, may_sleep: bool) {
+        self.ept.invalidate_start(range, may_sleep);
     }
 
     fn invalidate_end(&self, _range: Range<u64>) {

@@ -106,7 +106,7 @@ impl Vcpu {
                 is_set_up: false,
                 _counted: Counted::new(&counters::VCPUS),
             },
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )?;
         Ok(vcpu)
     }

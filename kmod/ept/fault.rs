@@ -215,8 +215,9 @@ impl Ept {
             let start = gpa.align_down(Level::Page2M.bytes()).as_u64();
             locked.tree.zap(start..start + Level::Page2M.bytes());
         }
-        drop(locked);
         let large = whole == Level::Page2M;
+        // A flush comes before the lock goes: else another invalidation that finds nothing left to zap would return, and
+        // let Linux free a page that some CPU can still reach.
         match result {
             Install::Installed | Install::Present => Installed::Done { large },
             Install::Replaced => {
@@ -225,6 +226,7 @@ impl Ept {
             }
             Install::ReplacedTable(table) => {
                 self.translations.invalidate();
+                drop(locked);
                 // Only now: no CPU walks it any more.
                 drop(table);
                 Installed::Done { large }
@@ -255,8 +257,8 @@ impl Ept {
         going_on || self.sequence.load(Acquire) != sequence
     }
 
-    /// An invalidation of `range` begins: nothing of it stays, nothing comes until it ends.
-    pub(crate) fn invalidate_start(&self, range: Range<u64>) {
+    /// An invalidation of `range` begins: nothing of it stays, nothing comes until it ends. `may_sleep`: between slots.
+    pub(crate) fn invalidate_start(&self, range: Range<u64>, may_sleep: bool) {
         let mut locked = self.lock.lock();
         locked.invalidating += 1;
         locked.range = if locked.invalidating == 1 {
@@ -264,10 +266,46 @@ impl Ept {
         } else {
             locked.range.start.min(range.start)..locked.range.end.max(range.end)
         };
-        let zapped = locked.for_each_gpa_range(&range, |tree, gpas| tree.zap(gpas));
         drop(locked);
-        if zapped > 0 {
-            self.translations.invalidate();
+        self.zap(&range, may_sleep);
+    }
+
+    /// Zaps and flushes the range, slot by slot, so that the lock is not held for longer than one slot takes.
+    fn zap(&self, range: &Range<u64>, may_sleep: bool) {
+        /// A range of more GiBs is taken by the slots that there are.
+        const FEW: u64 = 4;
+        let first = range.start / crate::abi::SLOT_BYTES;
+        let last = range.end.saturating_sub(1) / crate::abi::SLOT_BYTES;
+        let by_gib = last.saturating_sub(first) < FEW;
+        // Slots are handed out from 1 on and never given back; one that comes now has nothing installed in the range.
+        let mut at = if by_gib { first } else { 1 };
+        loop {
+            let mut locked = self.lock.lock();
+            let slot = if by_gib {
+                if at > last {
+                    return;
+                }
+                Hva::new(at * crate::abi::SLOT_BYTES).and_then(|hva| Some((hva, locked.slots.lookup(hva)?)))
+            } else {
+                if at > locked.slots.in_use().into() {
+                    return;
+                }
+                Gpa::new(at * crate::abi::SLOT_BYTES).and_then(|gpa| Some((locked.slots.hva_of(gpa)?, gpa)))
+            };
+            if let Some((hva, gpa)) = slot {
+                let (hva, gpa) = (hva.as_u64(), gpa.as_u64());
+                let start = range.start.max(hva);
+                let end = range.end.min(hva + crate::abi::SLOT_BYTES);
+                if start < end && locked.tree.zap(gpa + (start - hva)..gpa + (end - hva)) > 0 {
+                    // Before the lock goes: see `install`.
+                    self.translations.invalidate();
+                }
+            }
+            drop(locked);
+            at += 1;
+            if may_sleep {
+                thread::reschedule();
+            }
         }
     }
 
@@ -278,55 +316,37 @@ impl Ept {
         locked.invalidating -= 1;
     }
 
-    /// Whether the range was accessed by a guest since that was last cleared.
+    /// Whether the range, of a page or few, was accessed by a guest since that was last cleared.
     pub(crate) fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool {
         let mut locked = self.lock.lock();
-        if self.traits.accessed_dirty {
-            let young = locked.for_each_gpa_range(&range, |tree, gpas| tree.is_young(gpas, clear) as usize) > 0;
-            drop(locked);
-            if young && flush {
-                self.translations.invalidate();
+        let mut young = false;
+        let mut at = range.start;
+        while at < range.end {
+            let next = ((at / crate::abi::SLOT_BYTES) + 1) * crate::abi::SLOT_BYTES;
+            if let Some(gpa) = Hva::new(at).and_then(|hva| locked.slots.lookup(hva)) {
+                let gpas = gpa.as_u64()..gpa.as_u64() + (range.end.min(next) - at);
+                young |= if self.traits.accessed_dirty {
+                    locked.tree.is_young(gpas, clear)
+                } else if clear {
+                    // Without accessed bits an entry that is there was used since it was last taken away: take it away.
+                    locked.tree.zap(gpas) > 0
+                } else {
+                    locked.tree.lookup(gpa).is_some()
+                };
             }
-            return young;
+            at = next;
         }
-        // Without accessed bits an entry that is there was used since it was last taken away: take it away.
-        let present = if clear {
-            locked.for_each_gpa_range(&range, |tree, gpas| tree.zap(gpas)) > 0
-        } else {
-            locked.for_each_gpa_range(&range, |tree, gpas| {
-                Gpa::new(gpas.start).is_some_and(|gpa| tree.lookup(gpa).is_some()) as usize
-            }) > 0
-        };
-        drop(locked);
-        if present && clear {
+        // Before the lock goes: see `install`. An entry that was taken away is flushed in any case.
+        if young && clear && (flush || !self.traits.accessed_dirty) {
             self.translations.invalidate();
         }
-        present
+        young
     }
 
     /// The address space goes away: drop everything for good.
     pub(crate) fn kill(&self) {
-        let mut locked = self.lock.lock();
-        locked.dead = true;
-        locked.for_each_gpa_range(&(0..1 << 47), |tree, gpas| tree.zap(gpas));
-        drop(locked);
-        self.translations.invalidate();
-    }
-}
-
-impl Locked {
-    /// Calls `f` with the part of each slot that lies in the HVA range; gives the sum of its answers.
-    fn for_each_gpa_range(&mut self, range: &Range<u64>, mut f: impl FnMut(&mut Tree, Range<u64>) -> usize) -> usize {
-        let mut sum = 0;
-        for (hva, gpa) in self.slots.iter() {
-            let (hva, gpa) = (hva.as_u64(), gpa.as_u64());
-            let start = range.start.max(hva);
-            let end = range.end.min(hva + crate::abi::SLOT_BYTES);
-            if start < end {
-                sum += f(&mut self.tree, gpa + (start - hva)..gpa + (end - hva));
-            }
-        }
-        sum
+        self.lock.lock().dead = true;
+        self.zap(&(0..1 << 47), false);
     }
 }
 

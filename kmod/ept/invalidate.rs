@@ -65,6 +65,11 @@ impl Translations {
         true
     }
 
+    /// The flush that [`Translations::enter`] asked for failed: it is still to be done.
+    pub(crate) fn forget(&self, irq: &IrqOff) {
+        self.flushed[irq.cpu()].store(0, Relaxed);
+    }
+
     /// This CPU is out of the guest.
     pub(crate) fn leave(&self, irq: &IrqOff) {
         let cpu = irq.cpu();

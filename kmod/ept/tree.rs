@@ -196,6 +196,7 @@ impl Tree {
     /// Frees the tables below `entry`, and itself.
     fn free(&self, entry: EptEntry, level: Level) {
         if let Some(below) = level.below() {
+            crate::sys::thread::reschedule();
             for slot in self.table(entry) {
                 let entry = EptEntry::from_raw(slot.load(Relaxed));
                 if entry.is_present() && !entry.is_leaf(level) {

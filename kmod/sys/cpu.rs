@@ -100,3 +100,15 @@ pub(crate) fn has_fred() -> bool {
     // SAFETY: Reads a constant of the boot.
     unsafe { bindings::dune_cpu_has_fred() }
 }
+
+/// Whether Linux lets user mode set its segment bases itself, and so reads them from the CPU at a context switch.
+pub(crate) fn has_fsgsbase() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_fsgsbase() }
+}
+
+/// Whether the CPU and Linux have ENQCMD.
+pub(crate) fn has_enqcmd() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_enqcmd() }
+}

@@ -196,6 +196,16 @@ bool dune_cpu_has_itlb_multihit(void)
 	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
 }
 
+bool dune_cpu_has_fsgsbase(void)
+{
+	return boot_cpu_has(X86_FEATURE_FSGSBASE);
+}
+
+bool dune_cpu_has_enqcmd(void)
+{
+	return boot_cpu_has(X86_FEATURE_ENQCMD);
+}
+
 bool dune_cpu_has_fred(void)
 {
 #ifdef X86_FEATURE_FRED
@@ -340,7 +350,8 @@ int dune_vma_insert_page(struct vm_area_struct *vma, struct page *page)
 
 int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool write, bool execute)
 {
-	unsigned int flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_RETRY_NOWAIT;
+	/* Not FAULT_FLAG_USER: it would leave an OOM of the memory cgroup for the exception handler to settle. */
+	unsigned int flags = FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_RETRY_NOWAIT;
 	vm_fault_t ret;
 
 	if (write)
@@ -487,10 +498,7 @@ unsigned long dune_tss_base(void)
 
 void dune_tss_limit_invalidate(void)
 {
-	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
-		refresh_tss_limit();
-	else
-		this_cpu_write(__tss_limit_invalid, true);
+	invalidate_tss_limit();
 }
 
 unsigned long dune_cpu_dr7(void)

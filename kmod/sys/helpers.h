@@ -52,6 +52,8 @@ void dune_preempt_enable(void);
 unsigned int dune_cpu(void);
 unsigned int dune_nr_cpu_ids(void);
 bool dune_cpu_has_itlb_multihit(void);
+bool dune_cpu_has_fsgsbase(void);
+bool dune_cpu_has_enqcmd(void);
 bool dune_cpu_has_fred(void);
 
 /* Memory. */

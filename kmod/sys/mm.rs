@@ -119,12 +119,13 @@ impl Vma {
     }
 }
 
-/// What an address space tells its notifier. None of these may sleep; a page-table lock may be held in the `young` ones.
+/// What an address space tells its notifier. None of these may sleep but where it says so; a page-table lock may be held in the `young` ones.
 pub(crate) trait NotifierOps: Sync {
     /// The address space is going away: drop all mappings, for good.
     fn release(&self);
     /// Drop all mappings of the range, and install none in it until [`NotifierOps::invalidate_end`].
-    fn invalidate_start(&self, range: Range<u64>);
+    /// `may_sleep`: it may let others run meanwhile.
+    fn invalidate_start(&self, range: Range<u64>, may_sleep: bool);
     fn invalidate_end(&self, range: Range<u64>);
     /// Whether the range was accessed through us; `clear`: forget it; `flush`: and do so at once.
     fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool;
@@ -241,7 +242,10 @@ unsafe extern "C" fn invalidate_range_start<T: NotifierOps>(
 ) -> c_int {
     // SAFETY: As above; the range lives during the call.
     let (this, range) = unsafe { (owner::<T>(n), &*range) };
-    this.invalidate_start(range.start as u64..range.end as u64);
+    this.invalidate_start(
+        range.start as u64..range.end as u64,
+        range.flags & bindings::MMU_NOTIFIER_RANGE_BLOCKABLE != 0,
+    );
     0
 }
 

@@ -121,18 +121,44 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     Ok(v)
 }
 
+const IA32_LSTAR: u32 = 0xc000_0082;
+const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// Writes an MSR that every 64-bit CPU has.
+///
+/// # Safety
+///
+/// `v` must be canonical and may not stay in force for the host unless it was the host's.
+unsafe fn write_base_msr(msr: u32, v: u64) {
+    // SAFETY: By the caller.
+    unsafe {
+        asm!("wrmsr", in("ecx") msr, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
+    }
+}
+
 /// Writes IA32_LSTAR.
 ///
 /// # Safety
 ///
-/// Linux' value must be back before interrupts come on.
+/// `v` must be canonical, and Linux' value must be back before interrupts come on.
 pub(crate) unsafe fn write_lstar(v: u64, _: &IrqOff) {
-    const IA32_LSTAR: u32 = 0xc000_0082;
-    // SAFETY: The MSR exists on every 64-bit CPU; the value is canonical, as the callers check.
-    unsafe {
-        asm!("wrmsr", in("ecx") IA32_LSTAR, in("eax") v as u32, in("edx") (v >> 32) as u32,
-             options(nostack, preserves_flags));
-    }
+    // SAFETY: By the caller.
+    unsafe { write_base_msr(IA32_LSTAR, v) };
+}
+
+/// The GS base of user mode while the kernel runs.
+pub(crate) fn kernel_gs_base(_: &IrqOff) -> u64 {
+    read_msr(IA32_KERNEL_GS_BASE).unwrap_or(0)
+}
+
+/// Puts back what [`kernel_gs_base`] gave.
+///
+/// # Safety
+///
+/// `v` must come from there, in the same window.
+pub(crate) unsafe fn restore_kernel_gs_base(v: u64, _: &IrqOff) {
+    // SAFETY: By the caller it was the host's.
+    unsafe { write_base_msr(IA32_KERNEL_GS_BASE, v) };
 }
 
 /// XCR0; 0 without XSAVE.

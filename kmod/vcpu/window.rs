@@ -12,6 +12,7 @@ use crate::arch::vmcs_field::guest;
 use crate::exit::ExitInfo;
 use crate::space::Space;
 use crate::sys::cpu::IrqOff;
+use crate::sys::cpu::PreemptGuard;
 use crate::sys::regs;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
@@ -86,11 +87,13 @@ impl Vcpu {
         self.write_next(&mut vmcs);
 
         // From here on an invalidation interrupts this CPU.
-        if space.ept.translations.enter(&irq) {
-            self.flush_ept();
-        }
-        if moved {
-            self.flush_vpid();
+        let stale = space.ept.translations.enter(&irq);
+        if (stale && !self.flush_ept()) || (moved && !self.flush_vpid()) {
+            // Never with translations that could not be flushed.
+            space.ept.translations.forget(&irq);
+            space.ept.translations.leave(&irq);
+            self.host = HostState::new();
+            return Window::Unusable;
         }
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
         unsafe { regs::write_lstar(self.soft.lstar, &irq) };
@@ -121,15 +124,17 @@ impl Vcpu {
             enter::handle_machine_check(&irq);
         }
         if vmcs.has_failed() {
-            pr_err!("a VMREAD or VMWRITE failed: somebody else uses VMX\n");
+            // Somebody else uses VMX.
             thread::guest_timing_exit(&irq);
             return Window::Unusable;
         }
         if info.is_external_interrupt() {
             // Taken now, while the time still counts as the guest's: the tick must find it so.
+            let _stay = PreemptGuard::new();
             drop(irq);
             let irq = IrqOff::new();
             thread::guest_timing_exit(&irq);
+            drop(irq);
         } else {
             thread::guest_timing_exit(&irq);
         }
@@ -156,26 +161,20 @@ impl Vcpu {
         self.next.clear_injection = false;
     }
 
-    fn flush_ept(&self) {
-        // SAFETY: VMX is on, the type is one the CPU has, interrupts are off.
-        let result = unsafe { ops::invept(self.invept_single.then_some(self.eptp)) };
-        if result.is_err() {
-            pr_err!("INVEPT failed\n");
-        }
+    fn flush_ept(&self) -> bool {
         self.count(offset_of!(abi::Counters, invept), 1);
+        // SAFETY: VMX is on, the type is one the CPU has, interrupts are off.
+        unsafe { ops::invept(self.invept_single.then_some(self.eptp)) }.is_ok()
     }
 
-    fn flush_vpid(&self) {
+    fn flush_vpid(&self) -> bool {
         if self.vpid == 0 {
-            return;
-        }
-        // SAFETY: As above.
-        let result = unsafe { ops::invvpid(self.invvpid_single.then_some(self.vpid.into())) };
-        if result.is_err() {
-            pr_err!("INVVPID failed\n");
+            return true;
         }
         self.count(offset_of!(abi::Counters, invvpid), 1);
         self.count(offset_of!(abi::Counters, migrations), 1);
+        // SAFETY: As above.
+        unsafe { ops::invvpid(self.invvpid_single.then_some(self.vpid.into())) }.is_ok()
     }
 
     fn count_exit(&self, info: &ExitInfo, vmcs: &CurrentVmcs<'_>) {

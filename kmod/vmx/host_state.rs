@@ -8,6 +8,7 @@
 use super::vmcs::CurrentVmcs;
 use crate::arch::msr;
 use crate::arch::vmcs_field::host;
+use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::regs;
 use crate::sys::regs::TableRegister;
@@ -23,16 +24,22 @@ pub(crate) struct HostState {
     cr4: u64,
     fs_base: u64,
     gdt: TableRegister,
+    /// Without FSGSBASE Linux does not look at what user mode's GS base is in the CPU: it must stay what Linux wrote,
+    /// although a guest's SWAPGS changes it.
+    keeps_gs_base: bool,
+    kernel_gs_base: u64,
 }
 
 impl HostState {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // Values that no CPU has: the first comparison writes.
         Self {
             cr3: !0,
             cr4: !0,
             fs_base: !0,
             gdt: TableRegister { limit: 0, base: 0 },
+            keeps_gs_base: !cpu::has_fsgsbase(),
+            kernel_gs_base: 0,
         }
     }
 
@@ -69,6 +76,9 @@ impl HostState {
             vmcs.write(host::GS_BASE, regs::percpu_base(irq));
             vmcs.write(host::SYSENTER_ESP, regs::read_msr(msr::IA32_SYSENTER_ESP).unwrap_or(0));
         }
+        if self.keeps_gs_base {
+            self.kernel_gs_base = regs::kernel_gs_base(irq);
+        }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
             self.cr3 = cr3;
@@ -91,6 +101,10 @@ impl HostState {
     pub(crate) fn restore_after_exit(&self, irq: &IrqOff) {
         // SAFETY: What `refresh` read on this CPU; interrupts were off since.
         unsafe { regs::lgdt(&self.gdt, irq) };
+        if self.keeps_gs_base {
+            // SAFETY: As above.
+            unsafe { regs::restore_kernel_gs_base(self.kernel_gs_base, irq) };
+        }
         regs::invalidate_tss_limit(irq);
         regs::restore_dr7(irq);
     }

@@ -191,6 +191,10 @@ pub(crate) fn start() -> Result {
         pr_err!("this machine takes its events through FRED, which was never tried: boot with fred=off\n");
         return Err(ENODEV);
     }
+    if cpu::has_enqcmd() {
+        pr_err!("this CPU has ENQCMD, which a guest could use with any PASID: not handled yet\n");
+        return Err(ENODEV);
+    }
     let capabilities = capability::read().map_err(|missing| {
         pr_err!("{}\n", missing);
         ENODEV

@@ -103,7 +103,7 @@ impl Vmcs {
                 listed: false,
                 _counted: Counted::new(&counters::VMCS_PAGES),
             },
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )?;
         let raw: *mut Vmcs = &mut *vmcs;
         let mut all = ALL.lock_irqsave();
@@ -132,6 +132,11 @@ impl Vmcs {
         if active != here {
             if active != NO_CPU {
                 return Loaded::Elsewhere;
+            }
+            // Only VMCLEAR makes a region's launch state clear (SDM, "Initializing a VMCS").
+            // SAFETY: A VMCS of ours, active nowhere; interrupts are off and VMX is on.
+            if unsafe { ops::vmclear(self.hpa) }.is_err() {
+                return Loaded::Unusable;
             }
             // INVARIANT: It was active nowhere, and becomes so here.
             self.cpu.store(here, Relaxed);

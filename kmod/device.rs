@@ -4,8 +4,8 @@
 
 use crate::abi;
 use crate::space::Space;
-use crate::sys::misc;
-use crate::sys::misc::FileOps;
+use crate::sys::chardev;
+use crate::sys::chardev::FileOps;
 use crate::sys::mm::Vma;
 use crate::sys::user;
 use crate::sys::user::Plain;
@@ -31,7 +31,7 @@ impl FileOps for Space {
             return self.with_vcpu(arg, |vcpu| vcpu.run(self));
         }
         match cmd {
-            abi::DUNE_NEW_SPACE => return Ok(misc::new_fd(Space::new()?)? as u64),
+            abi::DUNE_NEW_SPACE => return Ok(chardev::new_fd(Space::new()?)? as u64),
             abi::DUNE_GET_INFO
             | abi::DUNE_CREATE_VCPU
             | abi::DUNE_DESTROY_VCPU

@@ -33,7 +33,7 @@ module! {
 
 /// What the module holds while it is loaded. Field order is teardown order.
 struct DuneModule {
-    _device: sys::misc::MiscDevice,
+    _device: sys::chardev::CharDevice,
     _kvm_watch: sys::module::Watcher,
     _vmx: Vmx,
     _counters: sys::debugfs::Dir,
@@ -66,7 +66,7 @@ impl kernel::Module for DuneModule {
         // Watch before looking whether KVM is there, so that none comes unseen.
         let kvm_watch = sys::module::Watcher::register::<vmx::owner::KvmWatch>()?;
         let vmx = Vmx::start()?;
-        let device = sys::misc::MiscDevice::register::<space::Space>(c"dune")?;
+        let device = sys::chardev::CharDevice::register::<space::Space>()?;
         pr_info!("ready: guest-physical addresses of {} bits\n", space::gpa_bits());
         Ok(Self {
             _device: device,

@@ -5,6 +5,7 @@
 #include <linux/cpu.h>
 #include <linux/debugfs.h>
 #include <linux/delay.h>
+#include <linux/device.h>
 #include <linux/entry-common.h>
 #include <linux/fs.h>
 #include <linux/kobject.h>
@@ -550,6 +551,40 @@ void dune_intel_pt_vmx(bool on)
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
 	intel_pt_handle_vmx(on);
 #endif
+}
+
+/* The device node. */
+
+static const struct class dune_class = { .name = "dune" };
+static int dune_major;
+
+int dune_chrdev_register(const struct file_operations *fops)
+{
+	struct device *dev;
+	int ret;
+
+	ret = class_register(&dune_class);
+	if (ret)
+		return ret;
+	dune_major = register_chrdev(0, "dune", fops);
+	if (dune_major < 0) {
+		class_unregister(&dune_class);
+		return dune_major;
+	}
+	dev = device_create(&dune_class, NULL, MKDEV(dune_major, 0), NULL, "dune");
+	if (IS_ERR(dev)) {
+		unregister_chrdev(dune_major, "dune");
+		class_unregister(&dune_class);
+		return PTR_ERR(dev);
+	}
+	return 0;
+}
+
+void dune_chrdev_unregister(void)
+{
+	device_destroy(&dune_class, MKDEV(dune_major, 0));
+	unregister_chrdev(dune_major, "dune");
+	class_unregister(&dune_class);
 }
 
 /* debugfs. */

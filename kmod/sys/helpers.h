@@ -123,6 +123,11 @@ void dune_vmx_emergency_register(void (*off)(void));
 void dune_vmx_emergency_unregister(void (*off)(void));
 void dune_intel_pt_vmx(bool on);
 
+/* The device node. */
+struct file_operations;
+int dune_chrdev_register(const struct file_operations *fops);
+void dune_chrdev_unregister(void);
+
 /* debugfs. */
 void *dune_debugfs_create_dir(const char *name);
 void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value);

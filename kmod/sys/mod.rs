@@ -9,12 +9,12 @@ pub(crate) mod bindings {
     include!("bindings_generated.rs");
 }
 
+pub(crate) mod chardev;
 pub(crate) mod cpu;
 pub(crate) mod cpuhp;
 pub(crate) mod debugfs;
 pub(crate) mod lock;
 pub(crate) mod mem;
-pub(crate) mod misc;
 pub(crate) mod mm;
 pub(crate) mod module;
 pub(crate) mod regs;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device node and its files (linux/miscdevice.h, linux/fs.h, linux/anon_inodes.h).
+//! The device node and its files (linux/device.h, linux/fs.h, linux/anon_inodes.h).
 
 use super::bindings;
 use super::mm::Vma;
@@ -25,14 +25,10 @@ pub(crate) trait FileOps: Sized + Send + Sync {
 }
 
 /// The registered device; dropping takes the node away.
-pub(crate) struct MiscDevice {
-    device: KBox<UnsafeCell<bindings::miscdevice>>,
-}
-
-// SAFETY: The structure belongs to the driver core while it is registered.
-unsafe impl Send for MiscDevice {}
-// SAFETY: As above.
-unsafe impl Sync for MiscDevice {}
+///
+/// A character device of its own, not a misc device: those are opened one at a time on the whole machine, and opening ours
+/// waits for the opener's mmap_lock.
+pub(crate) struct CharDevice(());
 
 struct Fops(UnsafeCell<bindings::file_operations>);
 
@@ -44,9 +40,9 @@ static FOPS: Fops = Fops(UnsafeCell::new(
     unsafe { zeroed() },
 ));
 
-impl MiscDevice {
-    /// Makes `/dev/<name>` with mode 0600; user space gives it to its group.
-    pub(crate) fn register<T: FileOps>(name: &'static core::ffi::CStr) -> Result<Self> {
+impl CharDevice {
+    /// Makes `/dev/dune` with mode 0600; user space gives it to its group.
+    pub(crate) fn register<T: FileOps>() -> Result<Self> {
         // SAFETY: Called once, from module init; nobody has the table yet.
         unsafe {
             let fops = &mut *FOPS.0.get();
@@ -56,22 +52,16 @@ impl MiscDevice {
             fops.unlocked_ioctl = Some(ioctl::<T>);
             fops.mmap = Some(mmap::<T>);
         }
-        // SAFETY: All bytes zero is a value of this C structure.
-        let mut device: bindings::miscdevice = unsafe { zeroed() };
-        device.minor = 255; // MISC_DYNAMIC_MINOR
-        device.name = name.as_ptr().cast();
-        device.fops = FOPS.0.get();
-        let device = KBox::new(UnsafeCell::new(device), GFP_KERNEL)?;
-        // SAFETY: The box does not move and lives until `misc_deregister`.
-        to_result(unsafe { bindings::misc_register(device.get()) })?;
-        Ok(Self { device })
+        // SAFETY: The table lives as long as the module.
+        to_result(unsafe { bindings::dune_chrdev_register(FOPS.0.get()) })?;
+        Ok(Self(()))
     }
 }
 
-impl Drop for MiscDevice {
+impl Drop for CharDevice {
     fn drop(&mut self) {
         // SAFETY: Registered in `register`.
-        unsafe { bindings::misc_deregister(self.device.get()) };
+        unsafe { bindings::dune_chrdev_unregister() };
     }
 }
 

@@ -731,6 +731,10 @@ impl FailNth {
     }
 
     fn set(&self, nth: u32) {
+        self.try_set(nth).expect("fail-nth");
+    }
+
+    fn try_set(&self, nth: u32) -> std::io::Result<()> {
         use std::os::unix::fs::FileExt;
         // Formatted by hand: an allocation of ours must not be the one that fails.
         let mut text = [0u8; 10];
@@ -744,7 +748,7 @@ impl FailNth {
                 break;
             }
         }
-        self.0.write_all_at(&text[at..], 0).expect("fail-nth");
+        self.0.write_all_at(&text[at..], 0)
     }
 
     /// Whether the failure did not come yet; from here on it does not come at all.
@@ -756,7 +760,10 @@ impl FailNth {
             // It hit this very read.
             Err(_) => true,
         };
-        self.set(0);
+        // It may hit this very write, whose text is copied in too; then it is spent, and the second one works.
+        if self.try_set(0).is_err() {
+            self.set(0);
+        }
         pending
     }
 }

@@ -2,16 +2,11 @@
 /* Everything of the kernel that kmod/sys/ uses; bindgen reads this. */
 
 #include <linux/anon_inodes.h>
-#include <linux/cpuhotplug.h>
-#include <linux/debugfs.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/notifier.h>
-#include <linux/reboot.h>
-#include <linux/sched.h>
-#include <linux/smp.h>
 #include <asm/ptrace.h>
 #include <asm/vmx.h>
 

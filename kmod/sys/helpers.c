@@ -315,12 +315,10 @@ unsigned long dune_vma_bytes(const struct vm_area_struct *vma)
 	return vma->vm_end - vma->vm_start;
 }
 
-bool dune_vma_has_access(const struct vm_area_struct *vma, bool write, bool execute)
+bool dune_vma_has_access(const struct vm_area_struct *vma, bool write)
 {
 	if (write)
 		return vma->vm_flags & VM_WRITE;
-	if (execute)
-		return vma->vm_flags & VM_EXEC;
 	return vma->vm_flags & (VM_READ | VM_WRITE | VM_EXEC);
 }
 
@@ -515,11 +513,6 @@ void dune_set_dr7(unsigned long v)
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {
 	return rdmsrl_safe(msr, value);
-}
-
-int dune_wrmsr_safe(u32 msr, u64 value)
-{
-	return wrmsrl_safe(msr, value);
 }
 
 u64 dune_xcr0(void)

@@ -56,7 +56,7 @@ impl Mm {
                 FaultIn::NotNow
             } else if execute && !bindings::dune_vma_is_executable(vma) {
                 FaultIn::NotExecutable
-            } else if !bindings::dune_vma_has_access(vma, write, execute) {
+            } else if !bindings::dune_vma_has_access(vma, write) {
                 FaultIn::NotNow
             } else {
                 match bindings::dune_handle_mm_fault(vma, hva as c_ulong, write, execute) as u32 {

@@ -4,6 +4,7 @@
 
 use super::bindings;
 use super::cpu::IrqOff;
+use crate::arch::msr;
 use core::arch::asm;
 use kernel::prelude::*;
 
@@ -121,18 +122,15 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     Ok(v)
 }
 
-const IA32_LSTAR: u32 = 0xc000_0082;
-const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
-
 /// Writes an MSR that every 64-bit CPU has.
 ///
 /// # Safety
 ///
 /// `v` must be canonical and may not stay in force for the host unless it was the host's.
-unsafe fn write_base_msr(msr: u32, v: u64) {
+unsafe fn write_base_msr(number: u32, v: u64) {
     // SAFETY: By the caller.
     unsafe {
-        asm!("wrmsr", in("ecx") msr, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
+        asm!("wrmsr", in("ecx") number, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
     }
 }
 
@@ -143,12 +141,12 @@ unsafe fn write_base_msr(msr: u32, v: u64) {
 /// `v` must be canonical, and Linux' value must be back before interrupts come on.
 pub(crate) unsafe fn write_lstar(v: u64, _: &IrqOff) {
     // SAFETY: By the caller.
-    unsafe { write_base_msr(IA32_LSTAR, v) };
+    unsafe { write_base_msr(msr::IA32_LSTAR, v) };
 }
 
 /// The GS base of user mode while the kernel runs.
 pub(crate) fn kernel_gs_base(_: &IrqOff) -> u64 {
-    read_msr(IA32_KERNEL_GS_BASE).unwrap_or(0)
+    read_msr(msr::IA32_KERNEL_GS_BASE).unwrap_or(0)
 }
 
 /// Puts back what [`kernel_gs_base`] gave.
@@ -158,7 +156,7 @@ pub(crate) fn kernel_gs_base(_: &IrqOff) -> u64 {
 /// `v` must come from there, in the same window.
 pub(crate) unsafe fn restore_kernel_gs_base(v: u64, _: &IrqOff) {
     // SAFETY: By the caller it was the host's.
-    unsafe { write_base_msr(IA32_KERNEL_GS_BASE, v) };
+    unsafe { write_base_msr(msr::IA32_KERNEL_GS_BASE, v) };
 }
 
 /// XCR0; 0 without XSAVE.

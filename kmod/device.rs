@@ -66,10 +66,11 @@ impl FileOps for Space {
             abi::DUNE_SYNC => self.with_vcpu(arg, |vcpu| vcpu.sync())?,
             _ => {
                 let mut ask: abi::MapSlot = user::read(arg)?;
-                if ask.size as usize != size_of::<abi::MapSlot>() || ask.flags != 0 {
+                if ask.size as usize != size_of::<abi::MapSlot>() || ask.flags & !abi::MAP_SLOT_AT != 0 {
                     return Err(EINVAL);
                 }
-                ask.gpa = self.map_slot(ask.hva)?;
+                let wanted = (ask.flags & abi::MAP_SLOT_AT != 0).then_some(ask.gpa);
+                ask.gpa = self.map_slot(ask.hva, wanted)?;
                 user::write(arg, &ask)?;
             }
         }

@@ -3,6 +3,7 @@
 //! The space: what one open file of the device is. One process' address space, its EPT, its vCPUs.
 
 use crate::abi;
+use crate::arch::addr::Gpa;
 use crate::arch::addr::Hva;
 use crate::counters;
 use crate::counters::Counted;
@@ -45,8 +46,8 @@ pub(crate) struct Space {
     pub(crate) mm: Mm,
     /// vCPUs by number.
     places: ZeroedSlice<Place>,
-    /// How many there are; its lock is taken to change `places`.
-    vcpus: SpinLock<u32>,
+    /// Its lock is taken to change `places`.
+    vcpus: SpinLock<Places>,
     pub(crate) ept: Ept,
     pub(crate) msr_bitmap: MsrBitmap,
     pub(crate) cr4: Cr4Policy,
@@ -66,6 +67,17 @@ struct Place {
 
 // SAFETY: Null pointers are values.
 unsafe impl Zeroed for Place {}
+
+/// About all places of a space.
+struct Places {
+    /// How many are taken.
+    count: u32,
+    /// Where the search for abandoned vCPUs goes on.
+    cursor: usize,
+}
+
+/// Places that are searched for abandoned vCPUs each time one is made.
+const REAPED_AT_ONCE: usize = 8;
 
 impl Space {
     /// A space of the calling process.
@@ -89,7 +101,7 @@ impl Space {
                 notifier: Notifier::new(),
                 mm,
                 places: ZeroedSlice::new(max_vcpus() as usize)?,
-                vcpus: SpinLock::new(0),
+                vcpus: SpinLock::new(Places { count: 0, cursor: 0 }),
                 ept: Ept::new(gpa_bits, traits)?,
                 msr_bitmap: MsrBitmap::new()?,
                 cr4: Cr4Policy::new(&capabilities),
@@ -137,7 +149,7 @@ impl Space {
             cr4: self.cr4.initial(),
             efer: crate::sys::regs::read_msr(crate::arch::msr::IA32_EFER).unwrap_or(0),
             slots_free: self.ept.slots_free(),
-            vcpus: *self.vcpus.lock(),
+            vcpus: self.vcpus.lock().count,
         }
     }
 
@@ -148,32 +160,44 @@ impl Space {
             return Err(ENXIO);
         }
         let vcpu = Vcpu::new(self)?;
-        let mut count = self.vcpus.lock();
-        let free = self.places.iter().position(Place::is_free);
-        // SAFETY: Under the lock what stands in a place is alive.
-        let dead = || {
-            self.places
-                .iter()
-                .position(|place| unsafe { (*place.vcpu.load(Relaxed)).owner_is_exiting() })
-        };
-        let Some(number) = free.or_else(dead) else {
-            drop(count);
-            return Err(ENOSPC);
-        };
-        let place = &self.places[number];
-        let reaped = place.vcpu.load(Relaxed);
-        if reaped.is_null() {
-            *count += 1;
+        let mut reaped: [Option<KBox<Vcpu>>; REAPED_AT_ONCE] = [const { None }; REAPED_AT_ONCE];
+        let mut places = self.vcpus.lock();
+        self.reap(&mut places, &mut reaped);
+        let number = self.places.iter().position(Place::is_free);
+        if let Some(number) = number {
+            places.count += 1;
+            let place = &self.places[number];
+            let owner = vcpu.owner();
+            place.vcpu.store(KBox::into_raw(vcpu), Relaxed);
+            place.owner.store(owner, Relaxed);
         }
-        let owner = vcpu.owner();
-        place.vcpu.store(KBox::into_raw(vcpu), Relaxed);
-        place.owner.store(owner, Relaxed);
-        drop(count);
-        if !reaped.is_null() {
+        drop(places);
+        // Clearing a VMCS asks another CPU and may sleep.
+        drop(reaped);
+        number.map(|number| number as u32).ok_or(ENOSPC)
+    }
+
+    /// Takes vCPUs whose owner will not run them again out of their places: all of them where no place is free, else a
+    /// few, in turn, so that what died without saying so does not pile up.
+    fn reap(&self, places: &mut Places, reaped: &mut [Option<KBox<Vcpu>>; REAPED_AT_ONCE]) {
+        let all = self.places.len();
+        let looked_at = if places.count as usize == all { all } else { REAPED_AT_ONCE.min(all) };
+        let mut taken = reaped.iter_mut();
+        for _ in 0..looked_at {
+            let place = &self.places[places.cursor];
+            places.cursor = (places.cursor + 1) % all;
+            let vcpu = place.vcpu.load(Relaxed);
+            // SAFETY: Under the lock what stands in a place is alive.
+            if vcpu.is_null() || !unsafe { (*vcpu).is_abandoned(self.mm) } {
+                continue;
+            }
+            let Some(to) = taken.next() else { return };
+            place.owner.store(null_mut(), Relaxed);
+            place.vcpu.store(null_mut(), Relaxed);
+            places.count -= 1;
             // SAFETY: Taken out of its place; its owner is past running it.
-            drop(unsafe { KBox::from_raw(reaped) });
+            *to = Some(unsafe { KBox::from_raw(vcpu) });
         }
-        Ok(number as u32)
     }
 
     /// The place of the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
@@ -202,20 +226,21 @@ impl Space {
     /// ENOENT, EPERM.
     pub(crate) fn destroy_vcpu(&self, number: u64) -> Result {
         let place = self.find(number)?;
-        let mut count = self.vcpus.lock();
+        let mut places = self.vcpus.lock();
         place.owner.store(null_mut(), Relaxed);
         let vcpu = place.vcpu.swap(null_mut(), Relaxed);
-        *count -= 1;
-        drop(count);
+        places.count -= 1;
+        drop(places);
         // SAFETY: Taken out of its place by its owner, who is here.
         drop(unsafe { KBox::from_raw(vcpu) });
         Ok(())
     }
 
-    /// ENOSPC, ENOMEM; EINVAL for an address that no process has.
-    pub(crate) fn map_slot(&self, hva: u64) -> Result<u64> {
+    /// ENOSPC, ENOMEM; EINVAL for an address that no process has; EEXIST where the slot at `wanted` cannot be given.
+    pub(crate) fn map_slot(&self, hva: u64, wanted: Option<u64>) -> Result<u64> {
         let hva = Hva::new(hva & !(abi::SLOT_BYTES - 1)).ok_or(EINVAL)?;
-        Ok(self.ept.map_slot(hva)?.as_u64())
+        let wanted = wanted.map(|gpa| Gpa::new(gpa).ok_or(EINVAL)).transpose()?;
+        Ok(self.ept.map_slot(hva, wanted)?.as_u64())
     }
 }
 

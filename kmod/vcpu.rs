@@ -20,6 +20,7 @@ use crate::exit;
 use crate::exit::Flow;
 use crate::space::Space;
 use crate::sys::mem::Page;
+use crate::sys::mm::Mm;
 use crate::sys::regs;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
@@ -56,7 +57,7 @@ struct Soft {
     efer: u64,
 }
 
-/// A vCPU. Used by its owner only (see [`Space::with_vcpu`]), but for [`Vcpu::owner_is_exiting`].
+/// A vCPU. Used by its owner only (see [`Space::with_vcpu`]), but for [`Vcpu::is_abandoned`].
 pub(crate) struct Vcpu {
     owner: Task,
     vmcs: KBox<Vmcs>,
@@ -115,8 +116,9 @@ impl Vcpu {
         self.owner.id()
     }
 
-    pub(crate) fn owner_is_exiting(&self) -> bool {
-        self.owner.is_exiting()
+    /// Whether its owner will not run it again: it ends, or executes another program than the one with `mm`.
+    pub(crate) fn is_abandoned(&self, mm: Mm) -> bool {
+        self.owner.is_exiting() || !self.owner.has_mm(mm)
     }
 
     /// The next entry goes on at `rip`.

@@ -115,13 +115,18 @@ pub struct CreateVcpu {
 pub struct MapSlot {
     /// In: `size_of::<MapSlot>()`.
     pub size: u32,
-    /// In: must be 0.
+    /// In: 0 or [`MAP_SLOT_AT`].
     pub flags: u32,
     /// In: any address in the wanted 1 GiB of the process; below 2^47.
     pub hva: u64,
-    /// Out: GPA of the first byte of that 1 GiB. The same answer each time it is asked.
+    /// In, with [`MAP_SLOT_AT`]: the GPA to give. Out: GPA of the first byte of that 1 GiB. The same answer each time it is
+    /// asked.
     pub gpa: u64,
 }
+
+/// [`MapSlot::flags`]: give the slot at `gpa`, or EEXIST. For the child of a fork, whose page tables are copies of its
+/// parent's.
+pub const MAP_SLOT_AT: u32 = 1;
 
 /// General-purpose registers, in the order of their numbers in machine code.
 #[repr(C)]

@@ -44,6 +44,10 @@ pub enum AssignError {
     OutOfSlots,
     /// The storage is full: [`SlotTable::grow`] into zeroed storage of this many words and ask again.
     NeedStorage { words: usize },
+    /// The wanted slot belongs to another GiB, or the GiB has another slot.
+    Taken,
+    /// The wanted GPA is not the first of a slot of this guest-physical space.
+    NoSuchSlot,
 }
 
 /// A one-to-one table between GiBs of the process and GPA slots.
@@ -120,6 +124,35 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         insert(hash, gib, slot);
         self.in_use += 1;
         Ok(join(slot, hva))
+    }
+
+    /// As [`Self::assign`], with the slot that the caller wants: the one that starts at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// [`AssignError`]; the table is unchanged.
+    pub fn assign_at(&mut self, hva: Hva, gpa: Gpa) -> Result<(), AssignError> {
+        let gib = gib_of(hva);
+        let wanted = match u32::try_from(gpa.as_u64() >> SLOT_SHIFT) {
+            Ok(wanted) if gpa.as_u64() % GIB_BYTES == 0 && (1..self.limit).contains(&wanted) => wanted,
+            _ => return Err(AssignError::NoSuchSlot),
+        };
+        if let Some((slot, _)) = self.find(gib) {
+            return if slot == wanted { Ok(()) } else { Err(AssignError::Taken) };
+        }
+        if wanted >= self.capacity {
+            return Err(AssignError::NeedStorage {
+                words: words_for(wanted + 1),
+            });
+        }
+        let (reverse, hash) = split(self.storage.as_mut(), self.capacity);
+        if reverse[wanted as usize] != 0 {
+            return Err(AssignError::Taken);
+        }
+        reverse[wanted as usize] = gib + 1;
+        insert(hash, gib, wanted);
+        self.in_use += 1;
+        Ok(())
     }
 
     /// Where `gpa` lies in the process; none if its slot is free or beyond the space.

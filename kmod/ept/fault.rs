@@ -136,7 +136,7 @@ impl Ept {
     }
 
     /// The GPA of `hva`, giving its GiB a slot if it has none. ENOSPC, ENOMEM.
-    pub(crate) fn map_slot(&self, hva: Hva) -> Result<Gpa> {
+    pub(crate) fn map_slot(&self, hva: Hva, wanted: Option<Gpa>) -> Result<Gpa> {
         let mut spare: Option<ZeroedSlice<u32>> = None;
         loop {
             let mut locked = self.lock.lock();
@@ -148,9 +148,15 @@ impl Ept {
                 drop(left_over);
                 locked = self.lock.lock();
             }
-            let needed = match locked.slots.assign(hva) {
+            let given = match wanted {
+                None => locked.slots.assign(hva),
+                Some(gpa) => locked.slots.assign_at(hva, gpa).map(|()| gpa),
+            };
+            let needed = match given {
                 Ok(gpa) => return Ok(gpa),
                 Err(AssignError::OutOfSlots) => return Err(ENOSPC),
+                Err(AssignError::Taken) => return Err(EEXIST),
+                Err(AssignError::NoSuchSlot) => return Err(EINVAL),
                 Err(AssignError::NeedStorage { words }) => words,
             };
             drop(locked);

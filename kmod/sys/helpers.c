@@ -385,6 +385,11 @@ bool dune_task_is_exiting(const struct task_struct *task)
 	return READ_ONCE(task->flags) & PF_EXITING;
 }
 
+bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm)
+{
+	return READ_ONCE(task->mm) == mm;
+}
+
 struct pt_regs *dune_current_pt_regs(void)
 {
 	return current_pt_regs();

@@ -92,6 +92,7 @@ struct task_struct *dune_current(void);
 struct task_struct *dune_get_current(void);
 void dune_put_task(struct task_struct *task);
 bool dune_task_is_exiting(const struct task_struct *task);
+bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 struct pt_regs *dune_current_pt_regs(void);
 bool dune_signal_pending(void);
 bool dune_work_pending(void);

@@ -29,6 +29,10 @@ impl Mm {
         NonNull::new(unsafe { bindings::dune_current_mm() }).map(Self)
     }
 
+    pub(super) fn as_ptr(self) -> *const bindings::mm_struct {
+        self.0.as_ptr()
+    }
+
     pub(crate) fn is_current(self) -> bool {
         Self::current() == Some(self)
     }

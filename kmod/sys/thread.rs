@@ -3,6 +3,7 @@
 //! The current thread (linux/sched.h, linux/entry-common.h, asm/ptrace.h).
 
 use super::bindings;
+use super::mm::Mm;
 use core::ptr::NonNull;
 
 /// Address of a task, to be compared only; null is none.
@@ -37,6 +38,12 @@ impl Task {
     pub(crate) fn is_exiting(&self) -> bool {
         // SAFETY: The task is allocated.
         unsafe { bindings::dune_task_is_exiting(self.0.as_ptr()) }
+    }
+
+    /// Whether it runs in the address space `mm` now: not so after it executed another program.
+    pub(crate) fn has_mm(&self, mm: Mm) -> bool {
+        // SAFETY: The task is allocated; the pointers are compared only.
+        unsafe { bindings::dune_task_has_mm(self.0.as_ptr(), mm.as_ptr()) }
     }
 }
 

@@ -54,6 +54,33 @@ fn thirty_six_bits_give_sixty_three_slots() {
 }
 
 #[test]
+fn a_wanted_slot_is_given_or_refused() {
+    let mut table = table(40);
+    let gpa = |slot: u64| Gpa::new(slot * GIB).unwrap();
+    assert_eq!(table.assign_at(hva(7, 0x123), gpa(5)), Ok(()));
+    assert_eq!(table.lookup(hva(7, 0x123)), Gpa::new(5 * GIB + 0x123));
+    // The same again is no change.
+    assert_eq!(table.assign_at(hva(7, 0), gpa(5)), Ok(()));
+    assert_eq!(table.in_use(), 1);
+    assert_eq!(table.assign_at(hva(7, 0), gpa(6)), Err(AssignError::Taken));
+    assert_eq!(table.assign_at(hva(8, 0), gpa(5)), Err(AssignError::Taken));
+    for wrong in [gpa(0), gpa(1 << 10), Gpa::new(5 * GIB + 4096).unwrap()] {
+        assert_eq!(table.assign_at(hva(9, 0), wrong), Err(AssignError::NoSuchSlot), "{wrong:?}");
+    }
+    // Beyond the storage: it grows, and others go around it.
+    let Err(AssignError::NeedStorage { words }) = table.assign_at(hva(9, 0), gpa(700)) else {
+        panic!("the storage has no room for slot 700");
+    };
+    drop(table.grow(vec![7; words]).unwrap());
+    assert_eq!(table.assign_at(hva(9, 0), gpa(700)), Ok(()));
+    for gib in 100..140 {
+        let given = assign(&mut table, hva(gib, 0)).unwrap();
+        assert!(given != gpa(5) && given != gpa(700));
+    }
+    assert_eq!(table.hva_of(gpa(700)), Some(hva(9, 0)));
+}
+
+#[test]
 fn narrowest_space_and_bad_storage() {
     assert!(SlotTable::new(vec![0u32; words_for(1)], 30).is_none());
     assert!(SlotTable::new(vec![0u32; words_for(1) - 1], 40).is_none());

@@ -42,7 +42,7 @@ enum Action {
         /// The full matrix and the long suites.
         #[arg(long)]
         long: bool,
-        /// Only the machines whose name holds this.
+        /// Only the machines whose name holds this, those of the full matrix too.
         #[arg(long = "row")]
         rows: Vec<String>,
     },

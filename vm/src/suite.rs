@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 
+use anyhow::bail;
 use anyhow::Context;
 use anyhow::Result;
 
@@ -64,12 +65,32 @@ struct Finished {
 /// What to run.
 pub struct Options {
     pub long: bool,
-    /// Only rows whose name holds one of these; empty for all.
+    /// Only rows whose name holds one of these, long ones too; empty for all.
     pub rows: Vec<String>,
+}
+
+/// The rows that the options mean.
+///
+/// # Errors
+///
+/// A name that no row holds.
+fn chosen(options: &Options) -> Result<Vec<Row>> {
+    if options.rows.is_empty() {
+        return Ok(matrix::rows(options.long));
+    }
+    let mut rows = matrix::rows(true);
+    for name in &options.rows {
+        if !rows.iter().any(|row| row.name.contains(name.as_str())) {
+            bail!("no row's name holds {name:?}: dune-vm rows lists them");
+        }
+    }
+    rows.retain(|row| options.rows.iter().any(|name| row.name.contains(name.as_str())));
+    Ok(rows)
 }
 
 /// Runs all parts and returns the sum.
 pub fn run(options: &Options) -> Result<Sum> {
+    let rows = chosen(options)?;
     let mut total = Sum::default();
     let only_rows = !options.rows.is_empty();
     if !only_rows {
@@ -82,10 +103,6 @@ pub fn run(options: &Options) -> Result<Sum> {
             None => total.add(part("native", native)?),
         }
     }
-    let rows: Vec<Row> = matrix::rows(options.long)
-        .into_iter()
-        .filter(|row| !only_rows || options.rows.iter().any(|name| row.name.contains(name.as_str())))
-        .collect();
     let mut modules = Modules::new();
     total.add(part("kernels and modules", || build(&rows, &mut modules))?);
     if !only_rows {
@@ -392,8 +409,32 @@ fn tail(text: &str, count: usize) -> Vec<&str> {
 #[cfg(test)]
 mod tests {
     use super::cargo_sum;
+    use super::chosen;
     use super::unmatched;
+    use super::Options;
     use super::Sum;
+    use crate::matrix;
+
+    fn row_count(long: bool, names: &[&str]) -> Option<usize> {
+        let rows = names.iter().map(|name| name.to_string()).collect();
+        chosen(&Options { long, rows }).ok().map(|rows| rows.len())
+    }
+
+    #[test]
+    fn rows_are_found_in_the_whole_matrix() {
+        assert_eq!(row_count(false, &[]), Some(matrix::rows(false).len()));
+        assert_eq!(row_count(true, &[]), Some(matrix::rows(true).len()));
+        assert_eq!(row_count(false, &["self-oops"]), Some(1));
+        let long = &matrix::rows(true)[0].name;
+        assert!(long.starts_with("long-"));
+        assert_eq!(row_count(false, &[long]), Some(1));
+    }
+
+    #[test]
+    fn a_name_that_no_row_has_is_an_error() {
+        assert_eq!(row_count(false, &["no-such-row"]), None);
+        assert_eq!(row_count(true, &["self-oops", "no-such-row"]), None);
+    }
 
     #[test]
     fn cargo_results_are_added_up() {

@@ -21,6 +21,7 @@ unsafe impl Plain for abi::MapSlot {}
 
 impl FileOps for Space {
     fn open() -> Result<KBox<Self>> {
+        crate::sys::knob_open_delay();
         Space::new()
     }
 

@@ -303,8 +303,16 @@ impl Ept {
                 let start = range.start.max(hva);
                 let end = range.end.min(hva + crate::abi::SLOT_BYTES);
                 if start < end && locked.tree.zap(gpa + (start - hva)..gpa + (end - hva)) > 0 {
-                    // Before the lock goes: see `install`.
-                    self.translations.invalidate();
+                    if cfg!(dune_mutate_flush) {
+                        drop(locked);
+                        crate::sys::knob_flush_delay();
+                        self.translations.invalidate();
+                        locked = self.lock.lock();
+                    } else {
+                        // Before the lock goes: see `install`.
+                        crate::sys::knob_flush_delay();
+                        self.translations.invalidate();
+                    }
                 }
             }
             drop(locked);

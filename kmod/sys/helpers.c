@@ -68,12 +68,34 @@ module_param_cb(write_out_of_bounds, &dune_knob_ops, NULL, 0200);
 static unsigned int dune_fault_delay_us;
 module_param_named(fault_delay_us, dune_fault_delay_us, uint, 0600);
 
-void dune_knob_fault_delay(void)
-{
-	unsigned int us = READ_ONCE(dune_fault_delay_us);
+static unsigned int dune_flush_delay_us;
+module_param_named(flush_delay_us, dune_flush_delay_us, uint, 0600);
 
+static unsigned int dune_open_delay_ms;
+module_param_named(open_delay_ms, dune_open_delay_ms, uint, 0600);
+
+static void dune_busy(unsigned int us)
+{
 	while (us--)
 		udelay(1);
+}
+
+void dune_knob_fault_delay(void)
+{
+	dune_busy(READ_ONCE(dune_fault_delay_us));
+}
+
+void dune_knob_flush_delay(void)
+{
+	dune_busy(READ_ONCE(dune_flush_delay_us));
+}
+
+void dune_knob_open_delay(void)
+{
+	unsigned int ms = READ_ONCE(dune_open_delay_ms);
+
+	if (ms)
+		msleep(ms);
 }
 #endif
 

@@ -24,6 +24,8 @@ extern unsigned int dune_param_max_vcpus;
 
 #ifdef DUNE_DEBUG_KNOBS
 void dune_knob_fault_delay(void);
+void dune_knob_flush_delay(void);
+void dune_knob_open_delay(void);
 #endif
 
 /* Build configuration. */

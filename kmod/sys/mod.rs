@@ -37,3 +37,24 @@ pub(crate) fn knob_fault_delay() {
         bindings::dune_knob_fault_delay()
     };
 }
+
+/// Widens the window between emptying the EPT and flushing, for the test that both happen under one lock; only in such
+/// builds.
+#[inline(always)]
+pub(crate) fn knob_flush_delay() {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Waits.
+    unsafe {
+        bindings::dune_knob_flush_delay()
+    };
+}
+
+/// Makes opening the device slow, for the test that nobody else waits for it; may sleep; only in such builds.
+#[inline(always)]
+pub(crate) fn knob_open_delay() {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Waits, where sleeping is allowed.
+    unsafe {
+        bindings::dune_knob_open_delay()
+    };
+}

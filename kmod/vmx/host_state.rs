@@ -38,7 +38,7 @@ impl HostState {
             cr4: !0,
             fs_base: !0,
             gdt: TableRegister { limit: 0, base: 0 },
-            keeps_gs_base: !cpu::has_fsgsbase(),
+            keeps_gs_base: !cpu::has_fsgsbase() && !cfg!(dune_mutate_swapgs),
             kernel_gs_base: 0,
         }
     }

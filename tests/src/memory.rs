@@ -6,6 +6,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+use std::time::Instant;
 
 use libdune::Dune;
 use libdune::Gva;
@@ -25,6 +27,7 @@ use crate::support::install_probe;
 use crate::support::load;
 use crate::support::spawn;
 use crate::support::store;
+use crate::support::Knob;
 use crate::support::Map;
 use crate::support::EXIT_EPT_VIOLATION;
 use crate::support::GIB;
@@ -46,6 +49,13 @@ pub const TESTS: &[Test] = &[
         running_guest_loses_its_translations,
     )
     .needs(&[Need::Cpus(2)]),
+    Test::asserting(
+        "second_invalidation_waits_for_the_flush",
+        second_invalidation_waits_for_the_flush,
+    )
+    .run_as(User::Root)
+    .needs(&[Need::Cpus(2)])
+    .timeout_s(60),
     Test::new("thp_mapped_as_2m", thp_mapped_as_2m),
     Test::asserting("vdso_clock_gettime_works", vdso_clock_gettime_works),
     Test::asserting("brk_past_4g", brk_past_4g),
@@ -299,25 +309,6 @@ fn ept_keeps_neighbours_on_munmap() {
     dune.leave();
 }
 
-/// Makes the module wait between reading the process' page table and installing what it read; a test kernel's module
-/// has the knob. Puts 0 back when dropped.
-struct FaultDelay;
-
-impl FaultDelay {
-    const KNOB: &str = "/sys/module/dune/parameters/fault_delay_us";
-
-    fn set(microseconds: u32) -> Option<Self> {
-        fs::write(Self::KNOB, microseconds.to_string()).ok()?;
-        Some(Self)
-    }
-}
-
-impl Drop for FaultDelay {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::KNOB, "0");
-    }
-}
-
 /// Pages are thrown away and filled anew by another thread, again and again; whoever reads them in Dune mode must never
 /// see what was there before. Without the retry check an EPT violation that races the invalidation installs the old
 /// page: with `DUNE_MUTATE=retry` this test is red.
@@ -329,7 +320,8 @@ fn retry_closes_the_race() {
     fn word(generation: u64, page: usize) -> u64 {
         generation * PAGES as u64 + page as u64
     }
-    let delay = FaultDelay::set(400);
+    // Between reading the process' page table and installing what was read.
+    let delay = Knob::set("fault_delay_us", 400);
     let map = Map::new(PAGES * PAGE);
     map.advise(0, PAGES * PAGE, libc::MADV_NOHUGEPAGE);
     for page in 0..PAGES {
@@ -400,6 +392,100 @@ fn retry_closes_the_race() {
             counters.retries > 0,
             "no violation raced an invalidation: nothing was tested"
         );
+    }
+}
+
+/// Two threads take the same page away at the same time, while a third is in the guest: the second finds nothing left to
+/// zap, but may not return, and let Linux free the page, before the guest's CPU has dropped its translation. Bochs drops
+/// all at each exit, so the guest's count of INVEPTs tells: with `DUNE_MUTATE=flush` this test is red.
+fn second_invalidation_waits_for_the_flush() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    /// Rounds that were asked for, in which the guest has touched the page, in which the first thread takes it away, and
+    /// in which the second has.
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    static TOUCHED: AtomicU64 = AtomicU64::new(0);
+    static FIRST: AtomicU64 = AtomicU64::new(0);
+    static SECOND: AtomicU64 = AtomicU64::new(0);
+    /// What the guest says of itself, again and again.
+    static TICK: AtomicU64 = AtomicU64::new(0);
+    static FLUSHES: AtomicU64 = AtomicU64::new(0);
+    /// FLUSHES before the page is taken away.
+    static BEFORE: AtomicU64 = AtomicU64::new(0);
+    const ROUNDS: u64 = 8;
+    const DELAY: Duration = Duration::from_millis(20);
+    fn wait_for(word: &AtomicU64, value: u64) {
+        while word.load(SeqCst) < value {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+    let delay = Knob::set("flush_delay_us", DELAY.as_micros() as u32);
+    let map = Map::new(2 * PAGE);
+    map.advise(0, 2 * PAGE, libc::MADV_NOHUGEPAGE);
+    let start = map.address();
+    let take_away = move || {
+        // SAFETY: the map outlives both threads, which are joined; nobody depends on what is in it.
+        assert_eq!(
+            unsafe { libc::madvise(start as *mut libc::c_void, PAGE, libc::MADV_DONTNEED) },
+            0
+        );
+    };
+    let first = std::thread::spawn(move || {
+        pin_to_cpu(1).unwrap();
+        for round in 1..=ROUNDS {
+            ASKED.store(round, SeqCst);
+            wait_for(&TOUCHED, round);
+            BEFORE.store(FLUSHES.load(SeqCst), SeqCst);
+            FIRST.store(round, SeqCst);
+            take_away();
+            wait_for(&SECOND, round);
+        }
+    });
+    // On the guest's CPU, so that it need not wait for the first thread to be preempted.
+    let second = std::thread::spawn(move || {
+        pin_to_cpu(0).unwrap();
+        let (mut waited, mut unflushed) = (0, 0);
+        for round in 1..=ROUNDS {
+            wait_for(&FIRST, round);
+            // Let it zap.
+            std::thread::sleep(Duration::from_millis(1));
+            let before = Instant::now();
+            take_away();
+            waited += u64::from(before.elapsed() > DELAY / 4);
+            // The guest goes on, by an entry behind our return.
+            let tick = TICK.load(SeqCst);
+            wait_for(&TICK, tick + 2);
+            unflushed += u64::from(FLUSHES.load(SeqCst) == BEFORE.load(SeqCst));
+            SECOND.store(round, SeqCst);
+        }
+        STOP.store(true, SeqCst);
+        (waited, unflushed)
+    });
+    pin_to_cpu(0).unwrap();
+    let dune = enter();
+    let mut touched = 0;
+    while !STOP.load(SeqCst) {
+        let asked = ASKED.load(SeqCst);
+        let touch = asked != touched;
+        if touch {
+            map.write(0, asked);
+            touched = asked;
+        }
+        FLUSHES.store(dune.counters().invept, SeqCst);
+        TICK.fetch_add(1, SeqCst);
+        if touch {
+            TOUCHED.store(asked, SeqCst);
+        }
+    }
+    dune.leave();
+    first.join().unwrap();
+    let (waited, unflushed) = second.join().unwrap();
+    println!("{waited} of {ROUNDS} second invalidations waited, {unflushed} returned before the flush");
+    assert_eq!(
+        unflushed, 0,
+        "invalidations that returned before the guest's CPU had flushed"
+    );
+    if delay.is_some() {
+        assert!(waited > 0, "no two invalidations met: nothing was tested");
     }
 }
 

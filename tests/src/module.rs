@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use crate::check;
 use crate::check_eq;
 use crate::check_ok;
+use crate::framework::Need;
 use crate::framework::Outcome;
 use crate::framework::Suite;
 use crate::framework::Test;
@@ -20,6 +22,7 @@ use crate::raw::Ended;
 use crate::raw::RawGuest;
 use crate::support::enter;
 use crate::support::spawn;
+use crate::support::Knob;
 use crate::support::Shared;
 
 pub const TESTS: &[Test] = &[
@@ -38,6 +41,9 @@ pub const TESTS: &[Test] = &[
         .run_as(User::Root)
         .suite(Suite::Long)
         .timeout_s(600),
+    Test::asserting("opening_holds_up_nobody", opening_holds_up_nobody)
+        .run_as(User::Root)
+        .needs(&[Need::Path("/sys/module/dune/parameters/open_delay_ms")]),
     Test::asserting("max_vcpus_is_obeyed", max_vcpus_is_obeyed)
         .run_as(User::Root)
         .suite(Suite::Short),
@@ -340,4 +346,36 @@ fn max_vcpus_is_obeyed() {
     assert_eq!(device.create_vcpu().unwrap_err(), crate::raw::Errno(libc::ENOSPC));
     drop(device);
     drop(again);
+}
+
+/// Opening the device may wait for the opener's mmap_lock, long. Misc devices are opened one at a time on the whole
+/// machine; ours is none, so that nobody waits with it.
+fn opening_holds_up_nobody() {
+    static BEGUN: AtomicBool = AtomicBool::new(false);
+    static ENDED: AtomicBool = AtomicBool::new(false);
+    let knob = Knob::set("open_delay_ms", 1000).unwrap();
+    let slow = std::thread::spawn(|| {
+        BEGUN.store(true, SeqCst);
+        let device = crate::raw::Device::open();
+        ENDED.store(true, SeqCst);
+        device.map(drop)
+    });
+    while !BEGUN.load(SeqCst) {
+        std::thread::yield_now();
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    // Whatever misc devices this kernel has.
+    let mut opened = Vec::new();
+    for path in ["/dev/loop-control", "/dev/userfaultfd", "/dev/cpu_dma_latency"] {
+        if fs::File::open(path).is_ok() {
+            opened.push(path);
+        }
+    }
+    assert!(!ENDED.load(SeqCst), "{opened:?} were opened after the device only");
+    assert!(!opened.is_empty(), "this kernel has no misc device to open");
+    // It can be opened itself as well.
+    drop(knob);
+    drop(crate::raw::Device::open().unwrap());
+    assert!(!ENDED.load(SeqCst), "one open of the device waited for another");
+    slow.join().unwrap().unwrap();
 }

@@ -2,6 +2,8 @@
 
 //! Whatever a program hands to the module or does in its guest: the documented answer, and the next guest runs.
 
+use std::sync::atomic::Ordering::SeqCst;
+
 use dune_abi::CreateVcpu;
 use dune_abi::Info;
 use dune_abi::MapSlot;
@@ -11,6 +13,7 @@ use crate::framework::Need;
 use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
+use crate::helpers::pin_to_cpu;
 use crate::raw::Device;
 use crate::raw::Ended;
 use crate::raw::Errno;
@@ -18,6 +21,8 @@ use crate::raw::RawGuest;
 use crate::raw::RFLAGS_IOPL3;
 use crate::raw::TRAP;
 use crate::raw::USER_CS;
+use crate::support::spawn;
+use crate::support::Shared;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("raw_guest_runs", raw_guest_runs),
@@ -30,6 +35,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("mov_cr8_and_port_io_are_refused", mov_cr8_and_port_io_are_refused),
     Test::asserting("refused_instructions_fault", refused_instructions_fault),
     Test::asserting("emulated_instructions_go_on", emulated_instructions_go_on),
+    Test::asserting("swapgs_stays_in_the_guest", swapgs_stays_in_the_guest),
     Test::asserting("gpa_outside_every_slot_is_reported", gpa_outside_every_slot_is_reported),
     Test::asserting("bad_cr3_faults_in_the_guest", bad_cr3_faults_in_the_guest),
     Test::asserting("bad_calls_are_refused", bad_calls_are_refused),
@@ -329,6 +335,45 @@ pub fn mov_cr8_and_port_io_are_refused() {
     guest.reset_user(RFLAGS_IOPL3);
     let frame = guest.expect_trap(GP);
     assert_eq!((frame.error_code, frame.cs), (Some(0), u64::from(USER_CS)));
+}
+
+/// A guest's SWAPGS leaves its GS base in the CPU. Where Linux does not use FSGSBASE it does not look there, so that the
+/// next process would have it: with `DUNE_MUTATE=swapgs` this test is red on such a CPU.
+pub fn swapgs_stays_in_the_guest() {
+    const STRAY: usize = 64;
+    /// The second word where GS has base 0, the third where it has the guest's.
+    fn is_mine() -> bool {
+        let words = [[0u64; 8], [1; 8], [2; 8]];
+        let word: u64;
+        // SAFETY: reads one of the words, by whatever base GS has of those that this test gives.
+        unsafe { std::arch::asm!("mov {}, gs:[{}]", out(reg) word, in(reg) &words[1], options(readonly, nostack)) };
+        word == 1
+    }
+    assert!(is_mine(), "GS has a base of its own here");
+    pin_to_cpu(0).unwrap();
+    let shared = Shared::new();
+    let neighbour = spawn(|| {
+        while shared.word(0).load(SeqCst) == 0 {
+            assert!(is_mine(), "the neighbour has the guest's GS base");
+            std::thread::yield_now();
+        }
+    });
+    // swapgs; mov eax, 0x1234; vmcall
+    let mut guest = RawGuest::new(&[0x0f, 0x01, 0xf8, 0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1]);
+    let mut strays = 0;
+    for _ in 0..100 {
+        guest.reset();
+        guest.edit(|page| page.sregs.gs.base = STRAY as u64);
+        assert_eq!(guest.run(), Ended::Call(0x1234));
+        strays += u32::from(!is_mine());
+        std::thread::yield_now();
+    }
+    shared.word(0).store(1, SeqCst);
+    neighbour.wait().assert_success();
+    println!("the guest's GS base was the thread's own {strays} times");
+    if !crate::helpers::cpu_has("fsgsbase") {
+        assert_eq!(strays, 0, "RUNs that left the guest's GS base behind");
+    }
 }
 
 /// The rest of the refused instructions, each by the fault that docs/guest-policy.md names.

@@ -461,6 +461,25 @@ impl Shared {
     }
 }
 
+/// A number that makes the module dawdle somewhere; only the test and debug kernels' modules have such knobs. Puts 0
+/// back when dropped.
+pub struct Knob(String);
+
+impl Knob {
+    /// Turns it; `None` where the module has it not. Only root can.
+    pub fn set(name: &str, value: u32) -> Option<Self> {
+        let path = format!("/sys/module/dune/parameters/{name}");
+        std::fs::write(&path, value.to_string()).ok()?;
+        Some(Self(path))
+    }
+}
+
+impl Drop for Knob {
+    fn drop(&mut self) {
+        let _ = std::fs::write(&self.0, "0");
+    }
+}
+
 /// The time stamp counter.
 pub fn rdtsc() -> u64 {
     // SAFETY: reads a counter.

@@ -86,16 +86,14 @@ pub fn rows(long: bool) -> Vec<Row> {
         });
     }
     // A safeguard compiled out: its test must notice.
-    rows.push(Row {
-        cpus: 2,
-        variant: Some("DUNE_MUTATE=retry"),
-        expect: Expect::Red(&["not ok retry_closes_the_race"]),
-        ..green(
-            "mutant-without-retry",
-            HASWELL,
-            "dune-tests run --only retry_closes_the_race",
-        )
-    });
+    for (name, cpu_model, variant, command, faults) in MUTANTS {
+        rows.push(Row {
+            cpus: 2,
+            variant: Some(variant),
+            expect: Expect::Red(faults),
+            ..green(name, cpu_model, command)
+        });
+    }
     // A write out of bounds on purpose: an empty log of the debug kernel means something.
     rows.push(Row {
         kernel: "debug",
@@ -122,6 +120,46 @@ pub fn rows(long: bool) -> Vec<Row> {
     }
     rows
 }
+
+type Mutant = (
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static [&'static str],
+);
+
+const MUTANTS: &[Mutant] = &[
+    (
+        "mutant-without-retry",
+        HASWELL,
+        "DUNE_MUTATE=retry",
+        "dune-tests run --only retry_closes_the_race",
+        &["not ok retry_closes_the_race"],
+    ),
+    (
+        "mutant-without-invept",
+        HASWELL,
+        "DUNE_MUTATE=invept",
+        "dune-tests run --only ept_follows_munmap",
+        &["not ok ept_follows_munmap"],
+    ),
+    (
+        "mutant-flush-behind-the-lock",
+        HASWELL,
+        "DUNE_MUTATE=flush",
+        "dune-tests run --only second_invalidation_waits_for_the_flush",
+        &["not ok second_invalidation_waits_for_the_flush"],
+    ),
+    (
+        "mutant-leaves-gs-base",
+        // A CPU without FSGSBASE.
+        SANDY_BRIDGE,
+        "DUNE_MUTATE=swapgs",
+        "dune-tests run --only swapgs_stays_in_the_guest",
+        &["not ok swapgs_stays_in_the_guest"],
+    ),
+];
 
 type SelfTest = (&'static str, u64, &'static str, &'static [&'static str]);
 

@@ -138,7 +138,11 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
             _ => return Err(AssignError::NoSuchSlot),
         };
         if let Some((slot, _)) = self.find(gib) {
-            return if slot == wanted { Ok(()) } else { Err(AssignError::Taken) };
+            return if slot == wanted {
+                Ok(())
+            } else {
+                Err(AssignError::Taken)
+            };
         }
         if wanted >= self.capacity {
             return Err(AssignError::NeedStorage {

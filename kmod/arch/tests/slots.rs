@@ -65,7 +65,11 @@ fn a_wanted_slot_is_given_or_refused() {
     assert_eq!(table.assign_at(hva(7, 0), gpa(6)), Err(AssignError::Taken));
     assert_eq!(table.assign_at(hva(8, 0), gpa(5)), Err(AssignError::Taken));
     for wrong in [gpa(0), gpa(1 << 10), Gpa::new(5 * GIB + 4096).unwrap()] {
-        assert_eq!(table.assign_at(hva(9, 0), wrong), Err(AssignError::NoSuchSlot), "{wrong:?}");
+        assert_eq!(
+            table.assign_at(hva(9, 0), wrong),
+            Err(AssignError::NoSuchSlot),
+            "{wrong:?}"
+        );
     }
     // Beyond the storage: it grows, and others go around it.
     let Err(AssignError::NeedStorage { words }) = table.assign_at(hva(9, 0), gpa(700)) else {

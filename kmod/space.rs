@@ -181,7 +181,11 @@ impl Space {
     /// few, in turn, so that what died without saying so does not pile up.
     fn reap(&self, places: &mut Places, reaped: &mut [Option<KBox<Vcpu>>; REAPED_AT_ONCE]) {
         let all = self.places.len();
-        let looked_at = if places.count as usize == all { all } else { REAPED_AT_ONCE.min(all) };
+        let looked_at = if places.count as usize == all {
+            all
+        } else {
+            REAPED_AT_ONCE.min(all)
+        };
         let mut taken = reaped.iter_mut();
         for _ in 0..looked_at {
             let place = &self.places[places.cursor];

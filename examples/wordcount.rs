@@ -31,8 +31,8 @@ struct Options {
     /// Work outside Dune mode.
     #[arg(long)]
     native: bool,
-    /// Write a text of so many MB to the file first; the same one each time.
-    #[arg(long, value_name = "MB")]
+    /// Write a text of so many KB to the file first; the same one each time.
+    #[arg(long, value_name = "KB")]
     generate: Option<u64>,
     /// How many words to print.
     #[arg(long, default_value_t = 10)]
@@ -62,13 +62,13 @@ impl Numbers {
 }
 
 /// Writes lines of made-up words, frequent ones short.
-fn generate(path: &Path, megabytes: u64) -> io::Result<()> {
+fn generate(path: &Path, kilobytes: u64) -> io::Result<()> {
     const SYLLABLES: [&str; 16] = [
         "ka", "to", "mi", "re", "so", "na", "lu", "Ve", "di", "po", "sha", "Gor", "ti", "mu", "bel", "xo",
     ];
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     let mut numbers = Numbers(0x00d0_0e15);
-    let mut left = megabytes << 20;
+    let mut left = kilobytes << 10;
     while left > 0 {
         let mut line = String::new();
         for _ in 0..12 {
@@ -91,8 +91,8 @@ fn generate(path: &Path, megabytes: u64) -> io::Result<()> {
     file.flush()
 }
 
-/// Bytes of text that are kept with every occurrence: 1 MB of text takes about 200 MB of heap.
-const CONTEXT_BYTES: usize = 1536;
+/// Bytes of text that are kept with every occurrence: 512 KB of text take more than 200 MB of heap.
+const CONTEXT_BYTES: usize = 3200;
 
 fn count(path: &Path) -> io::Result<Words> {
     let mut words = Words::new();
@@ -178,8 +178,8 @@ fn status(key: &str) -> String {
 
 fn main() -> io::Result<()> {
     let options = Options::parse();
-    if let Some(megabytes) = options.generate {
-        generate(&options.file, megabytes)?;
+    if let Some(kilobytes) = options.generate {
+        generate(&options.file, kilobytes)?;
     }
     let unit = unit();
     let dune = (!options.native).then(|| Dune::enter().unwrap_or_else(|error| die(&error)));

@@ -45,6 +45,9 @@ enum Action {
         /// Only the machines whose name holds this, those of the full matrix too.
         #[arg(long = "row")]
         rows: Vec<String>,
+        /// How many machines run at a time.
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
     },
     /// List the machines of the matrix.
     Rows,
@@ -115,7 +118,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().action {
         Action::Boot(arguments) => boot(&arguments),
         Action::Shell(arguments) => shell(&arguments),
-        Action::Test { long, rows } => test(long, rows),
+        Action::Test { long, rows, jobs } => test(&Options { long, rows, jobs }),
         Action::Rows => {
             for row in matrix::rows(true) {
                 println!(
@@ -182,8 +185,8 @@ fn boot(arguments: &BootArgs) -> Result<u8> {
     Ok(outcome.status.unwrap_or(i32::from(STATUS_MACHINE)) as u8)
 }
 
-fn test(long: bool, rows: Vec<String>) -> Result<u8> {
-    let sum = suite::run(&Options { long, rows })?;
+fn test(options: &Options) -> Result<u8> {
+    let sum = suite::run(options)?;
     println!("{}", sum.line());
     Ok(u8::from(sum.failed != 0 || sum.passed == 0))
 }

@@ -28,9 +28,6 @@ use crate::matrix::Row;
 use crate::paths;
 use crate::verdict;
 
-/// How many machines run at a time.
-const WORKERS: usize = 2;
-
 /// Sums over everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum {
@@ -67,6 +64,8 @@ pub struct Options {
     pub long: bool,
     /// Only rows whose name holds one of these, long ones too; empty for all.
     pub rows: Vec<String>,
+    /// How many machines run at a time.
+    pub jobs: usize,
 }
 
 /// The rows that the options mean.
@@ -111,7 +110,7 @@ pub fn run(options: &Options) -> Result<Sum> {
             total.add(part(script, run)?);
         }
     }
-    total.add(part("machines", || machines(rows, &modules))?);
+    total.add(part("machines", || machines(rows, &modules, options.jobs))?);
     Ok(total)
 }
 
@@ -207,12 +206,12 @@ fn build(rows: &[Row], modules: &mut Modules) -> Result<Sum> {
     Ok(Sum::default())
 }
 
-fn machines(rows: Vec<Row>, modules: &Modules) -> Result<Sum> {
+fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize) -> Result<Sum> {
     let queue = Mutex::new(VecDeque::from(rows));
     let finished: Mutex<Vec<Finished>> = Mutex::new(Vec::new());
     let error: Mutex<Option<anyhow::Error>> = Mutex::new(None);
     thread::scope(|scope| {
-        for _ in 0..WORKERS {
+        for _ in 0..jobs.max(1) {
             scope.spawn(|| loop {
                 let Some(row) = lock(&queue).pop_front() else {
                     return;
@@ -417,7 +416,7 @@ mod tests {
 
     fn row_count(long: bool, names: &[&str]) -> Option<usize> {
         let rows = names.iter().map(|name| name.to_string()).collect();
-        chosen(&Options { long, rows }).ok().map(|rows| rows.len())
+        chosen(&Options { long, rows, jobs: 1 }).ok().map(|rows| rows.len())
     }
 
     #[test]

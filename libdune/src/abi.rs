@@ -16,6 +16,9 @@ pub(crate) const CALL_NATIVE: u32 = PRIVATE_CALLS + 1;
 /// Report and end the process. RDI: the frame; the reason is in the per-thread block.
 pub(crate) const CALL_FATAL: u32 = PRIVATE_CALLS + 2;
 
+/// Answer with the address of the calling thread's block.
+pub(crate) const CALL_SELF: u32 = PRIVATE_CALLS + 3;
+
 /// Software bit of a page fault's error code: the host refused the access, the guest's page table is not the cause.
 ///
 /// No CPU sets it (SDM, "Interrupt 14: Page-Fault Exception"), and a VM entry may inject it.

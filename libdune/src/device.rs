@@ -10,6 +10,7 @@ use std::ffi::CString;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
+use std::os::fd::IntoRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
@@ -25,6 +26,7 @@ use dune_abi::DUNE_GET_INFO;
 use crate::error::Error;
 use crate::error::Result;
 use crate::sys;
+use crate::sys::Errno;
 
 /// Lowest number that the fd is moved to, where the limit allows it: out of the way of programs that count on low ones.
 const HIGH_FD: u64 = 1000;
@@ -74,67 +76,43 @@ impl Device {
         self.fd.as_raw_fd()
     }
 
-    /// Makes a vCPU of the calling thread and maps its run page.
-    pub fn create_vcpu(&self) -> Result<Vcpu> {
-        let mut create = CreateVcpu {
-            size: size_of::<CreateVcpu>() as u32,
-            ..CreateVcpu::default()
-        };
-        // SAFETY: The request takes a pointer to this structure.
-        unsafe { sys::ioctl(self.fd(), DUNE_CREATE_VCPU, &raw mut create as u64) }.map_err(|errno| match errno.0 {
-            libc::ENOSPC => Error::OutOfVcpus {
-                max: self.info.max_vcpus,
-            },
-            errno => Error::at("DUNE_CREATE_VCPU", errno),
-        })?;
-        let bytes = create.run_bytes as usize;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: Offset and size are the module's own.
-        let mapped = unsafe { sys::mmap(bytes, protection, libc::MAP_SHARED, self.fd(), create.run_offset) };
-        let run = match mapped {
-            Ok(run) if bytes >= size_of::<RunPage>() => run,
-            Ok(_) => return Err(Error::at("mmap of the run page", libc::EINVAL)),
-            Err(errno) => {
-                // SAFETY: The vCPU is ours and nothing runs on it.
-                let _ = unsafe { sys::ioctl(self.fd(), DUNE_DESTROY_VCPU, u64::from(create.vcpu)) };
-                return Err(Error::at("mmap of the run page", errno.0));
-            }
-        };
-        let vcpu = Vcpu {
-            fd: self.fd(),
-            number: create.vcpu,
-            run: run as *mut RunPage,
-            bytes,
-        };
-        // A child of fork must not write into its parent's run page.
-        sys::madvise(run, bytes, libc::MADV_DONTFORK).map_err(|errno| Error::at("madvise of the run page", errno.0))?;
-        Ok(vcpu)
+    /// Gives the fd to the caller.
+    pub fn into_fd(self) -> i32 {
+        self.fd.into_raw_fd()
     }
 }
 
-/// A vCPU and its run page.
+/// A vCPU and its run page, as just made.
 pub(crate) struct Vcpu {
-    fd: i32,
     pub number: u32,
     pub run: *mut RunPage,
-    bytes: usize,
 }
 
-impl Vcpu {
-    /// Unmaps the run page of a vCPU that the host loop has destroyed.
-    pub fn unmap(self) {
-        // SAFETY: Nobody uses the page any more.
-        let _ = unsafe { sys::munmap(self.run as u64, self.bytes) };
-        core::mem::forget(self);
-    }
-}
-
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        // SAFETY: The vCPU is this thread's and does not run; the page is not used any more.
-        unsafe {
-            let _ = sys::ioctl(self.fd, DUNE_DESTROY_VCPU, u64::from(self.number));
-            let _ = sys::munmap(self.run as u64, self.bytes);
+/// Makes a vCPU of the calling thread and maps its run page, which no child of fork gets.
+pub(crate) fn create_vcpu(fd: i32) -> core::result::Result<Vcpu, Errno> {
+    let mut create = CreateVcpu {
+        size: size_of::<CreateVcpu>() as u32,
+        ..CreateVcpu::default()
+    };
+    // SAFETY: The request takes a pointer to this structure.
+    unsafe { sys::ioctl(fd, DUNE_CREATE_VCPU, &raw mut create as u64) }?;
+    let bytes = create.run_bytes as usize;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: Offset and size are the module's own.
+    let mapped = match unsafe { sys::mmap(bytes, protection, libc::MAP_SHARED, fd, create.run_offset) } {
+        Ok(run) if bytes == size_of::<RunPage>() => Ok(run as *mut RunPage),
+        Ok(_) => Err(Errno(libc::EINVAL)),
+        Err(errno) => Err(errno),
+    };
+    match mapped {
+        Ok(run) => Ok(Vcpu {
+            number: create.vcpu,
+            run,
+        }),
+        Err(errno) => {
+            // SAFETY: The vCPU is ours and nothing runs on it.
+            let _ = unsafe { sys::ioctl(fd, DUNE_DESTROY_VCPU, u64::from(create.vcpu)) };
+            Err(errno)
         }
     }
 }

@@ -4,27 +4,24 @@
 //!
 //! # Life of an entry
 //!
-//! 1. Open the device, make a vCPU, map its run page (`device`).
-//! 2. Reserve the arena (`arena`, `layout`) and build the block: GDT, TSS, IDT, tables (`percpu`).
-//! 3. Build a page table with leaves for what the first instructions and the first exception need; every other GiB
-//!    follows when it is used (`paging`, `trap`). Nothing here grows with the address space.
-//! 4. Take SIGSEGV and SIGBUS (`host_loop/signal`), fill in the system registers.
-//! 5. `enter_guest` puts the caller's registers into the run page, goes over to the host stack and runs the loop.
-//! 6. The vCPU starts where `enter_guest` was called, at CPL0, as if it had returned 0.
+//! 1. The first Dune thread of the process opens the device, reserves the arena (`process`, `layout`), takes SIGSEGV
+//!    and SIGBUS (`host_loop/signal`) and builds a page table with leaves for what the first instructions and the first
+//!    exception need; every other GiB follows when it is used (`paging`, `trap`). Nothing here grows with the address
+//!    space.
+//! 2. Each takes an area of the arena, builds its block there: GDT, TSS, IDT (`percpu`), and makes a vCPU (`device`).
+//! 3. `enter_guest` puts the caller's registers into the run page, goes over to the host stack and runs the loop.
+//! 4. The vCPU starts where `enter_guest` was called, at CPL0, as if it had returned 0.
 //!
 //! # Safety
 //!
-//! The arena, the run page and the fd outlive the vCPU: `leave` destroys it before they go. What the first
-//! instructions at CPL0 touch is mapped before they run.
+//! Area, run page and fd outlive the vCPU: `leave` destroys it before they go. What the first instructions at CPL0
+//! touch is mapped before they run.
 
 use core::arch::x86_64::__cpuid;
 use core::arch::x86_64::__cpuid_count;
 use core::marker::PhantomData;
 use core::mem;
 use core::ptr;
-use core::sync::atomic::AtomicU32;
-use core::sync::atomic::AtomicU64;
-use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::Counters;
@@ -32,13 +29,11 @@ use dune_abi::Info;
 use dune_abi::RunPage;
 use dune_abi::Segment;
 use dune_abi::Sregs;
-use dune_abi::CAP_GUEST_1G;
 use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 
-use crate::addr::Gpa;
 use crate::addr::Gva;
-use crate::arena::Arena;
+use crate::device;
 use crate::device::Device;
 use crate::device::Vcpu;
 use crate::error::Error;
@@ -46,18 +41,18 @@ use crate::error::Result;
 use crate::host_loop;
 use crate::host_loop::HostContext;
 use crate::layout;
-use crate::owner::Owner;
-use crate::owner::Taken;
 use crate::paging;
 use crate::paging::is_cpl0;
-use crate::paging::memory::Memory;
 use crate::paging::AddressSpace;
 use crate::percpu;
 use crate::percpu::Block;
 use crate::percpu::Gdt;
 use crate::percpu::Idt;
-use crate::percpu::Tss;
+use crate::process;
+use crate::process::Fpu;
+use crate::process::Process;
 use crate::sys;
+use crate::sys::Errno;
 use crate::syscall;
 use crate::trap;
 use crate::trap::Handler;
@@ -67,12 +62,37 @@ use crate::trap::Vector;
 /// Memory around libdune's code and data that is mapped before the first exception: it and what it calls.
 const SURROUNDINGS: u64 = 128 << 20;
 
-/// Options for entering Dune mode.
-#[derive(Clone, Debug, Default)]
+/// Options for entering Dune mode. Those of the thread that enters first count for the whole process.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
-pub struct Builder {}
+pub struct Builder {
+    threads: bool,
+    children: bool,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            threads: true,
+            children: true,
+        }
+    }
+}
 
 impl Builder {
+    /// Whether threads that are made in Dune mode (std::thread, pthreads, clone) are in Dune mode from their first
+    /// instruction; they are unless this says otherwise.
+    pub fn threads(mut self, in_dune_mode: bool) -> Self {
+        self.threads = in_dune_mode;
+        self
+    }
+
+    /// The same for children: fork, vfork, posix_spawn. A program that a child executes starts outside Dune mode.
+    pub fn children(mut self, in_dune_mode: bool) -> Self {
+        self.children = in_dune_mode;
+        self
+    }
+
     /// Turns the calling thread into a Dune thread: it goes on behind this call at CPL0 of VMX non-root mode, on the
     /// same stack, with the same memory, TLS and FPU state.
     ///
@@ -80,36 +100,21 @@ impl Builder {
     ///
     /// See [`Error`]; the thread then is as it was before.
     pub fn enter(self) -> Result<Dune> {
-        enter()
+        enter(&self)
     }
 }
 
 /// The calling thread's Dune mode. Dropping it leaves Dune mode.
 ///
-/// A thread falls out of Dune mode early when an exception that no handler takes is given to Linux as a signal, and
-/// a child of fork never is in it: [`Dune::is_active`] says so, and all methods are harmless then.
+/// A thread falls out of Dune mode early when an exception that no handler takes is given to Linux as a signal:
+/// [`Dune::is_active`] says so, and all methods are harmless then.
 #[derive(Debug)]
 pub struct Dune {
-    parts: mem::ManuallyDrop<Parts>,
-    owner: Owner,
-    _not_send: PhantomData<*mut ()>,
-}
-
-/// What Dune mode consists of, in the order in which it is taken down.
-struct Parts {
-    vcpu: Vcpu,
     context: *mut HostContext,
-    block: *const Block,
-    arena: Arena,
-    device: Device,
-}
-
-impl core::fmt::Debug for Parts {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Parts")
-            .field("vcpu", &self.vcpu.number)
-            .finish_non_exhaustive()
-    }
+    /// The process' in whose memory `context` lies.
+    process: *const Process,
+    info: Info,
+    _not_send: PhantomData<*mut ()>,
 }
 
 impl Dune {
@@ -146,12 +151,12 @@ impl Dune {
 
     /// Number of the vCPU among those of this process.
     pub fn vcpu(&self) -> u32 {
-        self.parts.vcpu.number
+        self.thread().vcpu()
     }
 
-    /// What the module said about itself.
+    /// What the module said about itself when the process entered Dune mode.
     pub fn info(&self) -> &Info {
-        &self.parts.device.info
+        &self.info
     }
 
     /// What the vCPU did so far; reading it costs no exit. All 0 outside Dune mode.
@@ -164,33 +169,24 @@ impl Dune {
         }
     }
 
-    /// The page table that the thread started with.
+    /// The default page table of the process, with which its first Dune thread started.
     pub fn address_space(&self) -> AddressSpace<'_> {
         self.thread().address_space()
     }
 
-    /// Calls `handler` for exceptions with this vector from now on, and returns the one before.
-    ///
-    /// See [`Handler`] for what it may do. The page faults by which libdune fills in the page table do not come to it.
+    /// See [`Thread::set_exception_handler`].
     pub fn set_exception_handler(&self, vector: Vector, handler: Handler) -> Option<Handler> {
-        self.replace_handler(vector, handler as usize)
+        self.thread().set_exception_handler(vector, handler)
     }
 
-    /// Goes back to the default for exceptions with this vector.
+    /// See [`Thread::clear_exception_handler`].
     pub fn clear_exception_handler(&self, vector: Vector) -> Option<Handler> {
-        self.replace_handler(vector, 0)
-    }
-
-    fn replace_handler(&self, vector: Vector, new: usize) -> Option<Handler> {
-        // SAFETY: The block lives as long as this.
-        let old = unsafe { &(*self.parts.block).handlers[usize::from(vector.0)] }.swap(new, Relaxed);
-        // SAFETY: Only functions of this type are stored.
-        (old != 0).then(|| unsafe { mem::transmute::<usize, Handler>(old) })
+        self.thread().clear_exception_handler(vector)
     }
 
     fn thread(&self) -> Thread<'_> {
         // SAFETY: The block lives as long as this.
-        unsafe { Thread::new(self.parts.block) }
+        unsafe { Thread::new((*self.context).block) }
     }
 }
 
@@ -199,88 +195,163 @@ impl Drop for Dune {
         if is_cpl0() {
             // SAFETY: In Dune mode by libdune's loop; behind this the thread is outside.
             unsafe { host_loop::leave_guest() };
-        } else if !self.owner.is_callers() {
-            // A child, which has no vCPU and may share our memory with its parent: everything stays.
+        } else if process::find() != Some(self.process) {
+            // A child outside Dune mode: the memory is a copy that nobody uses.
             return;
         }
-        // SAFETY: Taken once; the thread is outside Dune mode and not on a stack of the arena.
-        let parts = unsafe { mem::ManuallyDrop::take(&mut self.parts) };
-        // SAFETY: The context lives in the arena.
-        let left = unsafe { (*parts.context).left };
-        if left {
-            parts.vcpu.unmap();
-        } else {
-            // A native signal handler jumped out of the host loop: the vCPU still is there.
-            // SAFETY: The context of `install_signals`.
-            unsafe { host_loop::restore_signals(parts.context) };
-            drop(parts.vcpu);
+        // SAFETY: The process of this token is here, so the context is alive. The thread is outside Dune mode and not on
+        // a stack of the area.
+        unsafe {
+            let context = &mut *self.context;
+            if context.tid != sys::gettid() {
+                // A child outside Dune mode that shares the memory with its maker: everything stays.
+                return;
+            }
+            if !context.left {
+                // A native signal handler jumped out of the host loop: the vCPU still is there.
+                let _ = sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu);
+            }
+            let _ = sys::munmap(context.run as u64, dune_abi::RUN_PAGE_BYTES);
+            drop(Area {
+                process: self.process,
+                start: context.area(),
+            });
         }
-        drop(parts.arena);
-        drop(parts.device);
-        self.owner.release();
     }
 }
 
-/// Claims Dune mode for the calling thread.
-fn claim() -> Result<Claim> {
+/// An area of a thread that is counted in.
+struct Area {
+    process: *const Process,
+    start: u64,
+}
+
+impl Area {
+    /// Counts the calling thread in and takes an area.
+    fn new(options: &Builder) -> Result<Self> {
+        let process = process::join(|arena| build_process(arena, options))?;
+        // SAFETY: Counted in.
+        match unsafe { (*process).take_area() } {
+            Ok(start) => Ok(Self { process, start }),
+            Err(errno) => {
+                // SAFETY: Counted in above.
+                unsafe { leave_process(process) };
+                Err(match errno.0 {
+                    libc::ENOSPC => Error::OutOfVcpus {
+                        max: layout::AREA_COUNT as u32,
+                    },
+                    errno => Error::at("mprotect of the thread's memory", errno),
+                })
+            }
+        }
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: The area's thread is outside Dune mode, and counted in.
+        unsafe {
+            (*self.process).give_area(self.start);
+            leave_process(self.process);
+        }
+    }
+}
+
+/// Counts the calling thread out.
+///
+/// # Safety
+///
+/// It must be counted in, and use nothing of the arena.
+unsafe fn leave_process(process: *const Process) {
+    // SAFETY: The caller's; the last one unmaps.
+    unsafe {
+        let start = (*process).start;
+        if process::part(process, give_back) {
+            let _ = sys::munmap(start, layout::ARENA_BYTES);
+        }
+    }
+}
+
+/// Gives back what the process had for its Dune threads, but for the arena.
+pub(crate) fn give_back(process: &Process) {
+    host_loop::restore_signals(&process.actions);
+    sys::close(process.fd);
+}
+
+fn enter(options: &Builder) -> Result<Dune> {
     if is_cpl0() {
         return Err(Error::AlreadyInside);
     }
-    match Owner::claim() {
-        Ok(owner) => Ok(Claim(owner)),
-        Err(Taken::ByCaller) => Err(Error::AlreadyInside),
-        Err(Taken::ByThread(tid)) => Err(Error::SecondThread { tid }),
+    let area = Area::new(options)?;
+    // SAFETY: Counted in by `area`.
+    let shared = unsafe { &*area.process };
+    // Whoever took it from us meanwhile: a program that set an action while no thread was in Dune mode.
+    host_loop::install_signals(&shared.actions).map_err(|errno| Error::at("rt_sigaction", errno.0))?;
+    // SAFETY: A fresh area.
+    let (block, context) = unsafe {
+        (
+            Block::write(area.start, area.process, None),
+            HostContext::write(area.start, area.process),
+        )
+    };
+    // SAFETY: Built a moment ago.
+    let sregs = sregs(shared, unsafe { &*block })?;
+    let here = 0u8;
+    let stack = &raw const here as u64;
+    for address in [stack, stack.saturating_sub(1 << 20)] {
+        premap(shared, address)?;
     }
-}
-
-/// Gives the claim back where entering fails.
-struct Claim(Owner);
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.0.release();
-    }
-}
-
-fn enter() -> Result<Dune> {
-    let claim = claim()?;
-    let device = Device::open()?;
-    let vcpu = device.create_vcpu()?;
-    let arena = Arena::new().map_err(|errno| Error::at("mmap of the thread's memory", errno.0))?;
-    let fpu = Fpu::ask();
-    let block = build_block(&arena, &device, &vcpu, &fpu)?;
-    // SAFETY: Built a moment ago, in the arena.
-    let sregs = sregs(&device.info, unsafe { &*block })?;
-    // SAFETY: The run page is mapped and nothing runs.
+    let vcpu = FirstVcpu::new(shared)?;
+    premap(shared, vcpu.0.run as u64)?;
+    // SAFETY: The run page is mapped and nothing runs; block and context are ours.
     unsafe {
-        (&raw mut (*vcpu.run).sregs).write_volatile(sregs);
-        (&raw mut (*vcpu.run).dirty).write_volatile(DIRTY_RIP | DIRTY_SREGS);
+        (&raw mut (*vcpu.0.run).sregs).write_volatile(sregs);
+        (&raw mut (*vcpu.0.run).dirty).write_volatile(DIRTY_RIP | DIRTY_SREGS);
+        Block::set_vcpu(block, &vcpu.0);
+        (*context).run = vcpu.0.run;
+        (*context).vcpu = vcpu.0.number.into();
+        (*context).tid = sys::gettid();
     }
-    let context = build_context(&arena, &device, &vcpu, &fpu, block, claim.0);
-    // SAFETY: The context lives in the arena until `restore_signals`.
-    unsafe { host_loop::install_signals(context) }.map_err(|errno| Error::at("rt_sigaction", errno.0))?;
     // SAFETY: Everything that the loop and the first instructions of the guest need is there.
     let result = unsafe { host_loop::enter_guest(context) };
     if result != 0 {
-        // SAFETY: The context given to `install_signals`.
-        unsafe { host_loop::restore_signals(context) };
-        return Err(first_run_error(result, vcpu.run));
+        return Err(first_run_error(result, vcpu.0.run));
     }
     // From here on at CPL0.
-    let owner = claim.0;
-    mem::forget(claim);
-    let parts = Parts {
-        vcpu,
-        context,
-        block,
-        arena,
-        device,
-    };
+    mem::forget(vcpu);
+    let process = area.process;
+    mem::forget(area);
     Ok(Dune {
-        parts: mem::ManuallyDrop::new(parts),
-        owner,
+        context,
+        process,
+        info: shared.info,
         _not_send: PhantomData,
     })
+}
+
+/// The vCPU until it runs.
+struct FirstVcpu(Vcpu, i32);
+
+impl FirstVcpu {
+    fn new(process: &Process) -> Result<Self> {
+        match device::create_vcpu(process.fd) {
+            Ok(vcpu) => Ok(Self(vcpu, process.fd)),
+            Err(Errno(libc::ENOSPC)) => Err(Error::OutOfVcpus {
+                max: process.info.max_vcpus,
+            }),
+            Err(errno) => Err(Error::at("DUNE_CREATE_VCPU", errno.0)),
+        }
+    }
+}
+
+impl Drop for FirstVcpu {
+    fn drop(&mut self) {
+        // SAFETY: The vCPU is this thread's and does not run; the page is not used any more.
+        unsafe {
+            let _ = sys::ioctl(self.1, dune_abi::DUNE_DESTROY_VCPU, u64::from(self.0.number));
+            let _ = sys::munmap(self.0.run as u64, dune_abi::RUN_PAGE_BYTES);
+        }
+    }
 }
 
 fn first_run_error(result: i64, run: *const RunPage) -> Error {
@@ -295,12 +366,6 @@ fn first_run_error(result: i64, run: *const RunPage) -> Error {
     } else {
         Error::at("DUNE_RUN", -result as i32)
     }
-}
-
-/// How the FPU state is saved.
-struct Fpu {
-    has_xsave: bool,
-    bytes: u64,
 }
 
 impl Fpu {
@@ -324,43 +389,24 @@ impl Fpu {
     }
 }
 
-/// Room for the FPU state in the host context's part of the arena, and on a handler stack.
-const FPU_OFFSET: usize = size_of::<HostContext>().next_multiple_of(64);
-
-fn build_block(arena: &Arena, device: &Device, vcpu: &Vcpu, fpu: &Fpu) -> Result<*const Block> {
-    if fpu.bytes as usize > layout::HOST_GUARD - layout::HOST - FPU_OFFSET || fpu.bytes > 0x8000 {
+/// Opens the device and fills a fresh arena in.
+fn build_process(arena: u64, options: &Builder) -> Result<()> {
+    let device = Device::open()?;
+    let fpu = Fpu::ask();
+    if fpu.bytes > layout::FPU_MAX as u64 {
         return Err(Error::at("room for the FPU state", libc::ENOMEM));
     }
-    let block = arena.at(0) as *mut Block;
-    let has_1g = device.info.capabilities & CAP_GUEST_1G != 0;
-    // SAFETY: A fresh arena, that lives as long as what is built here; fields are written in place.
-    let block = unsafe {
-        let mut special = [0; 512];
-        host_loop::fill_special_table(&mut special);
-        let tss = &raw const (*block).tss as u64;
-        block.write(Block {
-            special,
-            fpu_bytes: fpu.bytes,
-            has_xsave: u64::from(fpu.has_xsave),
-            fatal: AtomicU32::new(0),
-            reporting: AtomicU32::new(0),
-            fatal_detail: AtomicU64::new(0),
-            run: vcpu.run,
-            memory: Memory::new(device.fd(), has_1g, arena.at(0)),
-            root: Gpa::default(),
-            handlers: [const { AtomicUsize::new(0) }; 256],
-            gdt: Gdt::new(tss),
-            tss: Tss::new(arena.at(layout::IST_TOP), arena.at(layout::DOUBLE_TOP)),
-            idt: Idt::new(trap::stubs().0),
-        });
-        (*block).root = paging::new_root(&(*block).memory)?;
-        &*block
+    let mut special = [0; 512];
+    host_loop::fill_special_table(&mut special);
+    // SAFETY: A fresh arena, that lives as long as what is built here.
+    let process = unsafe {
+        let process = Process::write(arena, device.fd(), device.info, fpu, special);
+        (*process).root = paging::new_root(&(*process).memory)?;
+        &*process
     };
-    let here = 0u8;
-    let stack = &raw const here as u64;
-    for address in [arena.at(0), vcpu.run as u64, stack, stack.saturating_sub(1 << 20)] {
-        premap(block, address)?;
-    }
+    process.inherit_threads.store(options.threads, Relaxed);
+    process.inherit_children.store(options.children, Relaxed);
+    premap(process, arena)?;
     // What trap entry and handlers run on: libdune's code and data, and what the compiler calls behind our back.
     let memory_functions: [*const (); 3] = [
         libc::memcpy as *const (),
@@ -369,41 +415,18 @@ fn build_block(arena: &Arena, device: &Device, vcpu: &Vcpu, fpu: &Fpu) -> Result
     ];
     let anchors = [trap::ANCHOR, trap::stubs().0 as *const (), HostContext::anchor()];
     for anchor in anchors.into_iter().chain(memory_functions) {
-        premap(block, (anchor as u64).saturating_sub(SURROUNDINGS))?;
-        premap(block, (anchor as u64).saturating_add(SURROUNDINGS))?;
+        premap(process, (anchor as u64).saturating_sub(SURROUNDINGS))?;
+        premap(process, (anchor as u64).saturating_add(SURROUNDINGS))?;
     }
-    Ok(block)
-}
-
-fn premap(block: &Block, address: u64) -> Result<()> {
-    if let Some(gva) = Gva::new(address) {
-        paging::fill(&block.memory, block.root, gva)?;
-    }
+    device.into_fd();
     Ok(())
 }
 
-fn build_context(
-    arena: &Arena,
-    device: &Device,
-    vcpu: &Vcpu,
-    fpu: &Fpu,
-    block: *const Block,
-    owner: Owner,
-) -> *mut HostContext {
-    let context = arena.at(layout::HOST) as *mut HostContext;
-    // SAFETY: The arena's zeroed memory is a valid context; each field is written once.
-    unsafe {
-        (*context).run = vcpu.run;
-        (*context).block = block;
-        (*context).stack_top = arena.at(layout::HOST_STACK_TOP);
-        (*context).fd = device.fd() as u64;
-        (*context).vcpu = u64::from(vcpu.number);
-        (*context).has_xsave = u64::from(fpu.has_xsave);
-        (*context).fpu = arena.at(layout::HOST + FPU_OFFSET);
-        (*context).tid = sys::gettid();
-        (*context).owner = owner;
+fn premap(process: &Process, address: u64) -> Result<()> {
+    if let Some(gva) = Gva::new(address) {
+        paging::fill(&process.memory, process.root, gva)?;
     }
-    context
+    Ok(())
 }
 
 /// VMX access rights (SDM, "Guest Register State").
@@ -412,7 +435,8 @@ const DATA: u32 = 0xc093;
 const TSS_BUSY: u32 = 0x8b;
 const UNUSABLE: u32 = 1 << 16;
 
-fn sregs(info: &Info, block: &Block) -> Result<Sregs> {
+fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
+    let info = &process.info;
     let (fs, gs) = sys::segment_bases().map_err(|errno| Error::at("arch_prctl", errno.0))?;
     let flat = |selector, access_rights, base| Segment {
         base,
@@ -434,7 +458,7 @@ fn sregs(info: &Info, block: &Block) -> Result<Sregs> {
     };
     Ok(Sregs {
         cr0: info.cr0,
-        cr3: block.root.as_u64(),
+        cr3: process.root.as_u64(),
         cr4: info.cr4,
         efer: info.efer,
         es: unusable,

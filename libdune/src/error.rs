@@ -3,6 +3,7 @@
 //! Why a thread could not enter Dune mode, and what to do about it.
 
 use crate::paging::PagingError;
+use crate::sys::Errno;
 
 /// Result of what can fail with an [`Error`].
 pub type Result<T> = core::result::Result<T, Error>;
@@ -44,7 +45,7 @@ pub enum Error {
         library: u32,
     },
     /// No vCPU is left.
-    #[error("DUNE_CREATE_VCPU: ENOSPC: this process has all {max} vCPUs that the module gives one (parameter max_vcpus): let a thread leave Dune mode, or load the module with more")]
+    #[error("this process has all {max} Dune threads that it can have (module parameter max_vcpus; libdune has room for 510): let one leave Dune mode")]
     OutOfVcpus {
         /// Most that one process may have.
         max: u32,
@@ -61,12 +62,6 @@ pub enum Error {
     /// The calling thread is in Dune mode.
     #[error("this thread is in Dune mode already: use the `Dune` it has")]
     AlreadyInside,
-    /// Another thread of the process is in Dune mode.
-    #[error("thread {tid} of this process is in Dune mode, and there can be one only: let it leave first")]
-    SecondThread {
-        /// The other thread.
-        tid: u32,
-    },
     /// The CPU refused to enter the guest.
     #[error("the CPU refused the first entry into the guest (reason {reason:#x}, qualification {qualification:#x}, VM-instruction error {instruction_error}): please report this with the CPU model and `dmesg | grep dune`")]
     EntryFailed {
@@ -85,6 +80,13 @@ pub enum Error {
         /// Linux' error number.
         errno: i32,
     },
+}
+
+impl From<Errno> for Error {
+    /// Of the memory that the Dune threads of a process share.
+    fn from(errno: Errno) -> Self {
+        Self::at("mmap of the process' memory", errno.0)
+    }
 }
 
 impl Error {

@@ -9,7 +9,7 @@
 //!
 //! # What it does not do
 //!
-//! - One Dune thread per process. Other threads, and children of fork and vfork, run outside Dune mode.
+//! - A change of a page table is flushed from the TLB of the calling thread only.
 //! - The program's signal handlers run outside Dune mode, on the host loop's stack; one that jumps out of itself
 //!   (`siglongjmp`) takes the thread out of Dune mode.
 //! - An exception that no handler takes is given to Linux from outside Dune mode, and the thread stays there.
@@ -25,12 +25,11 @@ mod addr;
 mod layout;
 mod sys;
 
-mod owner;
-
-mod arena;
 mod device;
 
 pub mod paging;
+
+mod process;
 
 mod percpu;
 pub mod trap;

@@ -5,12 +5,13 @@
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::RunPage;
 
-use crate::addr::Gpa;
+use crate::device::Vcpu;
 use crate::layout;
-use crate::paging::memory::Memory;
+use crate::process::Process;
 use crate::trap;
 
 /// Selectors in Linux' order: STAR stays the host's.
@@ -50,8 +51,6 @@ pub(crate) struct Tss(pub [u32; 26]);
 /// What is at the start of the block.
 #[repr(C)]
 pub(crate) struct Block {
-    /// Nonzero: the system call of this number needs the host loop's slow path.
-    pub special: [u8; 512],
     /// Bytes that XSAVE writes, rounded up to 64.
     pub fpu_bytes: u64,
     /// 1: XSAVE, 0: FXSAVE.
@@ -63,8 +62,9 @@ pub(crate) struct Block {
     /// The detail of a report.
     pub fatal_detail: AtomicU64,
     pub run: *mut RunPage,
-    pub memory: Memory,
-    pub root: Gpa,
+    /// Number of the vCPU.
+    pub vcpu: AtomicU32,
+    pub process: *const Process,
     /// Handlers by vector, `trap::Handler` or 0.
     pub handlers: [AtomicUsize; 256],
     pub gdt: Gdt,
@@ -73,6 +73,67 @@ pub(crate) struct Block {
 }
 
 const _: () = assert!(size_of::<Block>() <= layout::IST - layout::PAGE);
+
+impl Block {
+    /// Writes the block of a fresh area. `handlers` are those of the thread that made this one.
+    ///
+    /// # Safety
+    ///
+    /// `area` must be a fresh area of `process`.
+    pub unsafe fn write(area: u64, process: *const Process, handlers: Option<&[AtomicUsize; 256]>) -> *mut Self {
+        let block = area as *mut Self;
+        // SAFETY: The caller's; the area is zeroed, which is a value of every field, and nobody else sees it.
+        unsafe {
+            let fpu = (*process).fpu;
+            (*block).fpu_bytes = fpu.bytes;
+            (*block).has_xsave = fpu.has_xsave.into();
+            (*block).process = process;
+            if let Some(handlers) = handlers {
+                for (new, old) in (*block).handlers.iter().zip(handlers) {
+                    new.store(old.load(Relaxed), Relaxed);
+                }
+            }
+            (&raw mut (*block).gdt).write(Gdt::new(&raw const (*block).tss as u64));
+            (&raw mut (*block).tss).write(Tss::new(
+                area + layout::IST_TOP as u64,
+                area + layout::DOUBLE_TOP as u64,
+            ));
+            (&raw mut (*block).idt).write(Idt::new(trap::stubs().0));
+        }
+        block
+    }
+
+    /// Says which vCPU the thread has.
+    ///
+    /// # Safety
+    ///
+    /// The block must be the calling thread's, and the thread outside Dune mode.
+    pub unsafe fn set_vcpu(block: *mut Self, vcpu: &Vcpu) {
+        // SAFETY: The caller's.
+        unsafe {
+            (*block).run = vcpu.run;
+            (*block).vcpu.store(vcpu.number, Relaxed);
+        }
+    }
+
+    pub fn gdt_address(&self) -> u64 {
+        &raw const self.gdt as u64
+    }
+
+    pub fn idt_address(&self) -> u64 {
+        &raw const self.idt as u64
+    }
+
+    pub fn tss_address(&self) -> u64 {
+        &raw const self.tss as u64
+    }
+
+    /// What the Dune threads of this process share.
+    pub fn process(&self) -> &Process {
+        // SAFETY: The thread of this block is counted in it.
+        unsafe { &*self.process }
+    }
+}
 
 impl Gdt {
     /// The table with a busy TSS at `tss`.

@@ -8,6 +8,11 @@
 //! The wrappers are safe where no argument can make Linux break memory safety, and `unsafe` where one can.
 
 use core::arch::asm;
+use core::cell::UnsafeCell;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::Release;
 
 /// A Linux error number, positive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +42,18 @@ pub(crate) unsafe fn raw(number: i64, args: [u64; 6]) -> i64 {
             options(nostack),
         );
     }
+    result
+}
+
+/// Makes a private call to the host loop, without arguments.
+///
+/// # Safety
+///
+/// The thread must be in Dune mode, and `number` must be a call that comes back.
+pub(crate) unsafe fn vmcall(number: u32) -> u64 {
+    let result;
+    // SAFETY: The caller's.
+    unsafe { asm!("vmcall", inlateout("rax") u64::from(number) => result, options(nostack)) };
     result
 }
 
@@ -106,11 +123,40 @@ pub(crate) unsafe fn mprotect(address: u64, bytes: usize, protection: i32) -> Re
     check(unsafe { raw(libc::SYS_mprotect, [address, bytes as u64, protection as u64, 0, 0, 0]) }).map(drop)
 }
 
-/// `madvise` with an advice that keeps the contents (MADV_DONTFORK, MADV_NOHUGEPAGE).
+/// Throws the contents of private anonymous memory away: it reads as zero from now on.
+///
+/// # Safety
+///
+/// Nobody may count on them.
+pub(crate) unsafe fn forget(address: u64, bytes: usize) -> Result<(), Errno> {
+    const ADVICE: u64 = libc::MADV_DONTNEED as u64;
+    // SAFETY: The caller's.
+    check(unsafe { raw(libc::SYS_madvise, [address, bytes as u64, ADVICE, 0, 0, 0]) }).map(drop)
+}
+
+/// `madvise` with an advice that keeps the contents in this process (MADV_WIPEONFORK, MADV_NOHUGEPAGE).
 pub(crate) fn madvise(address: u64, bytes: usize, advice: i32) -> Result<(), Errno> {
-    debug_assert!(advice == libc::MADV_DONTFORK || advice == libc::MADV_NOHUGEPAGE);
+    debug_assert!(advice == libc::MADV_WIPEONFORK || advice == libc::MADV_NOHUGEPAGE);
     // SAFETY: Neither advice changes what this process sees.
     check(unsafe { raw(libc::SYS_madvise, [address, bytes as u64, advice as u64, 0, 0, 0]) }).map(drop)
+}
+
+/// Makes `new` mean what `old` means, close-on-exec, in place of what it meant before.
+pub(crate) fn replace_fd(old: i32, new: i32) -> Result<(), Errno> {
+    // SAFETY: fds are numbers; the callers own `new`.
+    let result = unsafe {
+        raw(
+            libc::SYS_dup3,
+            [old as u64, new as u64, libc::O_CLOEXEC as u64, 0, 0, 0],
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Lets another thread run.
+pub(crate) fn yield_now() {
+    // SAFETY: Has no arguments.
+    let _ = unsafe { raw(libc::SYS_sched_yield, [0; 6]) };
 }
 
 /// `close`.
@@ -182,8 +228,73 @@ pub(crate) struct SigAction {
     pub mask: u64,
 }
 
+/// What the program wants done on each signal, shared by the threads that share their actions in Linux.
+///
+/// The lock is held for a few instructions, with signals blocked, so a signal handler may take it.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Actions {
+    lock: AtomicU32,
+    actions: [UnsafeCell<SigAction>; 64],
+}
+
+// SAFETY: The cells are used under the lock.
+unsafe impl Sync for Actions {}
+
+impl Default for Actions {
+    fn default() -> Self {
+        Self {
+            lock: AtomicU32::new(0),
+            actions: [const { UnsafeCell::new(SigAction::DEFAULT) }; 64],
+        }
+    }
+}
+
+impl Actions {
+    fn with<R>(&self, signal: i32, f: impl FnOnce(&mut SigAction) -> R) -> R {
+        let index = (signal - 1) as usize;
+        assert!(index < self.actions.len());
+        let mask = sigprocmask(libc::SIG_SETMASK, u64::MAX);
+        while self.lock.compare_exchange(0, 1, Acquire, Relaxed).is_err() {
+            yield_now();
+        }
+        // SAFETY: Under the lock.
+        let result = f(unsafe { &mut *self.actions[index].get() });
+        self.lock.store(0, Release);
+        sigprocmask(libc::SIG_SETMASK, mask);
+        result
+    }
+
+    /// The action for a signal from 1 to 64.
+    pub fn get(&self, signal: i32) -> SigAction {
+        self.with(signal, |action| *action)
+    }
+
+    /// Changes the action and returns the old one.
+    pub fn replace(&self, signal: i32, new: SigAction) -> SigAction {
+        self.with(signal, |action| core::mem::replace(action, new))
+    }
+
+    /// Makes the actions those of `other`.
+    pub fn copy_from(&self, other: &Self) {
+        for signal in 1..=self.actions.len() as i32 {
+            self.replace(signal, other.get(signal));
+        }
+    }
+}
+
 /// Linux' SA_RESTORER, which libc does not have on every target.
 pub(crate) const SA_RESTORER: u64 = 0x0400_0000;
+
+impl SigAction {
+    /// SIG_DFL.
+    pub const DEFAULT: Self = Self {
+        handler: 0,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    };
+}
 
 /// `rt_sigaction`; returns the old action.
 ///

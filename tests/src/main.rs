@@ -10,6 +10,7 @@ mod kvm;
 mod machine;
 mod memory;
 mod module;
+mod process;
 #[allow(dead_code)]
 mod raw;
 mod robust;
@@ -36,6 +37,7 @@ const TOPICS: &[&[Test]] = &[
     trap::TESTS,
     memory::TESTS,
     sched::TESTS,
+    process::TESTS,
     robust::TESTS,
     module::TESTS,
     kvm::TESTS,

@@ -33,8 +33,6 @@ pub const TESTS: &[Test] = &[
     Test::asserting("syscall_results_are_linux_own", syscall_results_are_linux_own),
     Test::asserting("six_arguments_arrive", six_arguments_arrive),
     Test::asserting("device_fd_is_hidden", device_fd_is_hidden),
-    Test::asserting("fork_and_spawn_run_outside", fork_and_spawn_run_outside),
-    Test::asserting("threads_run_outside", threads_run_outside),
     Test::asserting("exec_from_dune_mode", exec_from_dune_mode),
     Test::asserting("exit_from_dune_mode", exit_from_dune_mode),
     Test::asserting("signal_handlers_run", signal_handlers_run),
@@ -424,62 +422,6 @@ fn device_fd_is_hidden() {
     assert_eq!(std::process::id(), call_keeping_registers(libc::SYS_getpid, 7) as u32);
     dune.leave();
     assert_eq!(device_fds(), [], "leave closes it");
-}
-
-fn fork_and_spawn_run_outside() {
-    let dune = enter();
-    let vcpu = dune.vcpu();
-    for round in 0..5u64 {
-        // SAFETY: the child only looks where it is and ends.
-        let pid = unsafe { libc::fork() };
-        assert!(pid >= 0);
-        if pid == 0 {
-            let outside = !Dune::is_active() && call_keeping_registers(libc::SYS_getppid, round) != 0;
-            // SAFETY: ends the child.
-            unsafe { libc::_exit(if outside { 42 } else { 1 }) };
-        }
-        let mut status = 0;
-        // SAFETY: our child.
-        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-        assert!(
-            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 42,
-            "wait status {status:#x}"
-        );
-        assert!(Dune::is_active(), "the parent stays inside");
-    }
-    // vfork or posix_spawn, as std likes.
-    let output = std::process::Command::new("/bin/echo")
-        .arg("from a child")
-        .output()
-        .unwrap();
-    assert_eq!(output.stdout, b"from a child\n");
-    assert!(output.status.success());
-    assert!(Dune::is_active());
-    assert_eq!(dune.vcpu(), vcpu);
-    dune.leave();
-}
-
-fn threads_run_outside() {
-    let dune = enter();
-    let threads: Vec<_> = (0..4u64)
-        .map(|number| {
-            std::thread::spawn(move || {
-                let second = Dune::enter().map(|_| ()).map_err(|error| error.to_string());
-                (Dune::is_active(), number * 2, second)
-            })
-        })
-        .collect();
-    for (number, thread) in threads.into_iter().enumerate() {
-        let (inside, value, second) = thread.join().unwrap();
-        assert!(!inside);
-        assert_eq!(value, number as u64 * 2);
-        let error = second.unwrap_err();
-        assert!(error.contains("is in Dune mode, and there can be one only"), "{error}");
-    }
-    assert!(Dune::is_active());
-    dune.leave();
-    // The place is free again.
-    std::thread::spawn(|| enter().leave()).join().unwrap();
 }
 
 fn exec_from_dune_mode() {

@@ -5,7 +5,7 @@
 //! # Safety
 //!
 //! Assembly. RBX: run page, RBP: `HostContext`, R12D: exit kind (set by the module), R13D: fd, R14: vCPU, R15: special
-//! table. All are callee-saved, so Rust called from here keeps them.
+//! table. All are callee-saved, so Rust called from here keeps them; the slow path may change what they stand for.
 
 use core::arch::global_asm;
 use core::mem::offset_of;
@@ -14,14 +14,19 @@ use dune_abi::Gprs;
 use dune_abi::RunPage;
 use dune_abi::DUNE_RUN;
 
+use super::context::End;
 use super::context::HostContext;
 use super::context::Registers;
 use super::slow::dune_host_slow;
 use super::slow::Action;
+use super::slow::CLONED;
+use super::slow::IS_CHILD;
 use crate::abi::CALL_LEAVE;
 use crate::abi::IOPL_CPL0;
 use crate::layout;
 
+// The context is for our own assembly, which reads it by the offsets of its fields.
+#[allow(improper_ctypes)]
 extern "C" {
     /// Starts the vCPU behind this call. Returns 0 at CPL0, or outside Dune mode what the first RUN failed with.
     #[link_name = "dune_enter_guest"]
@@ -30,6 +35,8 @@ extern "C" {
     #[link_name = "dune_leave_guest"]
     pub(crate) fn leave_guest();
 }
+
+const END: usize = offset_of!(HostContext, end);
 
 global_asm!(
     ".pushsection .text.dune_host, \"ax\", @progbits",
@@ -54,11 +61,12 @@ global_asm!(
     "mov [rax + {rflags}], rcx",
     "mov qword ptr [rax + {rax}], 0",
     "mov rbp, rdi",
-    "mov rbx, rax",
+    "mov rsp, [rbp + {stack_top}]",
+    "19:",
+    "mov rbx, [rbp + {run}]",
     "mov r13d, [rbp + {fd}]",
     "mov r14, [rbp + {vcpu}]",
-    "mov r15, [rbp + {block}]",
-    "mov rsp, [rbp + {stack_top}]",
+    "mov r15, [rbp + {process}]",
     // Falls through.
     ".balign 16",
     "20:",
@@ -114,7 +122,7 @@ global_asm!(
     "fxrstor64 [rcx]",
     "25:",
     "cmp r12d, {action_run}",
-    "je 20b",
+    "je 19b",
     "cmp r12d, {action_forward}",
     "jne 26f",
     "mov eax, [rbx + {rax}]",
@@ -125,19 +133,49 @@ global_asm!(
     "mov r8, [rbx + {r8}]",
     "mov r9, [rbx + {r9}]",
     "jmp dune_forward_syscall",
-    // The thread ends. Its stack goes first, so signals are blocked and nothing is pushed from here on.
     "26:",
-    "cmp r12d, {action_exit}",
+    "cmp r12d, {action_clone}",
+    "je 30f",
+    "cmp r12d, {action_end}",
     "jne 29f",
-    "mov r12, [rbp + {call}]",
-    "mov rdi, [rbp + {block}]",
-    "mov esi, {arena_bytes}",
-    "mov eax, {sys_munmap}",
+    // The thread ends. Its stack goes first, so signals are blocked and nothing is pushed from here on.
+    "mov rdi, [rbp + {end_start}]",
+    "mov rsi, [rbp + {end_bytes}]",
+    "mov rdx, [rbp + {end_advice}]",
+    "mov rax, [rbp + {end_release}]",
+    "mov r12, [rbp + {end_number}]",
+    "mov r13, [rbp + {end_status}]",
+    "mov r14, [rbp + {end_mark}]",
+    "mov r15, [rbp + {end_mask}]",
     "syscall",
-    "mov rdi, r12",
-    "mov eax, {sys_exit}",
+    "test r14, r14",
+    "jz 31f",
+    "lock and [r14], r15",
+    "31:",
+    "mov rdi, r13",
+    "mov rax, r12",
     "syscall",
     "ud2",
+    // A call that comes back twice, in Dune mode. The child has the stack that the call names, or a copy of this one:
+    // either way the context is found from RSP.
+    "30:",
+    "mov rax, [rbp + {call}]",
+    "mov rdi, [rbp + {call} + 8]",
+    "mov rsi, [rbp + {call} + 16]",
+    "mov rdx, [rbp + {call} + 24]",
+    "mov r10, [rbp + {call} + 32]",
+    "mov r8, [rbp + {call} + 40]",
+    "mov r9, [rbp + {call} + 48]",
+    "syscall",
+    "mov rbp, rsp",
+    "and rbp, -{area_bytes}",
+    "mov rsp, [rbp + {host} + {stack_top}]",
+    "lea rbp, [rbp + {host}]",
+    "mov r12d, {cloned}",
+    "test rax, rax",
+    "jnz 21b",
+    "mov r12d, {is_child}",
+    "jmp 21b",
     // Registers go to the host stack: a signal may come in the middle.
     "29:",
     "sub rsp, {registers_bytes}",
@@ -147,7 +185,8 @@ global_asm!(
     "rep movsq",
     "cmp r12d, {action_native}",
     "je 27f",
-    // A call that may come back twice. RSP of the child points to its Registers: here, or on its own stack.
+    // A call that comes back twice, the child outside Dune mode. Its RSP points to its Registers: here, or on its own
+    // stack.
     "mov rax, [rbp + {call}]",
     "mov rdi, [rbp + {call} + 8]",
     "mov rsi, [rbp + {call} + 16]",
@@ -159,8 +198,8 @@ global_asm!(
     "test rax, rax",
     "jz 27f",
     "add rsp, {registers_bytes}",
-    "mov [rbx + {rax}], rax",
-    "jmp 20b",
+    "mov r12d, {cloned}",
+    "jmp 21b",
     "27:",
     "pop r15",
     "pop r14",
@@ -193,7 +232,7 @@ global_asm!(
     "ret",
     ".popsection",
     run = const offset_of!(HostContext, run),
-    block = const offset_of!(HostContext, block),
+    process = const offset_of!(HostContext, process),
     stack_top = const offset_of!(HostContext, stack_top),
     fd = const offset_of!(HostContext, fd),
     vcpu = const offset_of!(HostContext, vcpu),
@@ -224,10 +263,20 @@ global_asm!(
     call_leave = const CALL_LEAVE,
     action_run = const Action::Run as u32,
     action_forward = const Action::Forward as u32,
-    action_exit = const Action::Exit as u32,
-    arena_bytes = const layout::ARENA_BYTES,
-    sys_munmap = const libc::SYS_munmap,
-    sys_exit = const libc::SYS_exit,
+    action_clone = const Action::Clone as u32,
+    action_end = const Action::End as u32,
+    end_number = const END + offset_of!(End, number),
+    end_status = const END + offset_of!(End, status),
+    end_release = const END + offset_of!(End, release),
+    end_start = const END + offset_of!(End, start),
+    end_bytes = const END + offset_of!(End, bytes),
+    end_advice = const END + offset_of!(End, advice),
+    end_mark = const END + offset_of!(End, mark),
+    end_mask = const END + offset_of!(End, mask),
+    area_bytes = const layout::AREA_BYTES,
+    host = const layout::HOST,
+    cloned = const CLONED,
+    is_child = const IS_CHILD,
     action_native = const Action::Native as u32,
     slow = sym dune_host_slow,
 );

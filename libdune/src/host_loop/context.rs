@@ -2,11 +2,14 @@
 
 //! What the host loop knows: lives in the arena, found by RBP.
 
+use core::sync::atomic::AtomicU64;
+
 use dune_abi::RunPage;
 
-use crate::owner::Owner;
+use crate::layout;
 use crate::percpu::Block;
-use crate::sys::SigAction;
+use crate::process::Process;
+use crate::sys::Actions;
 use crate::trap::TrapFrame;
 
 /// Registers to go on with outside Dune mode, in the order in which they are popped.
@@ -99,14 +102,6 @@ impl Registers {
     }
 }
 
-/// A native access that the host refused.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Refusal {
-    pub signal: i32,
-    pub code: i32,
-}
-
 /// What was touched last, to find a vCPU that does not get on.
 #[repr(C)]
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -116,11 +111,41 @@ pub(crate) struct Touched {
     pub access: u32,
 }
 
-/// State of the host loop of one Dune thread.
+/// What a Dune thread is to the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Role {
+    /// A thread of the process, or the first of a child of fork.
+    Thread = 0,
+    /// A process of its own that shares the memory (clone with CLONE_VM).
+    SharesMemory = 1,
+    /// The same, with its maker waiting for it (vfork, posix_spawn): the maker cleans up.
+    Vfork = 2,
+}
+
+/// How a thread ends: what it runs on is given back, and nothing needs a stack from then on.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct End {
+    /// exit or exit_group, and its argument.
+    pub number: u64,
+    pub status: u64,
+    /// munmap or madvise, and its arguments.
+    pub release: u64,
+    pub start: u64,
+    pub bytes: u64,
+    pub advice: u64,
+    /// The word of the area's mark, and what it is ANDed with; null if there is no area any more.
+    pub mark: *const AtomicU64,
+    pub mask: u64,
+}
+
+/// State of the host loop of one Dune thread. Lives in its area, at `layout::HOST`.
 #[repr(C)]
 pub(crate) struct HostContext {
     pub run: *mut RunPage,
     pub block: *const Block,
+    pub process: *const Process,
     /// Top of the host stack.
     pub stack_top: u64,
     pub fd: u64,
@@ -131,26 +156,79 @@ pub(crate) struct HostContext {
     pub fpu: u64,
     /// Number and arguments of a call that assembly makes: RAX, RDI, RSI, RDX, R10, R8, R9.
     pub call: [u64; 7],
+    pub end: End,
     /// What to go on with outside Dune mode, or in a child.
     pub registers: Registers,
     /// Copy of a `struct clone_args`.
     pub clone_args: [u64; 32],
+    /// The flags of the clone that is under way.
+    pub clone_flags: u64,
+    /// Context of the child that is being made, if it shares the memory.
+    pub child: *mut HostContext,
+    /// Signal mask of the program, and of the child, while a child is being made with all signals blocked.
+    pub mask: Option<u64>,
     pub tid: u32,
-    pub owner: Owner,
+    pub role: Role,
     /// The vCPU is gone.
     pub left: bool,
-    /// The program's actions for SIGSEGV and SIGBUS.
-    pub actions: [SigAction; 2],
-    pub refusal: Refusal,
+    /// The program's actions: the process', or `own_actions`.
+    pub actions: *const Actions,
+    /// Where the thread does not share them.
+    pub own_actions: Actions,
     pub touched: Touched,
     pub touched_entries: u64,
     pub touched_times: u32,
 }
 
+const _: () = assert!(size_of::<HostContext>() <= layout::SNAPSHOT - layout::HOST);
+
 /// A byte of libdune's static data.
 static ANCHOR: u8 = 1;
 
 impl HostContext {
+    /// Writes the context of a fresh area, for a thread whose vCPU is yet to be made.
+    ///
+    /// # Safety
+    ///
+    /// `area` must be a fresh area of `process` with its block in place.
+    pub unsafe fn write(area: u64, process: *const Process) -> *mut Self {
+        let context = (area + layout::HOST as u64) as *mut Self;
+        // SAFETY: The area's zeroed memory is a valid context, but for what is written here.
+        unsafe {
+            let shared = &*process;
+            (*context).block = area as *const Block;
+            (*context).process = process;
+            (*context).stack_top = area + layout::HOST_STACK_TOP as u64;
+            (*context).fd = shared.fd as u64;
+            (*context).has_xsave = shared.fpu.has_xsave.into();
+            (*context).fpu = area + layout::FPU as u64;
+            (*context).actions = &raw const shared.actions;
+        }
+        context
+    }
+
+    /// What the Dune threads of this process share.
+    pub fn process<'a>(&self) -> &'a Process {
+        // SAFETY: The thread of this context is counted in it.
+        unsafe { &*self.process }
+    }
+
+    /// The program's actions for signals, as this thread has them.
+    pub fn actions(&self) -> &Actions {
+        // SAFETY: The process' or our own.
+        unsafe { &*self.actions }
+    }
+
+    /// Start of the area that this lies in.
+    pub fn area(&self) -> u64 {
+        self.block as u64
+    }
+
+    /// Registers of a child that is being made.
+    pub fn snapshot(&self) -> *mut RunPage {
+        (self.area() + layout::SNAPSHOT as u64) as *mut RunPage
+    }
+
     /// Address in libdune's static data, which lies beside its other data.
     pub fn anchor() -> *const () {
         (&raw const ANCHOR).cast()

@@ -16,6 +16,7 @@
 //! `dune_forward_syscall`, `dune_forward_behind`.
 
 mod asm;
+mod clone;
 mod context;
 mod report;
 mod signal;

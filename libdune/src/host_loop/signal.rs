@@ -4,27 +4,23 @@
 //!
 //! # Safety
 //!
-//! The handler runs on whatever stack was interrupted, touches no errno and no TLS. It trusts `HOST`, which points
-//! to the context of the Dune thread from `install` to `restore`.
+//! The handler runs on whatever stack was interrupted and touches no errno and no TLS. A Dune thread is known by its
+//! host stack, which lies in the arena.
 
 use core::arch::global_asm;
-use core::ptr;
-use core::sync::atomic::AtomicPtr;
-use core::sync::atomic::Ordering::AcqRel;
-use core::sync::atomic::Ordering::Acquire;
-use core::sync::atomic::Ordering::Release;
 
 use super::context::HostContext;
-use super::context::Refusal;
 use super::touch;
+use super::touch::Refusal;
+use crate::layout;
+use crate::process;
 use crate::sys;
+use crate::sys::Actions;
 use crate::sys::Errno;
 use crate::sys::SigAction;
 
-/// The signals that an access can give, in the order of `HostContext::actions`.
+/// The signals that an access can give.
 pub(super) const SIGNALS: [i32; 2] = [libc::SIGSEGV, libc::SIGBUS];
-
-static HOST: AtomicPtr<HostContext> = AtomicPtr::new(ptr::null_mut());
 
 extern "C" {
     fn dune_host_sigreturn();
@@ -57,83 +53,76 @@ fn action() -> SigAction {
     }
 }
 
-/// Takes the two signals over and keeps the program's actions in the context.
-///
-/// # Safety
-///
-/// `context` must stay alive until `restore`, or the process ends.
-pub(crate) unsafe fn install(context: *mut HostContext) -> Result<(), Errno> {
-    let before = HOST.swap(context, AcqRel);
-    let ours = action();
-    for (index, signal) in SIGNALS.into_iter().enumerate() {
+/// Takes the two signals over, and keeps the program's actions.
+pub(crate) fn install(actions: &Actions) -> Result<(), Errno> {
+    for signal in SIGNALS {
         // SAFETY: A handler and a restorer as Linux wants them. The action is noted before it can be asked for.
         unsafe {
             let now = sys::sigaction(signal, None)?;
-            (*context).actions[index] = if now.handler != ours.handler {
-                now
-            } else if before.is_null() {
-                SigAction::default()
-            } else {
-                // Left over from a thread that ended in Dune mode, or from the parent of this process.
-                (*before).actions[index]
-            };
-            sys::sigaction(signal, Some(&ours))?;
+            if now.handler != handler_address() {
+                actions.replace(signal, now);
+                sys::sigaction(signal, Some(&action()))?;
+            }
         }
     }
     Ok(())
 }
 
 /// Gives the program its actions back, unless it has set others behind our back.
-///
-/// # Safety
-///
-/// `context` is the one given to `install`.
-pub(crate) unsafe fn restore(context: *mut HostContext) {
-    for (index, signal) in SIGNALS.into_iter().enumerate() {
+pub(crate) fn restore(actions: &Actions) {
+    for signal in SIGNALS {
         // SAFETY: Actions that the program had, or asked for.
         unsafe {
             if sys::sigaction(signal, None).is_ok_and(|now| now.handler == handler_address()) {
-                let _ = sys::sigaction(signal, Some(&(*context).actions[index]));
+                let _ = sys::sigaction(signal, Some(&actions.get(signal)));
             }
         }
     }
-    HOST.store(ptr::null_mut(), Release);
+}
+
+/// The context of the calling thread, if it runs on its host stack.
+fn context_at(rsp: u64) -> Option<*mut HostContext> {
+    // SAFETY: Compared only, unless RSP lies in it: then the calling thread is counted in it.
+    let area = unsafe { (*process::find()?).area_of(rsp) }?;
+    Some((area + layout::HOST as u64) as *mut HostContext)
 }
 
 unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::ucontext_t) {
-    let context = HOST.load(Acquire);
-    // SAFETY: Linux passes a siginfo and a ucontext; the context is alive while it is in HOST.
+    // SAFETY: Linux passes a siginfo and a ucontext; a context that RSP leads to is the calling thread's.
     unsafe {
-        let rip = &mut (*ucontext).uc_mcontext.gregs[libc::REG_RIP as usize];
-        if let Some(recovery) = touch::recovery(*rip as u64) {
-            if (*info).si_code > 0 && !context.is_null() {
-                (*context).refusal = Refusal {
+        let registers = &mut (*ucontext).uc_mcontext.gregs;
+        if let Some(recovery) = touch::recovery(registers[libc::REG_RIP as usize] as u64) {
+            if (*info).si_code > 0 {
+                let refusal = Refusal {
                     signal,
                     code: (*info).si_code,
                 };
-                *rip = recovery as i64;
+                registers[libc::REG_RCX as usize] = refusal.pack() as i64;
+                registers[libc::REG_RIP as usize] = recovery as i64;
                 return;
             }
         }
-        let action = if context.is_null() {
-            SigAction::default()
-        } else {
-            (*context).actions[usize::from(signal == libc::SIGBUS)]
+        let context = context_at(registers[libc::REG_RSP as usize] as u64);
+        let actions = match (context, process::find()) {
+            (Some(context), _) => Some((*context).actions),
+            (None, Some(process)) => Some(&raw const (*process).actions),
+            (None, None) => None,
         };
+        let action = actions.map_or(SigAction::default(), |actions| (*actions).get(signal));
         pass_on(signal, info, ucontext, action);
-        if HOST.load(Acquire) == context && !context.is_null() {
-            take_again(signal, context);
+        if let (Some(_), Some(actions)) = (context, actions) {
+            take_again(signal, &*actions);
         }
     }
 }
 
 /// The program's handler runs outside Dune mode: an action that it set took ours away.
-unsafe fn take_again(signal: i32, context: *mut HostContext) {
-    // SAFETY: The context is alive while it is in HOST.
+unsafe fn take_again(signal: i32, actions: &Actions) {
+    // SAFETY: A handler and a restorer as Linux wants them.
     unsafe {
         if let Ok(now) = sys::sigaction(signal, None) {
             if now.handler != handler_address() && now.handler != 0 {
-                (*context).actions[usize::from(signal == libc::SIGBUS)] = now;
+                actions.replace(signal, now);
                 let _ = sys::sigaction(signal, Some(&action()));
             }
         }
@@ -179,38 +168,31 @@ mod tests {
             // SAFETY: Asks only.
             unsafe { sys::sigaction(signal, None) }.unwrap()
         });
-        // SAFETY: The context is plain data, valid when zeroed.
-        let mut context: Box<HostContext> = unsafe { Box::new(core::mem::zeroed()) };
-        let context = &raw mut *context;
-        // SAFETY: The context outlives `restore` below.
-        unsafe { install(context) }.unwrap();
-        // SAFETY: As above; the test is the only user.
-        assert_eq!(unsafe { (*context).actions }, before);
+        let actions = Actions::default();
+        install(&actions).unwrap();
+        assert_eq!(SIGNALS.map(|signal| actions.get(signal)), before);
+        // The second thread that enters changes nothing.
+        install(&actions).unwrap();
+        assert_eq!(SIGNALS.map(|signal| actions.get(signal)), before);
 
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: Fresh memory.
         let page = unsafe { sys::mmap(PAGE, libc::PROT_READ, flags, -1, 0) }.unwrap();
-        let refusal = || {
-            // SAFETY: As above.
-            let refusal = unsafe { (*context).refusal };
-            (refusal.signal, refusal.code)
-        };
+        let refusal = |signal, code| Err(Refusal { signal, code });
         const SEGV_MAPERR: i32 = 1;
         const SEGV_ACCERR: i32 = 2;
-        assert!(touch(page, false));
-        assert!(!touch(page, true));
-        assert_eq!(refusal(), (libc::SIGSEGV, SEGV_ACCERR));
+        assert_eq!(touch(page, false), Ok(()));
+        assert_eq!(touch(page, true), refusal(libc::SIGSEGV, SEGV_ACCERR));
         // SAFETY: The test's own page.
         unsafe { sys::mprotect(page, PAGE, libc::PROT_READ | libc::PROT_WRITE) }.unwrap();
-        assert!(touch(page, true));
+        assert_eq!(touch(page, true), Ok(()));
         // SAFETY: The test's own page.
         unsafe { sys::munmap(page, PAGE) }.unwrap();
-        assert!(!touch(page, false));
-        assert_eq!(refusal(), (libc::SIGSEGV, SEGV_MAPERR));
+        assert_eq!(touch(page, false), refusal(libc::SIGSEGV, SEGV_MAPERR));
 
         // A blocked signal must not kill the process, and stays blocked.
         let blocked = sys::sigprocmask(libc::SIG_BLOCK, sys::signal_bit(libc::SIGSEGV));
-        assert!(!touch(8, true));
+        assert_eq!(touch(8, true), refusal(libc::SIGSEGV, SEGV_MAPERR));
         let mask = sys::sigprocmask(libc::SIG_SETMASK, blocked);
         assert_ne!(mask & sys::signal_bit(libc::SIGSEGV), 0);
 
@@ -221,11 +203,10 @@ mod tests {
             assert!(file >= 0);
             sys::mmap(PAGE, libc::PROT_READ, libc::MAP_SHARED, file, 0).unwrap()
         };
-        assert!(!touch(page, false));
-        assert_eq!(refusal().0, libc::SIGBUS);
+        const BUS_ADRERR: i32 = 2;
+        assert_eq!(touch(page, false), refusal(libc::SIGBUS, BUS_ADRERR));
 
-        // SAFETY: The context given to `install`.
-        unsafe { restore(context) };
+        restore(&actions);
         for (signal, action) in SIGNALS.into_iter().zip(before) {
             // SAFETY: Asks only.
             assert_eq!(unsafe { sys::sigaction(signal, None) }, Ok(action));

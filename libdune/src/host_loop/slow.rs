@@ -8,6 +8,8 @@
 //! it runs; user space may write it at any time, so it is read through the raw pointer. Allocates nothing, uses no
 //! TLS and no errno.
 
+use core::sync::atomic::Ordering::Relaxed;
+
 use dune_abi::Event;
 use dune_abi::Exit;
 use dune_abi::RunPage;
@@ -23,6 +25,7 @@ use dune_abi::FLAG_EVENT_DELIVERY;
 use dune_abi::FLAG_GLA_VALID;
 use dune_abi::FLAG_PAGING_STRUCTURE;
 
+use super::clone;
 use super::context::HostContext;
 use super::context::Registers;
 use super::context::Touched;
@@ -42,11 +45,20 @@ pub(super) enum Action {
     Forward = 1,
     /// Go on with `HostContext::registers` outside Dune mode.
     Native = 2,
-    /// Make the system call in `HostContext::call`; a child goes on with its `Registers` outside Dune mode.
-    Twice = 3,
-    /// Unmap the arena, stack and all, and end the thread with the status in `HostContext::call`.
-    Exit = 4,
+    /// Make the system call in `HostContext::call`, and come back; a child goes on with its `Registers` outside Dune
+    /// mode.
+    CloneOutside = 3,
+    /// End the thread as `HostContext::end` says, which takes its stack away.
+    End = 4,
+    /// Make the system call in `HostContext::call`, and come back twice.
+    Clone = 5,
 }
+
+/// R12D behind `Action::Clone` and `Action::CloneOutside`: RAX is what the call returned to the maker.
+pub(super) const CLONED: u32 = u32::MAX - 1;
+
+/// R12D behind `Action::Clone` in the child.
+pub(super) const IS_CHILD: u32 = u32::MAX - 2;
 
 /// What `enter_guest` returns where the module could not enter the guest at all; the run page says why.
 pub(crate) const FAILED_ENTRY: i64 = -4096;
@@ -73,6 +85,8 @@ pub(super) unsafe extern "C" fn dune_host_slow(context: *mut HostContext, rax: i
             refused(context, &exit, true)
         }
         EXIT_AGAIN => Action::Run,
+        CLONED => clone::made(context, rax),
+        IS_CHILD => clone::begin(context),
         EXIT_FAIL_ENTRY if entries(context) == 0 => give_up(context, FAILED_ENTRY),
         _ => die(context, "the guest cannot go on"),
     };
@@ -123,8 +137,8 @@ fn rip(context: &HostContext) -> u64 {
 /// The process' page table allows no such access yet: make it natively, and Linux does what it does for any access.
 fn touched(context: &mut HostContext) -> Action {
     let exit = read_exit(context);
-    if !touch::touch(exit.hva, exit.access & ACCESS_WRITE != 0) {
-        let may_be_protected = context.refusal.signal == libc::SIGSEGV && context.refusal.code == SEGV_ACCERR;
+    if let Err(refusal) = touch::touch(exit.hva, exit.access & ACCESS_WRITE != 0) {
+        let may_be_protected = refusal.signal == libc::SIGSEGV && refusal.code == SEGV_ACCERR;
         return refused(context, &exit, may_be_protected);
     }
     // Linux allows it. The module must find it now: the same again and again, with nothing else in between, is an
@@ -194,13 +208,18 @@ fn refused(context: &mut HostContext, exit: &Exit, is_mapped: bool) -> Action {
     Action::Run
 }
 
-/// Ends Dune mode for this thread: destroys the vCPU and gives the program its signals back.
+/// Ends Dune mode for this thread: destroys the vCPU, and gives the program its signals back if it was the last.
 pub(super) fn leave(context: &mut HostContext) {
-    // SAFETY: The vCPU is this thread's. The run page stays mapped, nothing runs on it any more.
-    unsafe {
-        let _ = crate::sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu);
-        signal::restore(context);
+    destroy(context);
+    if context.process().threads.load(Relaxed) == 1 {
+        signal::restore(context.actions());
     }
+}
+
+/// Destroys the vCPU. Its run page stays mapped, nothing runs on it any more.
+pub(super) fn destroy(context: &mut HostContext) {
+    // SAFETY: The vCPU is this thread's.
+    let _ = unsafe { crate::sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu) };
     context.left = true;
 }
 

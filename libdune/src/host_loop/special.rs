@@ -4,24 +4,27 @@
 //!
 //! | Call | Why |
 //! |---|---|
-//! | clone, clone3, fork, vfork | the child goes on outside Dune mode, natively, at the guest's return address |
+//! | clone, clone3, fork, vfork | see `clone` |
 //! | arch_prctl (FS, GS) | the guest's segment bases follow |
 //! | rt_sigaction (SIGSEGV, SIGBUS) | the host loop has them; the program's actions are kept and given back |
 //! | rt_sigreturn | there is no signal frame to return from: handlers run natively, on the host stack |
 //! | close, close_range, dup2, dup3 | the device's fd is hidden |
-//! | exit | what libdune keeps for the thread goes with it |
-//! | VMCALLs of libdune's own | leaving, reports |
+//! | exit, exit_group | what libdune keeps for the thread goes with it |
+//! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
 
 use dune_abi::Gprs;
 use dune_abi::RunPage;
 use dune_abi::DIRTY_SREGS;
 use dune_abi::DUNE_SYNC;
 
+use super::clone;
+use super::context::End;
 use super::context::HostContext;
 use super::context::Registers;
-use super::context::REGISTERS_BYTES;
+use super::context::Role;
 use super::report;
 use super::signal;
+use super::slow;
 use super::slow::leave;
 use super::slow::set_result;
 use super::slow::Action;
@@ -29,12 +32,16 @@ use super::touch;
 use crate::abi::CALL_FATAL;
 use crate::abi::CALL_LEAVE;
 use crate::abi::CALL_NATIVE;
+use crate::abi::CALL_SELF;
 use crate::abi::PRIVATE_CALLS;
+use crate::entry;
+use crate::layout;
+use crate::process;
 use crate::sys;
 use crate::sys::SigAction;
 use crate::trap::TrapFrame;
 
-const CALLS: [i64; 12] = [
+const CALLS: [i64; 13] = [
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_fork,
@@ -47,6 +54,7 @@ const CALLS: [i64; 12] = [
     libc::SYS_dup2,
     libc::SYS_dup3,
     libc::SYS_exit,
+    libc::SYS_exit_group,
 ];
 
 /// Bit that selects the x32 ABI: nothing of that kind can be told apart here, and next to no kernel has it.
@@ -68,7 +76,7 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
     }
     match number as i64 {
         libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork => {
-            clone(context, number as i64, &gprs).unwrap_or_else(|errno| fail(context.run, errno))
+            clone::handle(context, number as i64, &gprs).unwrap_or_else(|errno| fail(context.run, errno))
         }
         libc::SYS_arch_prctl => arch_prctl(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_rt_sigaction => sigaction(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
@@ -84,7 +92,7 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
                 Action::Forward
             }
         }
-        libc::SYS_exit => exit(context, &gprs),
+        libc::SYS_exit | libc::SYS_exit_group => exit(context, number as i64, &gprs),
         _ => Action::Forward,
     }
 }
@@ -121,21 +129,51 @@ fn private(context: &mut HostContext, number: u64, gprs: &Gprs) -> Action {
             let reason = unsafe { (*context.block).fatal.load(core::sync::atomic::Ordering::Relaxed) };
             report::die_of_exception(context, reason, frame.as_ref())
         }
+        Ok(CALL_SELF) => {
+            set_result(context.run, context.block as i64);
+            Action::Run
+        }
         _ => fail(context.run, libc::ENOSYS),
     }
 }
 
-/// exit of the thread: nothing of its Dune mode is left for the threads that live on.
-fn exit(context: &mut HostContext, gprs: &Gprs) -> Action {
-    let (run, fd) = (context.run as u64, context.fd as i32);
+/// exit, exit_group: nothing of its Dune mode is left for the threads that live on.
+fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
+    match context.role {
+        // The process ends, with all that it has.
+        Role::Thread if number == libc::SYS_exit_group => return Action::Forward,
+        Role::Vfork => {
+            slow::destroy(context);
+            return Action::Forward;
+        }
+        Role::Thread | Role::SharesMemory => {}
+    }
     sys::sigprocmask(libc::SIG_SETMASK, u64::MAX);
-    leave(context);
+    slow::destroy(context);
     // SAFETY: The vCPU is gone and the program never sees its run page again.
-    let _ = unsafe { sys::munmap(run, dune_abi::RUN_PAGE_BYTES) };
-    sys::close(fd);
-    context.owner.release();
-    context.call[0] = gprs.rdi;
-    Action::Exit
+    let _ = unsafe { sys::munmap(context.run as u64, dune_abi::RUN_PAGE_BYTES) };
+    let process = context.process();
+    context.end = End {
+        number: number as u64,
+        status: gprs.rdi,
+        release: libc::SYS_munmap as u64,
+        start: process.start,
+        bytes: layout::ARENA_BYTES as u64,
+        advice: 0,
+        mark: core::ptr::null(),
+        mask: 0,
+    };
+    // SAFETY: Counted in; from here on only the stack is used.
+    if !unsafe { process::part(context.process, entry::give_back) } {
+        let (mark, mask) = process.mark(context.area());
+        context.end.release = libc::SYS_madvise as u64;
+        context.end.start = context.area();
+        context.end.bytes = layout::AREA_BYTES as u64;
+        context.end.advice = libc::MADV_DONTNEED as u64;
+        context.end.mark = mark;
+        context.end.mask = mask;
+    }
+    Action::End
 }
 
 /// Gives the thread the segment bases that the guest had, where WRFSBASE changed them.
@@ -149,64 +187,12 @@ fn carry_bases(bases: Option<(u64, u64)>) {
 }
 
 /// The whole state of the guest.
-fn sync(context: &HostContext) -> Result<RunPage, i32> {
+pub(super) fn sync(context: &HostContext) -> Result<RunPage, i32> {
     // SAFETY: The vCPU is this thread's; the run page is alive.
     unsafe {
         sys::ioctl(context.fd as i32, DUNE_SYNC, context.vcpu).map_err(|errno| errno.0)?;
         Ok(context.run.read_volatile())
     }
-}
-
-/// Offsets into `struct clone_args`, in words.
-const CLONE_ARGS_STACK: usize = 5;
-const CLONE_ARGS_STACK_SIZE: usize = 6;
-/// Size of the first version of `struct clone_args`.
-const CLONE_ARGS_SIZE_VER0: u64 = 64;
-
-/// fork, vfork, clone, clone3. The child pops its registers from where its RSP points and never sees Dune mode.
-fn clone(context: &mut HostContext, number: i64, gprs: &Gprs) -> Result<Action, i32> {
-    let run = sync(context)?;
-    // The module has moved the guest behind its call: RIP and RFLAGS are where it goes on.
-    let mut registers = Registers::new(gprs, run.rip, run.gprs.rsp, run.rflags);
-    registers.rax = 0;
-    context.call = [number as u64, gprs.rdi, gprs.rsi, gprs.rdx, gprs.r10, gprs.r8, gprs.r9];
-    let top = match number {
-        libc::SYS_clone => gprs.rsi,
-        libc::SYS_clone3 => {
-            let bytes = gprs.rsi;
-            if bytes > size_of_val(&context.clone_args) as u64 {
-                return Err(libc::E2BIG);
-            }
-            if bytes < CLONE_ARGS_SIZE_VER0 || bytes % 8 != 0 {
-                return Err(libc::EINVAL);
-            }
-            context.clone_args = [0; 32];
-            for index in 0..bytes / 8 {
-                let word = gprs.rdi.checked_add(index * 8).ok_or(libc::EFAULT)?;
-                context.clone_args[index as usize] = touch::read(word).map_err(|_| libc::EFAULT)?;
-            }
-            context.call[1] = context.clone_args.as_ptr() as u64;
-            let stack = context.clone_args[CLONE_ARGS_STACK];
-            stack.wrapping_add(context.clone_args[CLONE_ARGS_STACK_SIZE])
-        }
-        _ => 0,
-    };
-    if top != 0 {
-        registers.rsp = top;
-        let lower = top.checked_sub(REGISTERS_BYTES).ok_or(libc::EINVAL)?;
-        touch::write(lower, &registers).map_err(|_| libc::EFAULT)?;
-        if number == libc::SYS_clone {
-            context.call[2] = lower;
-        } else {
-            let size = &mut context.clone_args[CLONE_ARGS_STACK_SIZE];
-            *size = size
-                .checked_sub(REGISTERS_BYTES)
-                .filter(|size| *size != 0)
-                .ok_or(libc::EINVAL)?;
-        }
-    }
-    context.registers = registers;
-    Ok(Action::Twice)
 }
 
 const ARCH_SET_GS: u64 = 0x1001;
@@ -256,25 +242,22 @@ fn arch_prctl(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
 
 /// rt_sigaction: what the program does to SIGSEGV and SIGBUS is kept for the time after Dune mode.
 fn sigaction(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
-    let Some(index) = signal::SIGNALS
-        .iter()
-        .position(|signal| *signal as u64 == gprs.rdi & 0xffff_ffff)
-    else {
+    let signal = gprs.rdi as i32;
+    if !signal::SIGNALS.contains(&signal) {
         return Ok(Action::Forward);
-    };
+    }
     if gprs.r10 != 8 {
         return Err(libc::EINVAL);
     }
-    let old = context.actions[index];
-    let new = match gprs.rsi {
-        0 => None,
-        address => Some(touch::read::<SigAction>(address).map_err(|_| libc::EFAULT)?),
+    let old = match gprs.rsi {
+        0 => context.actions().get(signal),
+        address => {
+            let new = touch::read::<SigAction>(address).map_err(|_| libc::EFAULT)?;
+            context.actions().replace(signal, new)
+        }
     };
     if gprs.rdx != 0 {
         touch::write(gprs.rdx, &old).map_err(|_| libc::EFAULT)?;
-    }
-    if let Some(new) = new {
-        context.actions[index] = new;
     }
     set_result(context.run, 0);
     Ok(Action::Run)

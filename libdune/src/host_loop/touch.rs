@@ -5,15 +5,15 @@
 //! # Safety
 //!
 //! Each access is one instruction at a known address. Where Linux answers it with SIGSEGV or SIGBUS, the handler in
-//! `signal` goes on at `dune_touch_failed`, which makes the function return 1.
+//! `signal` goes on at `dune_touch_failed` with the [`Refusal`] in RCX, which the function returns.
 
 use core::arch::global_asm;
 
 use crate::sys;
 
 extern "C" {
-    fn dune_touch_read(address: u64) -> u32;
-    fn dune_touch_write(address: u64) -> u32;
+    fn dune_touch_read(address: u64) -> u64;
+    fn dune_touch_write(address: u64) -> u64;
     fn dune_touch_read_at();
     fn dune_touch_write_at();
     fn dune_touch_failed();
@@ -45,10 +45,34 @@ global_asm!(
     ".hidden dune_touch_failed",
     ".globl dune_touch_failed",
     "dune_touch_failed:",
-    "mov eax, 1",
+    "mov rax, rcx",
     "ret",
     ".popsection",
 );
+
+/// A native access that Linux refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub signal: i32,
+    pub code: i32,
+}
+
+impl Refusal {
+    /// Not 0: every signal has a number.
+    pub fn pack(self) -> u64 {
+        u64::from(self.signal as u32) << 32 | u64::from(self.code as u32)
+    }
+
+    fn unpack(packed: u64) -> Result<(), Self> {
+        match packed {
+            0 => Ok(()),
+            _ => Err(Self {
+                signal: (packed >> 32) as i32,
+                code: packed as i32,
+            }),
+        }
+    }
+}
 
 /// Where to go on when the instruction at `rip` got a signal.
 pub(super) fn recovery(rip: u64) -> Option<u64> {
@@ -58,13 +82,13 @@ pub(super) fn recovery(rip: u64) -> Option<u64> {
 
 const SIGNALS: u64 = sys::signal_bit(libc::SIGSEGV) | sys::signal_bit(libc::SIGBUS);
 
-/// Reads or writes the byte at `address`; says whether Linux allowed it.
+/// Reads or writes the byte at `address`, if Linux allows it.
 ///
 /// A signal that the program blocks would kill the process here, so it is unblocked meanwhile.
-pub(super) fn touch(address: u64, write: bool) -> bool {
+pub(super) fn touch(address: u64, write: bool) -> Result<(), Refusal> {
     let mask = sys::sigprocmask(libc::SIG_UNBLOCK, SIGNALS);
-    // SAFETY: A fault comes back as 1; reading, or writing what is there, changes nothing.
-    let failed = unsafe {
+    // SAFETY: A fault comes back as a refusal; reading, or writing what is there, changes nothing.
+    let refusal = unsafe {
         if write {
             dune_touch_write(address)
         } else {
@@ -74,7 +98,7 @@ pub(super) fn touch(address: u64, write: bool) -> bool {
     if mask & SIGNALS != 0 {
         sys::sigprocmask(libc::SIG_SETMASK, mask);
     }
-    failed == 0
+    Refusal::unpack(refusal)
 }
 
 /// The program gave an address that it cannot access itself.
@@ -88,9 +112,7 @@ fn touch_range(address: u64, bytes: usize, write: bool) -> Result<(), BadAddress
     }
     let mut at = address;
     while at <= last {
-        if !touch(at, write) {
-            return Err(BadAddress);
-        }
+        touch(at, write).map_err(|_| BadAddress)?;
         at = (at | 0xfff) + 1;
     }
     Ok(())

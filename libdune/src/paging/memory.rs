@@ -4,15 +4,18 @@
 //!
 //! # Safety
 //!
-//! Raw pointers into the arena, which lives until the thread has left Dune mode. Everything is used by one thread
-//! only, but re-entered by its trap handlers: a page is taken off its list before it is touched.
+//! Raw pointers into the arena, which lives as long as a Dune thread of the process. All threads and their trap handlers
+//! use it at once: a page is taken off its list before it is touched.
 
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::AcqRel;
+use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::MapSlot;
 use dune_abi::DUNE_MAP_SLOT;
+use dune_abi::MAP_SLOT_AT;
 
 use super::tree::Frames;
 use super::tree::Table;
@@ -26,11 +29,14 @@ const PAGE: u64 = layout::PAGE as u64;
 
 /// Where page tables live and what is where in GPA space.
 ///
+/// Used by all Dune threads at once, and by trap entry in the middle of itself: there is no lock.
+///
 /// # Invariants
 ///
 /// `forward` has `GIBS` and `reverse` has `SLOTS` entries, alive as long as this. `next .. end` is unused memory of
 /// the pool, zeroed; `end .. limit` is reserved for it. All of it lies in one GiB, which every tree maps before it is
-/// used: filling that in needs a page itself. `free` heads a list of pages linked through their first word.
+/// used: filling that in needs a page itself. The lower half of `free` is the number + 1 of the first page of a list
+/// linked through their first words, counted from `start`; the upper half counts its changes.
 #[repr(C)]
 pub(crate) struct Memory {
     fd: i32,
@@ -40,6 +46,8 @@ pub(crate) struct Memory {
     next: AtomicU64,
     end: AtomicU64,
     free: AtomicU64,
+    /// Behind the last slot that was ever handed out.
+    slots_end: AtomicU32,
     limit: u64,
     /// Start of the arena: what a table's HVA must lie behind.
     start: u64,
@@ -63,6 +71,7 @@ impl Memory {
             next: AtomicU64::new(arena + layout::POOL as u64),
             end: AtomicU64::new(arena + (layout::POOL + layout::POOL_STEP) as u64),
             free: AtomicU64::new(0),
+            slots_end: AtomicU32::new(0),
             limit: arena + layout::ARENA_BYTES as u64,
             start: arena,
             arena_offset: AtomicU64::new(0),
@@ -89,28 +98,84 @@ impl Memory {
     }
 
     fn take_free(&self) -> Option<u64> {
-        let page = self.free.load(Relaxed);
-        if page == 0 {
-            return None;
+        let mut head = self.free.load(Acquire);
+        loop {
+            let number = head as u32;
+            if number == 0 {
+                return None;
+            }
+            let page = self.start + u64::from(number - 1) * PAGE;
+            // SAFETY: A page of the pool. Another thread may have taken it meanwhile: then the exchange fails, because
+            // each one that succeeds changes the upper half.
+            let next = unsafe { (*(page as *const AtomicU64)).load(Relaxed) };
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next as u32);
+            match self.free.compare_exchange(head, new, AcqRel, Acquire) {
+                Ok(_) => {
+                    // SAFETY: The page is off the list now and nobody else's.
+                    unsafe { (page as *mut [u8; layout::PAGE]).write_bytes(0, 1) };
+                    return Some(page);
+                }
+                Err(now) => head = now,
+            }
         }
-        // SAFETY: Pages on the list are unused and mapped; the first word links them.
-        let next = unsafe { (page as *const u64).read() };
-        self.free.store(next, Relaxed);
-        // SAFETY: The page is off the list now and nobody else's.
-        unsafe { (page as *mut [u8; layout::PAGE]).write_bytes(0, 1) };
-        Some(page)
     }
 
-    fn grow(&self) -> Result<(), PagingError> {
-        let end = self.end.load(Relaxed);
-        if end >= self.limit {
-            return Err(PagingError::OutOfMemory(libc::ENOMEM));
+    fn put_free(&self, page: &Table) {
+        let number = (page as *const Table as u64 - self.start) / PAGE + 1;
+        let mut head = self.free.load(Relaxed);
+        loop {
+            page.0[0].store(u64::from(head as u32), Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | number;
+            match self.free.compare_exchange(head, new, AcqRel, Relaxed) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
         }
-        // SAFETY: The arena's own reserve, which nothing uses yet.
-        unsafe { sys::mprotect(end, layout::POOL_STEP, libc::PROT_READ | libc::PROT_WRITE) }
-            .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
-        self.end.store(end + layout::POOL_STEP as u64, Relaxed);
+    }
+
+    /// A page that never was used.
+    fn take_new(&self) -> Result<u64, PagingError> {
+        let page = self.next.fetch_add(PAGE, Relaxed);
+        loop {
+            let end = self.end.load(Acquire);
+            if page < end {
+                return Ok(page);
+            }
+            if end >= self.limit {
+                // Nobody can have it: it stays counted.
+                self.next.store(self.limit, Relaxed);
+                return Err(PagingError::OutOfMemory(libc::ENOMEM));
+            }
+            // Several threads may come here at once: the same twice does no harm.
+            // SAFETY: The arena's own reserve.
+            unsafe { sys::mprotect(end, layout::POOL_STEP, libc::PROT_READ | libc::PROT_WRITE) }
+                .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
+            let _ = self
+                .end
+                .compare_exchange(end, end + layout::POOL_STEP as u64, AcqRel, Relaxed);
+        }
+    }
+
+    /// In the child of a fork: has the slots of its fresh space be where the page tables of its parent have them.
+    pub fn claim_slots(&self) -> Result<(), sys::Errno> {
+        for slot in 0..u64::from(self.slots_end.load(Relaxed)) {
+            let gib = self.reverse(slot).map_or(0, |gib| gib.load(Relaxed));
+            if gib != 0 {
+                self.ask((u64::from(gib) - 1) << 30, Some(slot << 30))?;
+            }
+        }
         Ok(())
+    }
+
+    fn ask(&self, hva: u64, wanted: Option<u64>) -> Result<u64, sys::Errno> {
+        let mut ask = MapSlot {
+            size: size_of::<MapSlot>() as u32,
+            flags: if wanted.is_some() { MAP_SLOT_AT } else { 0 },
+            hva,
+            gpa: wanted.unwrap_or(0),
+        };
+        // SAFETY: The request takes a pointer to this structure.
+        unsafe { sys::ioctl(self.fd, DUNE_MAP_SLOT, &raw mut ask as u64) }.map(|_| ask.gpa)
     }
 }
 
@@ -119,12 +184,7 @@ unsafe impl Frames for Memory {
     fn allocate(&self) -> Result<Gpa, PagingError> {
         let page = match self.take_free() {
             Some(page) => page,
-            None => {
-                if self.next.load(Relaxed) >= self.end.load(Relaxed) {
-                    self.grow()?;
-                }
-                self.next.fetch_add(PAGE, Relaxed)
-            }
+            None => self.take_new()?,
         };
         let gpa = self.gpa(Hva::new(page).ok_or(PagingError::Corrupt(page))?)?;
         // INVARIANT: One GiB, one slot: the same number each time.
@@ -135,8 +195,7 @@ unsafe impl Frames for Memory {
     fn free(&self, table: Gpa) {
         if let Some(page) = self.table(table) {
             // The caller's page, unused from now on.
-            page.0[0].store(self.free.load(Relaxed), Relaxed);
-            self.free.store(page as *const Table as u64, Relaxed);
+            self.put_free(page);
         }
     }
 
@@ -157,23 +216,17 @@ unsafe impl Frames for Memory {
         if known != 0 {
             return Gpa::new((u64::from(known) << 30) | offset).ok_or(PagingError::Corrupt(u64::from(known)));
         }
-        let mut ask = MapSlot {
-            size: size_of::<MapSlot>() as u32,
-            flags: 0,
-            hva: hva.gib() << 30,
-            gpa: 0,
-        };
-        // SAFETY: The request takes a pointer to this structure.
-        match unsafe { sys::ioctl(self.fd, DUNE_MAP_SLOT, &raw mut ask as u64) } {
-            Ok(_) => {}
+        let start = match self.ask(hva.gib() << 30, None) {
+            Ok(start) => start,
             Err(sys::Errno(libc::ENOSPC)) => return Err(PagingError::OutOfSlots(hva)),
             Err(errno) => return Err(PagingError::MapSlot { hva, errno: errno.0 }),
-        }
-        let slot = ask.gpa >> 30;
-        let reverse = self.reverse(slot).ok_or(PagingError::Corrupt(ask.gpa))?;
+        };
+        let slot = start >> 30;
+        let reverse = self.reverse(slot).ok_or(PagingError::Corrupt(start))?;
+        self.slots_end.fetch_max(slot as u32 + 1, Relaxed);
         reverse.store(hva.gib() as u32 + 1, Relaxed);
         self.forward(hva.gib()).store(slot as u32, Relaxed);
-        Gpa::new((slot << 30) | offset).ok_or(PagingError::Corrupt(ask.gpa))
+        Gpa::new((slot << 30) | offset).ok_or(PagingError::Corrupt(start))
     }
 
     fn has_1g(&self) -> bool {

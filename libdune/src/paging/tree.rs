@@ -3,6 +3,7 @@
 //! Walking and changing a tree of tables, over any source of table pages.
 
 use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Relaxed;
 
 use super::entry::leaf_bytes;
@@ -127,7 +128,7 @@ impl<'f, F: Frames> Tree<'f, F> {
         }
         // A page fault of ours may have filled the entry in between: then it stays as it is and the caller looks again.
         if slot
-            .compare_exchange(old.0, Entry::table(gpa).0, Relaxed, Relaxed)
+            .compare_exchange(old.0, Entry::table(gpa).0, AcqRel, Relaxed)
             .is_err()
         {
             self.frames.free(gpa);
@@ -164,7 +165,13 @@ impl<'f, F: Frames> Tree<'f, F> {
                 }
                 Entry::table(gpa)
             };
-            let _ = slot.compare_exchange(Entry::EMPTY.0, entry.0, Relaxed, Relaxed);
+            if slot.compare_exchange(Entry::EMPTY.0, entry.0, AcqRel, Relaxed).is_err() && entry.kind(3) == Kind::Table
+            {
+                // Another thread was first.
+                if let Some(table) = Gpa::new(entry.address()) {
+                    self.frames.free(table);
+                }
+            }
             return Ok(true);
         }
     }
@@ -188,8 +195,11 @@ impl<'f, F: Frames> Tree<'f, F> {
             }
             let size = leaf_bytes(level);
             if at.is_aligned(size) && bytes - done >= size {
-                slot.store(change(entry, level).0, Relaxed);
-                done += size;
+                // Where the CPU set a bit, or another thread was first, it is looked at again.
+                let changed = change(entry, level).0;
+                if slot.compare_exchange(entry.0, changed, AcqRel, Relaxed).is_ok() {
+                    done += size;
+                }
             } else {
                 self.split(level, slot)?;
             }

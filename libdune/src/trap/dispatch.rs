@@ -16,12 +16,14 @@ use super::stub;
 use crate::abi::Counters;
 use crate::abi::CALL_FATAL;
 use crate::abi::CALL_NATIVE;
+use crate::abi::CALL_SELF;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
 use crate::addr::PAGE_BYTES;
 use crate::addr::USER_END;
 use crate::paging::fill;
+use crate::paging::is_cpl0;
 use crate::paging::read_cr3;
 use crate::paging::AddressSpace;
 use crate::paging::PagingError;
@@ -74,18 +76,50 @@ impl<'a> Thread<'a> {
         unsafe { &*self.block }
     }
 
-    /// The page table that the thread started with.
+    /// The default page table of the process, with which its first Dune thread started.
     pub fn address_space(&self) -> AddressSpace<'a> {
-        let block = self.block();
-        // SAFETY: The block's root is a tree in the block's memory.
-        unsafe { AddressSpace::borrowed(&block.memory, block.root) }
+        let process = self.block().process();
+        // SAFETY: The process' root is a tree in its memory.
+        unsafe { AddressSpace::borrowed(&process.memory, process.root) }
     }
 
     /// The page table that CR3 holds.
     pub fn current_address_space(&self) -> AddressSpace<'a> {
-        let root = Gpa::new(read_cr3() & !(PAGE_BYTES - 1)).unwrap_or(self.block().root);
-        // SAFETY: What is loaded is a tree in the block's memory.
-        unsafe { AddressSpace::borrowed(&self.block().memory, root) }
+        let process = self.block().process();
+        let root = Gpa::new(read_cr3() & !(PAGE_BYTES - 1)).unwrap_or(process.root);
+        // SAFETY: What is loaded is a tree in the process' memory.
+        unsafe { AddressSpace::borrowed(&process.memory, root) }
+    }
+
+    /// Calls `f` with the calling thread as a Dune thread; `None` outside Dune mode. Costs one exit.
+    pub fn with_current<R>(f: impl FnOnce(&Thread<'_>) -> R) -> Option<R> {
+        // SAFETY: The host loop answers with the block of this thread, which lives as long as it is in Dune mode. A
+        // private call has no other effect.
+        is_cpl0().then(|| unsafe { f(&Self::new(sys::vmcall(CALL_SELF) as *const Block)) })
+    }
+
+    /// Number of the vCPU among those of this process.
+    pub fn vcpu(&self) -> u32 {
+        self.block().vcpu.load(Relaxed)
+    }
+
+    /// Calls `handler` for exceptions of this thread with this vector from now on, and returns the one before.
+    ///
+    /// Threads and children that it makes start with its handlers. See [`Handler`] for what one may do. The page faults
+    /// by which libdune fills in the page table do not come to it.
+    pub fn set_exception_handler(&self, vector: Vector, handler: Handler) -> Option<Handler> {
+        self.replace_handler(vector, handler as usize)
+    }
+
+    /// Goes back to the default for exceptions of this thread with this vector.
+    pub fn clear_exception_handler(&self, vector: Vector) -> Option<Handler> {
+        self.replace_handler(vector, 0)
+    }
+
+    fn replace_handler(&self, vector: Vector, new: usize) -> Option<Handler> {
+        let old = self.block().handlers[usize::from(vector.0)].swap(new, Relaxed);
+        // SAFETY: Only functions of this type are stored.
+        (old != 0).then(|| unsafe { core::mem::transmute::<usize, Handler>(old) })
     }
 
     /// What the vCPU did so far; reading it costs no exit.
@@ -202,7 +236,7 @@ fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
     let (Some(gva), Some(root)) = (Gva::new(frame.cr2), Gpa::new(read_cr3() & !(PAGE_BYTES - 1))) else {
         return Ok(false);
     };
-    fill(&block.memory, root, gva)
+    fill(&block.process().memory, root, gva)
 }
 
 /// Makes the call where the program has called into the vsyscall page, which Linux emulates for ordinary processes.

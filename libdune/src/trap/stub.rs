@@ -199,7 +199,7 @@ global_asm!(
     ".globl dune_trap_end",
     "dune_trap_end:",
     ".popsection",
-    block = const layout::BLOCK_BYTES,
+    block = const layout::AREA_BYTES,
     handlers = const layout::HANDLERS,
     handler_shift = const layout::HANDLER_SHIFT,
     levels = const layout::LEVELS,

@@ -285,7 +285,7 @@ fn runs_leave_nothing(runs: usize, allowed: u64) {
         for round in 0..count {
             let child = spawn(|| {
                 let dune = enter();
-                let memory = vec![1u8; 1 << 20];
+                let memory = vec![1u8; 128 << 10];
                 assert_eq!(std::hint::black_box(&memory)[4096], 1);
                 if round % 2 == 0 {
                     dune.leave();

@@ -79,6 +79,9 @@ pub enum Need {
     CpuFlag(&'static str),
     /// A path that exists.
     Path(&'static str),
+    /// No kmemleak: a kernel that has it has KASAN too, which keeps back what was freed, so that counts of free memory say
+    /// nothing; kmemleak itself looks for what is left over there.
+    NoKmemleak,
 }
 
 impl Need {
@@ -90,6 +93,9 @@ impl Need {
                 (here < count).then(|| format!("needs {count} CPUs, has {here}"))
             }
             Need::CpuFlag(flag) => (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}")),
+            Need::NoKmemleak => std::path::Path::new("/sys/kernel/debug/kmemleak")
+                .exists()
+                .then(|| "KASAN keeps back what was freed; kmemleak looks for what is left over".to_string()),
             Need::Path(path) => (!std::path::Path::new(path).exists()).then(|| format!("there is no {path}")),
         }
     }

@@ -36,10 +36,12 @@ pub const TESTS: &[Test] = &[
     Test::asserting("counters_are_zero_after_each_end", counters_are_zero_after_each_end).run_as(User::Root),
     Test::asserting("no_leak_after_100_runs", no_leak_after_100_runs)
         .run_as(User::Root)
+        .needs(&[Need::NoKmemleak])
         .timeout_s(60),
     Test::asserting("no_leak_after_1000_runs", no_leak_after_1000_runs)
         .run_as(User::Root)
         .suite(Suite::Long)
+        .needs(&[Need::NoKmemleak])
         .timeout_s(600),
     Test::asserting("opening_holds_up_nobody", opening_holds_up_nobody)
         .run_as(User::Root)

@@ -36,6 +36,7 @@ struct DuneModule {
     _device: sys::chardev::CharDevice,
     _kvm_watch: sys::module::Watcher,
     _vmx: Vmx,
+    _l1tf: sys::cpu::L1tf,
     _counters: sys::debugfs::Dir,
     _percpu: vmx::percpu::Table,
 }
@@ -63,6 +64,14 @@ impl kernel::Module for DuneModule {
         vmx::vpid::init();
         let percpu = vmx::percpu::Table::publish()?;
         let counters = counters::show();
+        let l1tf = sys::cpu::L1tf::start().inspect_err(|e| {
+            if *e == EPERM {
+                pr_err!("this CPU has L1TF and hyper-threading is on: a guest's sibling thread could read any memory. Boot with nosmt, or load with allow_l1tf=1 if you trust the users of Dune\n");
+            }
+        })?;
+        if l1tf.flushes() {
+            pr_info!("L1TF: the L1 data cache is flushed before entries\n");
+        }
         // Watch before looking whether KVM is there, so that none comes unseen.
         let kvm_watch = sys::module::Watcher::register::<vmx::owner::KvmWatch>()?;
         let vmx = Vmx::start()?;
@@ -72,6 +81,7 @@ impl kernel::Module for DuneModule {
             _device: device,
             _kvm_watch: kvm_watch,
             _vmx: vmx,
+            _l1tf: l1tf,
             _counters: counters,
             _percpu: percpu,
         })

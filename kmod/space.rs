@@ -29,11 +29,14 @@ use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr::null_mut;
 use core::sync::atomic::AtomicPtr;
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
 /// Narrowest and widest GPA that the module handles; 4-level EPT ends at 48 bits.
 const GPA_BITS: core::ops::RangeInclusive<u32> = 32..=48;
+
+static SPACES_MADE: AtomicU64 = AtomicU64::new(0);
 
 /// A process' space.
 ///
@@ -52,6 +55,8 @@ pub(crate) struct Space {
     pub(crate) msr_bitmap: MsrBitmap,
     pub(crate) cr4: Cr4Policy,
     pub(crate) usage: owner::Use,
+    /// No other space had or will have it; not 0.
+    pub(crate) number: u64,
     gpa_bits: u32,
     traits: Traits,
     _counted: Counted,
@@ -106,6 +111,7 @@ impl Space {
                 msr_bitmap: MsrBitmap::new()?,
                 cr4: Cr4Policy::new(&capabilities),
                 usage,
+                number: SPACES_MADE.fetch_add(1, Relaxed) + 1,
                 gpa_bits,
                 traits,
                 _counted: Counted::new(&counters::SPACES),
@@ -208,7 +214,9 @@ impl Space {
     fn find(&self, number: u64) -> Result<&Place> {
         let place = usize::try_from(number)
             .ok()
-            .and_then(|n| self.places.get(n))
+            .filter(|n| *n < self.places.len())
+            // Masked, since user space chooses it and what stands there is followed.
+            .and_then(|n| self.places.get(cpu::index_nospec(n, self.places.len())))
             .ok_or(ENOENT)?;
         let owner = place.owner.load(Relaxed);
         if owner == thread::current_id() {

@@ -73,6 +73,8 @@ pub(crate) struct Vcpu {
     cr4: Cr4Policy,
     soft: Soft,
     next: Next,
+    /// Other code of the host ran since the last entry than that which settles simple exits.
+    pub(crate) host_ran: bool,
     /// The VMCS has its constant part.
     is_set_up: bool,
     _counted: Counted,
@@ -104,6 +106,7 @@ impl Vcpu {
                 cr4: space.cr4,
                 soft: Soft::default(),
                 next: Next::default(),
+                host_ran: true,
                 is_set_up: false,
                 _counted: Counted::new(&counters::VCPUS),
             },
@@ -163,14 +166,22 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// EINTR for a signal, or `interrupt_request`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
+    /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, or `interrupt_request`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
     /// taken away.
     pub(crate) fn run(&mut self, space: &Space) -> Result<u64> {
+        // A VM exit would load null there.
+        if regs::data_selectors() != 0 {
+            return Err(ENXIO);
+        }
         self.take_dirty()?;
+        self.host_ran = true;
         loop {
             match thread::pending() {
                 Pending::Nothing => {}
-                Pending::Reschedule => thread::reschedule(),
+                Pending::Reschedule => {
+                    self.host_ran = true;
+                    thread::reschedule();
+                }
                 Pending::Signal => return Err(EINTR),
                 Pending::UserWork => return Ok(self.finish(&AGAIN)),
             }

@@ -27,6 +27,7 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         execute: violation.execute(),
     };
     let mut effort = Effort::default();
+    vcpu.host_ran = true;
     let fault = space.ept.fault(space.mm, gpa, access, &mut effort);
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
     vcpu.count(offset_of!(Counters, retries), effort.retries);

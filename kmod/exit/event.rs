@@ -26,8 +26,9 @@ pub(super) fn redeliver(vcpu: &mut Vcpu, info: &ExitInfo) {
     }
 }
 
-/// #DB and #AC go back to the guest: they exit only because a guest's IDT could make the CPU deliver them for ever. An NMI
-/// and a #MC were handled with interrupts off.
+/// #DB and #AC go back to the guest: they exit only because a guest's IDT could make the CPU deliver them for ever. #NM
+/// exits where XFD exists, because its reason (IA32_XFD_ERR) is the host's to clear. An NMI and a #MC were handled with
+/// interrupts off.
 pub(super) fn handle_exception(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
     let event = info.interruption();
     if info.is_nmi() || info.is_machine_check() {
@@ -41,6 +42,11 @@ pub(super) fn handle_exception(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
         (EventKind::HardwareException, vector::DB) => {
             // DR6 is not told: it is the host's, and the guest cannot read it (MOV DR is refused).
             vcpu.inject_exception(vector::DB, None);
+            Flow::Resume
+        }
+        (EventKind::HardwareException, vector::NM) => {
+            // Why is cleared already, and the guest could not read it (RDMSR is refused).
+            vcpu.inject_exception(vector::NM, None);
             Flow::Resume
         }
         (EventKind::PrivilegedSoftwareException, vector::DB) => {

@@ -58,7 +58,7 @@ pub(crate) struct ExitInfo {
 
 impl ExitInfo {
     /// Reads it, in the window of the exit. Settles VMCALL at CPL0, which is the hot path, on the way.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut RunPage) -> Self {
         let raw_reason = vmcs.read(exit_info::REASON) as u32;
         let mut info = Self {
@@ -134,6 +134,11 @@ impl ExitInfo {
             || self.is(ExitReason::ExceptionOrNmi) && self.interruption().is_exception(crate::arch::exit::vector::MC)
     }
 
+    /// #NM, which exits only where the CPU has XFD.
+    pub(crate) fn is_device_not_available(&self) -> bool {
+        self.is(ExitReason::ExceptionOrNmi) && self.interruption().is_exception(crate::arch::exit::vector::NM)
+    }
+
     /// For user space: everything that was read.
     pub(crate) fn report(&self, kind: u32) -> abi::Exit {
         let delivering = self.interrupted_event().is_some();
@@ -180,6 +185,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         R::Cpuid => cpuid::handle(vcpu, info),
         R::Hlt => {
             skip(vcpu, info);
+            vcpu.host_ran = true;
             thread::yield_now();
             Flow::Resume
         }

@@ -29,7 +29,13 @@ pub(crate) fn advance(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut
         };
         vmcs.write(guest::RIP, rcx);
         vmcs.write(guest::RFLAGS, r11 & SYSRET_MASK | rflags::FIXED_1);
+        // Nothing is blocked behind a SYSCALL. Where something was, a VMCALL came there otherwise; these flags would then
+        // fail the next entry (SDM, "Checks on Guest Non-Register State").
+        if r11 & (rflags::IF | rflags::TF) != rflags::IF {
+            vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
+        }
     } else {
         vmcs.write(guest::RIP, rip.wrapping_add(VMCALL_LEN));
+        vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
     }
 }

@@ -95,6 +95,65 @@ pub(crate) fn has_itlb_multihit() -> bool {
     unsafe { bindings::dune_cpu_has_itlb_multihit() }
 }
 
+/// Whether the CPU can have features whose state it lacks (IA32_XFD), and says so by #NM.
+pub(crate) fn has_xfd() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_xfd() }
+}
+
+/// Forgets why an extended feature raised #NM in a guest, or Linux would take it for the reason of its next #NM.
+pub(crate) fn clear_xfd_error(_: &IrqOff) {
+    // SAFETY: Writes an MSR that Linux has 0 there outside its #NM handler.
+    unsafe { bindings::dune_xfd_err_clear() };
+}
+
+/// Keeps what one guest trained of the branch predictors from the next, where the kernel does so for virtual machines.
+pub(crate) fn branch_prediction_barrier(_: &IrqOff) {
+    // SAFETY: Drops predictions, no more.
+    unsafe { bindings::dune_ibpb() };
+}
+
+/// Has entries empty the L1 data cache, where guests could read it (L1TF).
+pub(crate) struct L1tf(());
+
+impl L1tf {
+    /// EPERM where that is not enough: a sibling thread could read it while the guest runs; ENOMEM.
+    pub(crate) fn start() -> kernel::error::Result<Self> {
+        // SAFETY: May sleep; undone in `drop`.
+        kernel::error::to_result(unsafe { bindings::dune_l1tf_start() })?;
+        Ok(Self(()))
+    }
+
+    pub(crate) fn flushes(&self) -> bool {
+        // SAFETY: Reads a flag.
+        unsafe { bindings::dune_l1d_flush_is_on() }
+    }
+}
+
+impl Drop for L1tf {
+    fn drop(&mut self) {
+        // SAFETY: No guest runs any more.
+        unsafe { bindings::dune_l1tf_stop() };
+    }
+}
+
+/// `index` where it is below `len`, else 0, also where the CPU speculates past a comparison of the two.
+#[inline]
+pub(crate) fn index_nospec(index: usize, len: usize) -> usize {
+    let mut mask = index;
+    // SAFETY: Arithmetic: CMP borrows where index < len, SBB makes all ones of it.
+    unsafe {
+        core::arch::asm!(
+            "cmp {mask}, {len}",
+            "sbb {mask}, {mask}",
+            mask = inout(reg) mask,
+            len = in(reg) len,
+            options(pure, nomem, nostack),
+        );
+    }
+    index & mask
+}
+
 /// Whether the host takes its events through FRED.
 pub(crate) fn has_fred() -> bool {
     // SAFETY: Reads a constant of the boot.

@@ -637,11 +637,12 @@ void dune_guest_timing_exit(void)
 }
 
 /* noinstr: between the two calls RCU does not watch and lockdep believes that interrupts are on. */
-noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry)
+noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran)
 {
 	unsigned long ret;
 
 	guest_state_enter_irqoff();
+	dune_l1tf_before_entry(host_ran);
 	ret = dune_vmenter(run_page, entry);
 	guest_state_exit_irqoff();
 	return ret;

@@ -58,6 +58,15 @@ bool dune_cpu_has_fsgsbase(void);
 bool dune_cpu_has_enqcmd(void);
 bool dune_cpu_has_fred(void);
 
+/* Mitigations (mitigations.c). */
+int dune_l1tf_start(void);
+void dune_l1tf_stop(void);
+bool dune_l1d_flush_is_on(void);
+void dune_l1tf_before_entry(bool host_ran);
+void dune_ibpb(void);
+bool dune_cpu_has_xfd(void);
+void dune_xfd_err_clear(void);
+
 /* Memory. */
 unsigned long dune_get_zeroed_page(void);
 void dune_free_page(unsigned long addr);
@@ -143,7 +152,7 @@ void dune_cpuhp_remove(int state);
 /* The guest. */
 void dune_guest_timing_enter(void);
 void dune_guest_timing_exit(void);
-unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry);
+unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran);
 void dune_nmi(void);
 void dune_machine_check(void);
 

@@ -40,15 +40,35 @@ pub(crate) unsafe fn lgdt(t: &TableRegister, _: &IrqOff) {
     unsafe { asm!("lgdt [{}]", in(reg) t, options(nostack, preserves_flags, readonly)) };
 }
 
+/// Selector of the LDT; 0: none.
+pub(crate) fn sldt(_: &IrqOff) -> u16 {
+    let selector: u32;
+    // SAFETY: Reads a register.
+    unsafe { asm!("sldt {:e}", out(reg) selector, options(nomem, nostack, preserves_flags)) };
+    selector as u16
+}
+
+/// Puts the LDT back, which a VM exit makes null.
+///
+/// # Safety
+///
+/// `selector` must be what [`sldt`] gave on this CPU, and the GDT what it was then.
+pub(crate) unsafe fn lldt(selector: u16, _: &IrqOff) {
+    // SAFETY: By the caller the descriptor is there.
+    unsafe { asm!("lldt {:x}", in(reg) selector, options(nostack, preserves_flags)) };
+}
+
 /// The selectors of DS, ES, FS and GS, ORed: 0 when the thread uses none, as 64-bit programs do.
-pub(crate) fn data_selectors() -> u16 {
-    let (ds, es, fs, gs): (u16, u16, u16, u16);
+#[inline]
+pub(crate) fn data_selectors() -> u32 {
+    let all: u32;
     // SAFETY: Reads segment registers.
     unsafe {
-        asm!("mov {0:x}, ds", "mov {1:x}, es", "mov {2:x}, fs", "mov {3:x}, gs",
-             out(reg) ds, out(reg) es, out(reg) fs, out(reg) gs, options(nomem, nostack, preserves_flags));
+        asm!("mov {all:e}, ds", "mov {one:e}, es", "or {all:e}, {one:e}", "mov {one:e}, fs", "or {all:e}, {one:e}",
+             "mov {one:e}, gs", "or {all:e}, {one:e}",
+             all = out(reg) all, one = out(reg) _, options(nomem, nostack));
     }
-    ds | es | fs | gs
+    all
 }
 
 pub(crate) fn cr0() -> u64 {
@@ -112,6 +132,31 @@ pub(crate) fn restore_dr7(_: &IrqOff) {
             bindings::dune_set_dr7(dr7);
         }
     }
+}
+
+/// Reads IA32_DEBUGCTL.
+///
+/// # Safety
+///
+/// The CPU must have it.
+pub(crate) unsafe fn debugctl(_: &IrqOff) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: By the caller the MSR is there.
+    unsafe {
+        asm!("rdmsr", in("ecx") msr::IA32_DEBUGCTL, out("eax") low, out("edx") high,
+             options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Puts IA32_DEBUGCTL back, which a VM exit clears.
+///
+/// # Safety
+///
+/// `v` must be what [`debugctl`] gave in the same window.
+pub(crate) unsafe fn restore_debugctl(v: u64, _: &IrqOff) {
+    // SAFETY: By the caller it was the host's.
+    unsafe { write_base_msr(msr::IA32_DEBUGCTL, v) };
 }
 
 /// Reads an MSR that may not exist. EIO.

@@ -59,6 +59,9 @@ impl Vcpu {
                 vmcs.write(guest::RIP, rip);
                 vmcs.write(guest::RSP, rsp);
                 vmcs.write(guest::RFLAGS, rflags);
+                // Elsewhere now: without what it was in the middle of.
+                vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
+                vmcs.write(guest::PENDING_DEBUG_EXCEPTIONS, 0);
             }
         })?;
         self.is_set_up = true;

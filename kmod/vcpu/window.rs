@@ -11,6 +11,7 @@ use crate::arch::vmcs_field::exit_info;
 use crate::arch::vmcs_field::guest;
 use crate::exit::ExitInfo;
 use crate::space::Space;
+use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
 use crate::sys::regs;
@@ -21,6 +22,7 @@ use crate::vmx::enter::Entered;
 use crate::vmx::host_state::HostState;
 use crate::vmx::ops;
 use crate::vmx::owner;
+use crate::vmx::percpu;
 use crate::vmx::vmcs::CurrentVmcs;
 use crate::vmx::vmcs::Loaded;
 use core::mem::offset_of;
@@ -95,11 +97,17 @@ impl Vcpu {
             self.host = HostState::new();
             return Window::Unusable;
         }
+        let last_space = &percpu::of(irq.cpu()).last_space;
+        if last_space.load(Relaxed) != space.number {
+            last_space.store(space.number, Relaxed);
+            cpu::branch_prediction_barrier(&irq);
+        }
+        let host_ran = core::mem::take(&mut self.host_ran);
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
         unsafe { regs::write_lstar(self.soft.lstar, &irq) };
         thread::guest_timing_enter(&irq);
         // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
-        let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &irq) };
+        let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, host_ran, &irq) };
         // SAFETY: Linux' own value.
         unsafe { regs::write_lstar(self.host_lstar, &irq) };
         space.ept.translations.leave(&irq);
@@ -122,6 +130,8 @@ impl Vcpu {
             enter::handle_nmi(&irq);
         } else if info.is_machine_check() {
             enter::handle_machine_check(&irq);
+        } else if info.is_device_not_available() {
+            cpu::clear_xfd_error(&irq);
         }
         if vmcs.has_failed() {
             // Somebody else uses VMX.
@@ -146,6 +156,9 @@ impl Vcpu {
     fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         if let Some(rip) = self.next.rip.take() {
             vmcs.write(guest::RIP, rip);
+            // Behind an emulated instruction nothing is blocked any more by the STI or MOV SS before it. (Blocking by SMI,
+            // by NMI and in enclaves is never a guest's here.)
+            vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
         }
         if let Some(injection) = self.next.injection.take() {
             vmcs.write(control::ENTRY_INTERRUPTION_INFO, injection.info.as_u32().into());

@@ -28,6 +28,11 @@ pub(crate) struct HostState {
     /// although a guest's SWAPGS changes it.
     keeps_gs_base: bool,
     kernel_gs_base: u64,
+    /// What a VM exit clears, as it was before the entry: the LDT's selector, and IA32_DEBUGCTL (LBR, BTS, single-stepping
+    /// of branches), which perf and ptrace change at any time.
+    ldt: u16,
+    debugctl: u64,
+    has_debugctl: bool,
 }
 
 impl HostState {
@@ -40,6 +45,9 @@ impl HostState {
             gdt: TableRegister { limit: 0, base: 0 },
             keeps_gs_base: !cpu::has_fsgsbase() && !cfg!(dune_mutate_swapgs),
             kernel_gs_base: 0,
+            ldt: 0,
+            debugctl: 0,
+            has_debugctl: regs::read_msr(msr::IA32_DEBUGCTL).is_ok(),
         }
     }
 
@@ -67,7 +75,7 @@ impl HostState {
     }
 
     /// Brings the area up to date for an entry on this CPU.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn refresh(&mut self, vmcs: &mut CurrentVmcs<'_>, moved: bool, irq: &IrqOff) {
         if moved {
             self.gdt = regs::sgdt();
@@ -78,6 +86,11 @@ impl HostState {
         }
         if self.keeps_gs_base {
             self.kernel_gs_base = regs::kernel_gs_base(irq);
+        }
+        self.ldt = regs::sldt(irq);
+        if self.has_debugctl {
+            // SAFETY: As just checked.
+            self.debugctl = unsafe { regs::debugctl(irq) };
         }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
@@ -97,10 +110,18 @@ impl HostState {
     }
 
     /// Puts back what a VM exit does not load from the host-state area.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn restore_after_exit(&self, irq: &IrqOff) {
         // SAFETY: What `refresh` read on this CPU; interrupts were off since.
         unsafe { regs::lgdt(&self.gdt, irq) };
+        if self.ldt != 0 {
+            // SAFETY: As above, and after the GDT is back.
+            unsafe { regs::lldt(self.ldt, irq) };
+        }
+        if self.debugctl != 0 {
+            // SAFETY: As above.
+            unsafe { regs::restore_debugctl(self.debugctl, irq) };
+        }
         if self.keeps_gs_base {
             // SAFETY: As above.
             unsafe { regs::restore_kernel_gs_base(self.kernel_gs_base, irq) };

@@ -22,6 +22,8 @@ pub(crate) struct PerCpu {
     pub(crate) usable: AtomicBool,
     /// Host-physical address of our VMCS that is current here; written and read as above.
     pub(crate) current: AtomicU64,
+    /// [`Space`](crate::space::Space) number of the guest that ran here last; written and read as above.
+    pub(crate) last_space: AtomicU64,
     /// The VMXON region while VMX is on. Only the CPU's hotplug callbacks use it, one at a time.
     pub(crate) vmxon_region: UnsafeCell<Option<Page>>,
 }
@@ -47,6 +49,7 @@ impl Table {
                 PerCpu {
                     usable: AtomicBool::new(false),
                     current: AtomicU64::new(NO_VMCS),
+                    last_space: AtomicU64::new(0),
                     vmxon_region: UnsafeCell::new(None),
                 },
                 GFP_KERNEL,

@@ -10,6 +10,7 @@ use crate::arch::controls::VmxCapabilities;
 use crate::arch::msr;
 use crate::arch::vmcs_field::control;
 use crate::arch::vmcs_field::guest;
+use crate::sys::cpu;
 use crate::sys::mem::Page;
 use kernel::prelude::*;
 
@@ -59,7 +60,8 @@ pub(crate) fn write(
     vmcs.write(control::SECONDARY, secondary.into());
     vmcs.write(control::EXIT, capabilities.exit.into());
     vmcs.write(control::ENTRY, capabilities.entry.into());
-    vmcs.write(control::EXCEPTION_BITMAP, exception::ALWAYS.into());
+    let exceptions = exception::ALWAYS | if cpu::has_xfd() { exception::NM } else { 0 };
+    vmcs.write(control::EXCEPTION_BITMAP, exceptions.into());
     vmcs.write(control::PAGE_FAULT_ERROR_CODE_MASK, 0);
     vmcs.write(control::PAGE_FAULT_ERROR_CODE_MATCH, 0);
     vmcs.write(control::CR3_TARGET_COUNT, 0);

@@ -6,22 +6,81 @@
  *   1. Save what the C ABI wants back, and both arguments.
  *   2. Write HOST_RSP when it is not what the VMCS has (the stack depth is nearly always the same).
  *   3. Load the guest's CR2 (when it differs) and general-purpose registers from the run page.
- *   4. VMLAUNCH or VMRESUME. On success the guest runs; its exit comes back at dune_vmexit with HOST_RSP.
- *   5. Store the guest's registers and CR2 to the run page.
- *   6. Clear every register the guest had, so that nothing of it is used speculatively.
- *   7. Refill the return stack buffer before the first unbalanced RET.
- * Not here: FPU (the guest's is the thread's), segment bases and MSRs (VMCS and host_state.rs), NMI (enter.rs).
+ *   4. VERW: empty the CPU's buffers where a guest could sample them (MDS, TAA, RFDS). Nothing is loaded after it.
+ *   5. VMLAUNCH or VMRESUME. On success the guest runs; its exit comes back at dune_vmexit with HOST_RSP.
+ *   6. Store the guest's registers and CR2 to the run page.
+ *   7. Clear every register the guest had, so that nothing of it is used speculatively.
+ *   8. Refill the return stack buffer, write SPEC_CTRL again under legacy IBRS (the bit counts from the last write in
+ *      this mode on), clear the branch history: before the first unbalanced RET and indirect branch.
+ * Each of 4 and 8 is there only where the kernel has its own on for KVM: ALTERNATIVE on its feature bits.
+ * Not here: FPU (the guest's is the thread's), segment bases and MSRs (VMCS and host_state.rs), NMI (enter.rs), L1D flush
+ * and IBPB (mitigations.c). SPEC_CTRL stays the host's in the guest, which cannot write it.
  * The run page is memory that user space can write at any time: only register values come from it.
  */
 #include <linux/linkage.h>
 #include <asm/alternative.h>
 #include <asm/asm.h>
+#include <asm/msr-index.h>
 #include <asm/nospec-branch.h>
+#include <asm/segment.h>
 #include <asm/unwind_hints.h>
 
 #include "vmenter.h"
 
+/* The kernel's names of "clear the branch history after a VM exit" over its versions. */
+#if defined(X86_FEATURE_CLEAR_BHB_LOOP_ON_VMEXIT)
+#define DUNE_FEATURE_BHB X86_FEATURE_CLEAR_BHB_LOOP_ON_VMEXIT
+#elif defined(X86_FEATURE_CLEAR_BHB_VMEXIT)
+#define DUNE_FEATURE_BHB X86_FEATURE_CLEAR_BHB_VMEXIT
+#else
+#define DUNE_FEATURE_BHB X86_FEATURE_CLEAR_BHB_LOOP
+#endif
+
+.section .rodata
+.align 2
+/* VERW empties the buffers in its memory form only; the kernel's own operand is not for every module. */
+SYM_DATA_LOCAL(dune_verw_selector, .word __KERNEL_DS)
+
 .section .noinstr.text, "ax"
+
+/*
+ * Overwrites the branch history with 5 * 5 taken branches, after Intel's "Branch History Injection" (software
+ * BHB-clearing sequence): nested calls keep the loop stream detector out. Clobbers RAX, RCX and flags.
+ */
+.align 64
+SYM_FUNC_START_LOCAL(dune_clear_branch_history)
+	push %rbp
+	mov %rsp, %rbp
+	mov $5, %ecx
+	ANNOTATE_INTRA_FUNCTION_CALL
+	call .Lbhb_outer
+	jmp .Lbhb_done
+	.align 64, 0xcc
+	/* RETs in the upper half of a cache line, or they would take the slow way against indirect target selection. */
+	.skip 27, 0xcc
+	ANNOTATE_INTRA_FUNCTION_CALL
+.Lbhb_outer:
+	call .Lbhb_inner
+	RET
+	.align 64, 0xcc
+	.skip 16, 0xcc
+.Lbhb_inner:
+	mov $5, %eax
+.Lbhb_loop:
+	jmp .Lbhb_next
+	nop
+.Lbhb_next:
+	dec %eax
+	jnz .Lbhb_loop
+	dec %ecx
+	jnz .Lbhb_outer
+	RET
+.Lbhb_done:
+	lfence
+	pop %rbp
+	RET
+SYM_FUNC_END(dune_clear_branch_history)
+STACK_FRAME_NON_STANDARD(dune_clear_branch_history)
 
 SYM_FUNC_START(dune_vmenter)
 	push %rbp
@@ -50,8 +109,8 @@ SYM_FUNC_START(dune_vmenter)
 	mov %rcx, %cr2
 .Lcr2_done:
 
-	cmpq $0, DUNE_ENTRY_LAUNCHED(%rsi)
-	/* MOV leaves the flags alone: ZF decides below. */
+	/* CF decides below: MOV leaves the flags alone, VERW all but ZF. */
+	cmpq $1, DUNE_ENTRY_LAUNCHED(%rsi)
 	mov DUNE_RUN_RAX(%rdi), %rax
 	mov DUNE_RUN_RCX(%rdi), %rcx
 	mov DUNE_RUN_RDX(%rdi), %rdx
@@ -67,7 +126,14 @@ SYM_FUNC_START(dune_vmenter)
 	mov DUNE_RUN_R14(%rdi), %r14
 	mov DUNE_RUN_R15(%rdi), %r15
 	mov DUNE_RUN_RDI(%rdi), %rdi
-	jz .Lvmlaunch
+
+#ifdef X86_FEATURE_CLEAR_CPU_BUF_VM
+	ALTERNATIVE_2 "", "verw dune_verw_selector(%rip)", X86_FEATURE_CLEAR_CPU_BUF, \
+		"verw dune_verw_selector(%rip)", X86_FEATURE_CLEAR_CPU_BUF_VM
+#else
+	ALTERNATIVE "", "verw dune_verw_selector(%rip)", X86_FEATURE_CLEAR_CPU_BUF
+#endif
+	jc .Lvmlaunch
 
 	/* An exit comes back behind these as if by a jump: tell objtool that the stack is as it was here. */
 	UNWIND_HINT_SAVE
@@ -127,6 +193,13 @@ SYM_INNER_LABEL_ALIGN(dune_vmexit, SYM_L_GLOBAL)
 	xor %r15d, %r15d
 
 	FILL_RETURN_BUFFER %rcx, RSB_CLEAR_LOOPS, X86_FEATURE_RSB_VMEXIT, X86_FEATURE_RSB_VMEXIT_LITE
+
+	ALTERNATIVE "jmp .Lno_ibrs", "", X86_FEATURE_KERNEL_IBRS
+	mov $MSR_IA32_SPEC_CTRL, %ecx
+	rdmsr
+	wrmsr
+.Lno_ibrs:
+	ALTERNATIVE "", "call dune_clear_branch_history", DUNE_FEATURE_BHB
 
 	mov %rbx, %rax
 	pop %rdi

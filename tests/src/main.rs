@@ -6,6 +6,7 @@ mod enter;
 mod framework;
 mod harness;
 mod helpers;
+mod isolation;
 mod kvm;
 mod machine;
 mod memory;
@@ -39,6 +40,7 @@ const TOPICS: &[&[Test]] = &[
     sched::TESTS,
     process::TESTS,
     robust::TESTS,
+    isolation::TESTS,
     module::TESTS,
     kvm::TESTS,
 ];

@@ -374,6 +374,31 @@ impl RawGuest {
         }
     }
 
+    /// The gate of `vector`: its code segment, its type byte; to the same stub on IST 1.
+    pub fn set_gate(&mut self, vector: u8, selector: u16, kind: u8) {
+        let stub = self.hva(STUBS) + u64::from(vector) * 16;
+        self.set_gate_to(vector, selector, kind, stub);
+    }
+
+    /// The same, to any address.
+    pub fn set_gate_to(&mut self, vector: u8, selector: u16, kind: u8, to: u64) {
+        let gate = to & 0xffff | u64::from(selector) << 16 | 1 << 32 | u64::from(kind) << 40 | (to >> 16 & 0xffff) << 48;
+        self.write(IDT, usize::from(vector) * 2, gate);
+        self.write(IDT, usize::from(vector) * 2 + 1, to >> 32);
+    }
+
+    /// Where the stack of IST 1 begins.
+    pub fn set_ist1(&mut self, top: u64) {
+        // SAFETY: inside the page of tables.
+        unsafe { self.page(TABLES).cast::<u8>().add(128 + 36).cast::<u64>().write_unaligned(top) };
+    }
+
+    /// Where in the TSS the I/O permission bitmap begins.
+    pub fn set_io_bitmap(&mut self, offset: u16) {
+        // SAFETY: inside the page of tables.
+        unsafe { self.page(TABLES).cast::<u8>().add(128 + 102).cast::<u16>().write_unaligned(offset) };
+    }
+
     /// Replaces the code.
     pub fn set_code(&mut self, code: &[u8]) {
         assert!(code.len() <= (DATA - CODE) * PAGE);

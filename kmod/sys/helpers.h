@@ -64,6 +64,7 @@ void dune_l1tf_stop(void);
 bool dune_l1d_flush_is_on(void);
 void dune_l1tf_before_entry(bool host_ran);
 void dune_ibpb(void);
+bool dune_cpu_has_pebs(void);
 bool dune_cpu_has_xfd(void);
 void dune_xfd_err_clear(void);
 

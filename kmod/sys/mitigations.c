@@ -146,6 +146,13 @@ void dune_ibpb(void)
 		native_wrmsrl(MSR_IA32_PRED_CMD, PRED_CMD_IBPB);
 }
 
+bool dune_cpu_has_pebs(void)
+{
+	u64 enabled;
+
+	return boot_cpu_has(X86_FEATURE_PEBS) && !rdmsrl_safe(MSR_IA32_PEBS_ENABLE, &enabled);
+}
+
 bool dune_cpu_has_xfd(void)
 {
 	return boot_cpu_has(X86_FEATURE_XFD);

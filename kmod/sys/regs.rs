@@ -140,10 +140,20 @@ pub(crate) fn restore_dr7(_: &IrqOff) {
 ///
 /// The CPU must have it.
 pub(crate) unsafe fn debugctl(_: &IrqOff) -> u64 {
+    // SAFETY: By the caller the MSR is there.
+    unsafe { read_present_msr(msr::IA32_DEBUGCTL) }
+}
+
+/// Reads an MSR.
+///
+/// # Safety
+///
+/// The CPU must have it.
+unsafe fn read_present_msr(number: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: By the caller the MSR is there.
     unsafe {
-        asm!("rdmsr", in("ecx") msr::IA32_DEBUGCTL, out("eax") low, out("edx") high,
+        asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high,
              options(nomem, nostack, preserves_flags));
     }
     u64::from(high) << 32 | u64::from(low)
@@ -156,7 +166,33 @@ pub(crate) unsafe fn debugctl(_: &IrqOff) -> u64 {
 /// `v` must be what [`debugctl`] gave in the same window.
 pub(crate) unsafe fn restore_debugctl(v: u64, _: &IrqOff) {
     // SAFETY: By the caller it was the host's.
-    unsafe { write_base_msr(msr::IA32_DEBUGCTL, v) };
+    unsafe { write_msr(msr::IA32_DEBUGCTL, v) };
+}
+
+/// Reads IA32_PEBS_ENABLE.
+///
+/// # Safety
+///
+/// The CPU must have it.
+pub(crate) unsafe fn pebs_enable(_: &IrqOff) -> u64 {
+    // SAFETY: By the caller the MSR is there.
+    unsafe { read_present_msr(msr::IA32_PEBS_ENABLE) }
+}
+
+/// Switches PEBS off (0) or back to what [`pebs_enable`] gave in the same window.
+///
+/// # Safety
+///
+/// `v` must be one of these, and the latter the last before interrupts come on.
+pub(crate) unsafe fn set_pebs_enable(v: u64, _: &IrqOff) {
+    // SAFETY: By the caller.
+    unsafe { write_msr(msr::IA32_PEBS_ENABLE, v) };
+}
+
+/// Whether the CPU has PEBS.
+pub(crate) fn has_pebs() -> bool {
+    // SAFETY: Reads a constant of the boot.
+    unsafe { bindings::dune_cpu_has_pebs() }
 }
 
 /// Reads an MSR that may not exist. EIO.
@@ -167,12 +203,12 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     Ok(v)
 }
 
-/// Writes an MSR that every 64-bit CPU has.
+/// Writes an MSR.
 ///
 /// # Safety
 ///
-/// `v` must be canonical and may not stay in force for the host unless it was the host's.
-unsafe fn write_base_msr(number: u32, v: u64) {
+/// The CPU must have it and take `v`, which may not stay in force for the host unless it was the host's.
+unsafe fn write_msr(number: u32, v: u64) {
     // SAFETY: By the caller.
     unsafe {
         asm!("wrmsr", in("ecx") number, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
@@ -186,7 +222,7 @@ unsafe fn write_base_msr(number: u32, v: u64) {
 /// `v` must be canonical, and Linux' value must be back before interrupts come on.
 pub(crate) unsafe fn write_lstar(v: u64, _: &IrqOff) {
     // SAFETY: By the caller.
-    unsafe { write_base_msr(msr::IA32_LSTAR, v) };
+    unsafe { write_msr(msr::IA32_LSTAR, v) };
 }
 
 /// The GS base of user mode while the kernel runs.
@@ -201,7 +237,7 @@ pub(crate) fn kernel_gs_base(_: &IrqOff) -> u64 {
 /// `v` must come from there, in the same window.
 pub(crate) unsafe fn restore_kernel_gs_base(v: u64, _: &IrqOff) {
     // SAFETY: By the caller it was the host's.
-    unsafe { write_base_msr(msr::IA32_KERNEL_GS_BASE, v) };
+    unsafe { write_msr(msr::IA32_KERNEL_GS_BASE, v) };
 }
 
 /// XCR0; 0 without XSAVE.

@@ -105,11 +105,13 @@ impl Vcpu {
         let host_ran = core::mem::take(&mut self.host_ran);
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
         unsafe { regs::write_lstar(self.soft.lstar, &irq) };
+        self.host.quiet(&irq);
         thread::guest_timing_enter(&irq);
         // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
         let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, host_ran, &irq) };
         // SAFETY: Linux' own value.
         unsafe { regs::write_lstar(self.host_lstar, &irq) };
+        self.host.unquiet(&irq);
         space.ept.translations.leave(&irq);
 
         if entered != Entered::Exit {
@@ -200,7 +202,8 @@ impl Vcpu {
             let ops = vmcs.ops;
             self.count(offset_of!(abi::Counters, vmreads), ops.vmreads);
             self.count(offset_of!(abi::Counters, vmwrites), ops.vmwrites);
-            self.count(offset_of!(abi::Counters, rdmsrs), ops.rdmsrs);
+            // DEBUGCTL and PEBS_ENABLE.
+            self.count(offset_of!(abi::Counters, rdmsrs), ops.rdmsrs + self.host.reads());
             // LSTAR, in and out.
             self.count(offset_of!(abi::Counters, wrmsrs), ops.wrmsrs + 2);
         }

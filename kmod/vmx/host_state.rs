@@ -33,6 +33,9 @@ pub(crate) struct HostState {
     ldt: u16,
     debugctl: u64,
     has_debugctl: bool,
+    /// PEBS writes its records through linear addresses, which in a guest are the guest's: off there.
+    pebs: u64,
+    has_pebs: bool,
 }
 
 impl HostState {
@@ -47,6 +50,8 @@ impl HostState {
             kernel_gs_base: 0,
             ldt: 0,
             debugctl: 0,
+            pebs: 0,
+            has_pebs: regs::has_pebs(),
             has_debugctl: regs::read_msr(msr::IA32_DEBUGCTL).is_ok(),
         }
     }
@@ -92,6 +97,10 @@ impl HostState {
             // SAFETY: As just checked.
             self.debugctl = unsafe { regs::debugctl(irq) };
         }
+        if self.has_pebs {
+            // SAFETY: As just checked.
+            self.pebs = unsafe { regs::pebs_enable(irq) };
+        }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
             self.cr3 = cr3;
@@ -106,6 +115,29 @@ impl HostState {
         if fs_base != self.fs_base {
             self.fs_base = fs_base;
             vmcs.write(host::FS_BASE, fs_base);
+        }
+    }
+
+    /// MSRs that each entry reads.
+    pub(crate) fn reads(&self) -> u64 {
+        u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base)
+    }
+
+    /// Right before an entry, of which [`Self::unquiet`] follows in any case.
+    #[inline(always)]
+    pub(crate) fn quiet(&self, irq: &IrqOff) {
+        if self.pebs != 0 {
+            // SAFETY: Undone by `unquiet`.
+            unsafe { regs::set_pebs_enable(0, irq) };
+        }
+    }
+
+    /// Right after it, whether it succeeded or not.
+    #[inline(always)]
+    pub(crate) fn unquiet(&self, irq: &IrqOff) {
+        if self.pebs != 0 {
+            // SAFETY: What `refresh` read on this CPU; interrupts were off since.
+            unsafe { regs::set_pebs_enable(self.pebs, irq) };
         }
     }
 

@@ -22,7 +22,7 @@ pub(crate) struct PerCpu {
     pub(crate) usable: AtomicBool,
     /// Host-physical address of our VMCS that is current here; written and read as above.
     pub(crate) current: AtomicU64,
-    /// [`Space`](crate::space::Space) number of the guest that ran here last; written and read as above.
+    /// Number of the space whose guest ran here last; written and read as above.
     pub(crate) last_space: AtomicU64,
     /// The VMXON region while VMX is on. Only the CPU's hotplug callbacks use it, one at a time.
     pub(crate) vmxon_region: UnsafeCell<Option<Page>>,

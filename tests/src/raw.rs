@@ -382,7 +382,8 @@ impl RawGuest {
 
     /// The same, to any address.
     pub fn set_gate_to(&mut self, vector: u8, selector: u16, kind: u8, to: u64) {
-        let gate = to & 0xffff | u64::from(selector) << 16 | 1 << 32 | u64::from(kind) << 40 | (to >> 16 & 0xffff) << 48;
+        let gate =
+            to & 0xffff | u64::from(selector) << 16 | 1 << 32 | u64::from(kind) << 40 | (to >> 16 & 0xffff) << 48;
         self.write(IDT, usize::from(vector) * 2, gate);
         self.write(IDT, usize::from(vector) * 2 + 1, to >> 32);
     }
@@ -390,13 +391,25 @@ impl RawGuest {
     /// Where the stack of IST 1 begins.
     pub fn set_ist1(&mut self, top: u64) {
         // SAFETY: inside the page of tables.
-        unsafe { self.page(TABLES).cast::<u8>().add(128 + 36).cast::<u64>().write_unaligned(top) };
+        unsafe {
+            self.page(TABLES)
+                .cast::<u8>()
+                .add(128 + 36)
+                .cast::<u64>()
+                .write_unaligned(top)
+        };
     }
 
     /// Where in the TSS the I/O permission bitmap begins.
     pub fn set_io_bitmap(&mut self, offset: u16) {
         // SAFETY: inside the page of tables.
-        unsafe { self.page(TABLES).cast::<u8>().add(128 + 102).cast::<u16>().write_unaligned(offset) };
+        unsafe {
+            self.page(TABLES)
+                .cast::<u8>()
+                .add(128 + 102)
+                .cast::<u16>()
+                .write_unaligned(offset)
+        };
     }
 
     /// Replaces the code.

@@ -54,7 +54,7 @@ doc: ## the documentation of the crates, in target/doc
 	@cargo doc --workspace --no-deps
 
 load: ## insert dune.ko into the running kernel (root)
-	@DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
+	@cargo build -q --release -p dune-kvm && DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
 
 unload: ## remove dune.ko from the running kernel (root)
 	@scripts/unload

@@ -229,6 +229,7 @@ impl Space {
     }
 
     /// Calls `f` with the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
+    #[inline(always)]
     pub(crate) fn with_vcpu<R>(&self, number: u64, f: impl FnOnce(&mut Vcpu) -> Result<R>) -> Result<R> {
         let vcpu = self.find(number)?.vcpu.load(Relaxed);
         // SAFETY: The calling thread owns it and is here, so nobody else uses or destroys it.

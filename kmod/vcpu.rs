@@ -13,7 +13,6 @@ use self::run_page::AGAIN;
 use self::window::Window;
 use crate::abi;
 use crate::arch::exit::InterruptionInfo;
-use crate::arch::msr;
 use crate::counters;
 use crate::counters::Counted;
 use crate::exit;
@@ -28,6 +27,7 @@ use crate::sys::thread::Task;
 use crate::sys::thread::TaskId;
 use crate::vmx::guest_state::Cr4Policy;
 use crate::vmx::host_state::HostState;
+use crate::vmx::owner;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
 use kernel::prelude::*;
@@ -102,7 +102,7 @@ impl Vcpu {
                 msr_bitmap_hpa: space.msr_bitmap.hpa(),
                 host: HostState::new(),
                 // Linux' own: a window puts it back before interrupts come on.
-                host_lstar: regs::read_msr(msr::IA32_LSTAR)?,
+                host_lstar: space.usage.host_lstar,
                 cr4: space.cr4,
                 soft: Soft::default(),
                 next: Next::default(),
@@ -199,8 +199,12 @@ impl Vcpu {
                         ..Default::default()
                     })
                 }
-                // A CPU that goes offline: the scheduler is about to move this thread.
-                Window::Unusable | Window::UserMode => return Ok(self.finish(&AGAIN)),
+                // A CPU that goes offline, and the scheduler is about to move this thread; or kvm_intel came.
+                Window::Unusable => {
+                    owner::regain()?;
+                    return Ok(self.finish(&AGAIN));
+                }
+                Window::UserMode => return Ok(self.finish(&AGAIN)),
                 Window::Retry => Flow::Resume,
             };
             match flow {

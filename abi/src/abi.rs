@@ -50,6 +50,10 @@ pub const DUNE_MAP_SLOT: u32 = ioc(IOC_READ_WRITE, 5, size_of::<MapSlot>());
 /// Makes a space for the calling process from an inherited fd; returns the new fd (close-on-exec).
 pub const DUNE_NEW_SPACE: u32 = ioc(IOC_NONE, 6, 0);
 
+/// Gives the module a virtual machine of KVM; argument: its fd. Only on the standard input of the program that the module
+/// starts to make one (its parameter `kvm_helper`).
+pub const DUNE_KVM_LEND: u32 = ioc(IOC_NONE, 32, 0);
+
 /// Answer of [`DUNE_GET_INFO`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 /* Everything of the kernel that kmod/sys/ uses; bindgen reads this. */
 
 #include <linux/anon_inodes.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>

@@ -19,6 +19,8 @@ impl Cpuhp {
         up: unsafe extern "C" fn(c_uint) -> c_int,
         down: unsafe extern "C" fn(c_uint) -> c_int,
     ) -> Result<Self> {
+        // Behind KVM's state: a CPU that comes has KVM's VMX when `up` is called, and one that goes has it until `down` is
+        // through.
         // SAFETY: The callbacks are functions of this module, which outlives the registration.
         let state = unsafe { bindings::dune_cpuhp_setup(c"dune:online".as_ptr().cast(), Some(up), Some(down)) };
         to_result(state.min(0))?;

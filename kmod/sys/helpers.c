@@ -18,9 +18,12 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/slab.h>
+#include <linux/syscore_ops.h>
 #include <linux/smp.h>
 #include <linux/spinlock.h>
+#include <linux/suspend.h>
 #include <linux/uaccess.h>
+#include <linux/umh.h>
 #include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 #include <asm/cpu_entry_area.h>
@@ -47,6 +50,10 @@ MODULE_PARM_DESC(gpa_bits, "Width of guest-physical addresses in bits, 32 to 48;
 unsigned int dune_param_max_vcpus = 512;
 module_param_named(max_vcpus, dune_param_max_vcpus, uint, 0444);
 MODULE_PARM_DESC(max_vcpus, "Most vCPUs of one process, 1 to 4096 (default 512)");
+
+char *dune_param_kvm_helper = "/usr/libexec/dune-kvm";
+module_param_named(kvm_helper, dune_param_kvm_helper, charp, 0444);
+MODULE_PARM_DESC(kvm_helper, "Program that makes a virtual machine of KVM, to share VMX with it (default /usr/libexec/dune-kvm)");
 
 #ifdef DUNE_DEBUG_KNOBS
 /* Writes behind an allocation, on purpose: the tests check that KASAN sees it. */
@@ -80,6 +87,26 @@ static void dune_busy(unsigned int us)
 		udelay(1);
 }
 
+/* Makes the machine know a deep sleep, from which it wakes at once. */
+static int dune_knob_sleep(suspend_state_t state)
+{
+	return 0;
+}
+
+static const struct platform_suspend_ops dune_knob_suspend_ops = {
+	.valid = suspend_valid_only_mem,
+	.enter = dune_knob_sleep,
+};
+
+static int dune_knob_deep_sleep(const char *val, const struct kernel_param *kp)
+{
+	suspend_set_ops(val[0] == '0' ? NULL : &dune_knob_suspend_ops);
+	return 0;
+}
+
+static const struct kernel_param_ops dune_knob_deep_sleep_ops = { .set = dune_knob_deep_sleep };
+module_param_cb(deep_sleep, &dune_knob_deep_sleep_ops, NULL, 0200);
+
 void dune_knob_fault_delay(void)
 {
 	dune_busy(READ_ONCE(dune_fault_delay_us));
@@ -111,13 +138,41 @@ struct module *dune_this_module(void)
 	return THIS_MODULE;
 }
 
-bool dune_module_loaded(const char *name)
+int dune_module_state(const char *name)
 {
 	/* The list of modules is private to the kernel; the set of /sys/module is not. */
 	struct kobject *kobj = kset_find_obj(THIS_MODULE->mkobj.kobj.kset, name);
+	const struct module *mod;
+	int state = DUNE_MODULE_ABSENT;
 
+	if (kobj) {
+		/* None for a module that is part of the kernel. The reference keeps it. */
+		mod = container_of(kobj, struct module_kobject, kobj)->mod;
+		if (!mod || mod->state == MODULE_STATE_LIVE)
+			state = DUNE_MODULE_LIVE;
+		else if (mod->state != MODULE_STATE_GOING)
+			state = DUNE_MODULE_COMING;
+	}
 	kobject_put(kobj);
-	return kobj;
+	return state;
+}
+
+int dune_umh_run(const char *path, int (*init)(struct subprocess_info *info, struct cred *new))
+{
+	char *argv[] = { (char *)path, NULL };
+	char *envp[] = { NULL };
+	struct subprocess_info *info;
+
+	info = call_usermodehelper_setup(path, argv, envp, GFP_KERNEL, init, NULL, NULL);
+	if (!info)
+		return -ENOMEM;
+	/* Deaf to signals: the arrays are on this stack, and the callback is this module's. */
+	return call_usermodehelper_exec(info, UMH_WAIT_PROC);
+}
+
+const struct module *dune_file_module(const struct file *file)
+{
+	return file->f_op->owner;
 }
 
 const char *dune_module_name(const struct module *mod)
@@ -251,6 +306,75 @@ int dune_cpuhp_setup(const char *name, int (*up)(unsigned int), int (*down)(unsi
 void dune_cpuhp_remove(int state)
 {
 	cpuhp_remove_state(state);
+}
+
+void dune_on_each_cpu(void (*f)(void *))
+{
+	on_each_cpu(f, NULL, 1);
+}
+
+void dune_sleep_ms(unsigned int ms)
+{
+	msleep_interruptible(ms);
+}
+
+/* Suspend, resume and reboot of the machine; what the callbacks take depends on the kernel (Kbuild looks). */
+
+#ifdef DUNE_SYSCORE_HAS_DATA
+#define DUNE_SYSCORE_ARGUMENT void *data
+#else
+#define DUNE_SYSCORE_ARGUMENT void
+#endif
+
+static struct {
+	int (*suspend)(void);
+	void (*resume)(void);
+	void (*shutdown)(void);
+} dune_power;
+
+static int dune_syscore_suspend(DUNE_SYSCORE_ARGUMENT)
+{
+	return dune_power.suspend();
+}
+
+static void dune_syscore_resume(DUNE_SYSCORE_ARGUMENT)
+{
+	dune_power.resume();
+}
+
+static void dune_syscore_shutdown(DUNE_SYSCORE_ARGUMENT)
+{
+	dune_power.shutdown();
+}
+
+#ifdef DUNE_SYSCORE_HAS_DATA
+static const struct syscore_ops dune_syscore_ops = {
+	.suspend = dune_syscore_suspend,
+	.resume = dune_syscore_resume,
+	.shutdown = dune_syscore_shutdown,
+};
+static struct syscore dune_syscore = { .ops = &dune_syscore_ops };
+#else
+static struct syscore_ops dune_syscore = {
+	.suspend = dune_syscore_suspend,
+	.resume = dune_syscore_resume,
+	.shutdown = dune_syscore_shutdown,
+};
+#define register_syscore register_syscore_ops
+#define unregister_syscore unregister_syscore_ops
+#endif
+
+void dune_power_register(int (*suspend)(void), void (*resume)(void), void (*shutdown)(void))
+{
+	dune_power.suspend = suspend;
+	dune_power.resume = resume;
+	dune_power.shutdown = shutdown;
+	register_syscore(&dune_syscore);
+}
+
+void dune_power_unregister(void)
+{
+	unregister_syscore(&dune_syscore);
 }
 
 /* Memory. */
@@ -460,10 +584,17 @@ void dune_file_set_private(struct file *file, void *data)
 
 /* CPU state of the host. */
 
-bool dune_fpu_load(void)
+bool dune_user_return_pending(void)
 {
-	if (likely(!test_thread_flag(TIF_NEED_FPU_LOAD)))
+	return test_thread_flag(TIF_USER_RETURN_NOTIFY);
+}
+
+bool dune_user_state_load(void)
+{
+	if (likely(!(read_thread_flags() & (_TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY))))
 		return true;
+	if (dune_user_return_pending())
+		return false;
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
 	switch_fpu_return();
 	return true;
@@ -550,6 +681,12 @@ u64 dune_xcr0(void)
 void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx)
 {
 	cpuid_count(leaf, subleaf, eax, ebx, ecx, edx);
+}
+
+/* From 6.19 on only KVM may turn VMX on. */
+bool dune_may_own_vmx(void)
+{
+	return LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0);
 }
 
 void dune_vmx_emergency_register(void (*off)(void))

@@ -21,6 +21,7 @@ struct vm_area_struct;
 /* Module parameters. */
 extern unsigned int dune_param_gpa_bits;
 extern unsigned int dune_param_max_vcpus;
+extern char *dune_param_kvm_helper;
 
 #ifdef DUNE_DEBUG_KNOBS
 void dune_knob_fault_delay(void);
@@ -31,7 +32,11 @@ void dune_knob_open_delay(void);
 /* Build configuration. */
 bool dune_kvm_intel_builtin(void);
 struct module *dune_this_module(void);
-bool dune_module_loaded(const char *name);
+
+#define DUNE_MODULE_ABSENT 0
+#define DUNE_MODULE_COMING 1
+#define DUNE_MODULE_LIVE 2
+int dune_module_state(const char *name);
 const char *dune_module_name(const struct module *mod);
 
 /* Locks. One function per lock class. */
@@ -116,7 +121,8 @@ void *dune_file_private(const struct file *file);
 void dune_file_set_private(struct file *file, void *data);
 
 /* CPU state of the host. */
-bool dune_fpu_load(void);
+bool dune_user_state_load(void);
+bool dune_user_return_pending(void);
 unsigned long dune_read_cr0(void);
 unsigned long dune_read_cr3(void);
 unsigned long dune_read_cr4(void);
@@ -131,6 +137,7 @@ void dune_set_dr7(unsigned long v);
 int dune_rdmsr_safe(u32 msr, u64 *value);
 u64 dune_xcr0(void);
 void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx);
+bool dune_may_own_vmx(void);
 void dune_vmx_emergency_register(void (*off)(void));
 void dune_vmx_emergency_unregister(void (*off)(void));
 void dune_intel_pt_vmx(bool on);
@@ -139,6 +146,13 @@ void dune_intel_pt_vmx(bool on);
 struct file_operations;
 int dune_chrdev_register(const struct file_operations *fops);
 void dune_chrdev_unregister(void);
+
+/* Other modules' files, and user mode helpers. */
+struct cred;
+struct subprocess_info;
+const struct module *dune_file_module(const struct file *file);
+/* Runs a program as root; returns when it has ended, with its wait status or why it was not started. */
+int dune_umh_run(const char *path, int (*init)(struct subprocess_info *info, struct cred *new));
 
 /* debugfs. */
 void *dune_debugfs_create_dir(const char *name);
@@ -149,6 +163,10 @@ void dune_debugfs_remove(void *dir);
 void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg);
 int dune_cpuhp_setup(const char *name, int (*up)(unsigned int), int (*down)(unsigned int));
 void dune_cpuhp_remove(int state);
+void dune_on_each_cpu(void (*f)(void *));
+void dune_power_register(int (*suspend)(void), void (*resume)(void), void (*shutdown)(void));
+void dune_power_unregister(void);
+void dune_sleep_ms(unsigned int ms);
 
 /* The guest. */
 void dune_guest_timing_enter(void);

@@ -13,10 +13,12 @@ pub(crate) mod chardev;
 pub(crate) mod cpu;
 pub(crate) mod cpuhp;
 pub(crate) mod debugfs;
+pub(crate) mod kvm;
 pub(crate) mod lock;
 pub(crate) mod mem;
 pub(crate) mod mm;
 pub(crate) mod module;
+pub(crate) mod power;
 pub(crate) mod regs;
 pub(crate) mod thread;
 pub(crate) mod user;
@@ -25,6 +27,12 @@ pub(crate) mod user;
 pub(crate) fn pt_vmx(on: bool) {
     // SAFETY: Called on the CPU in question with interrupts off.
     unsafe { bindings::dune_intel_pt_vmx(on) };
+}
+
+/// Whether the kernel lets this module turn VMX on.
+pub(crate) fn may_own_vmx() -> bool {
+    // SAFETY: A constant of the build.
+    unsafe { bindings::dune_may_own_vmx() }
 }
 
 /// Widens the window between the walk and the installation of a leaf, for the test of the retry check; only in builds

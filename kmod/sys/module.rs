@@ -12,6 +12,9 @@ use kernel::ffi::c_int;
 use kernel::ffi::c_ulong;
 use kernel::prelude::*;
 
+/// The name of KVM's module for VMX.
+pub(crate) const KVM_INTEL: &CStr = c"kvm_intel";
+
 /// `gpa_bits=`: 0 = the CPU's.
 pub(crate) fn param_gpa_bits() -> u32 {
     // SAFETY: Read-only after loading (mode 0444).
@@ -30,10 +33,29 @@ pub(crate) fn kvm_intel_is_builtin() -> bool {
     unsafe { bindings::dune_kvm_intel_builtin() }
 }
 
-/// Whether a module of that name is loaded, or being loaded.
-pub(crate) fn is_loaded(name: &CStr) -> bool {
+/// `kvm_helper=`.
+pub(crate) fn param_kvm_helper() -> &'static CStr {
+    // SAFETY: A string, read-only after loading (mode 0444).
+    unsafe { CStr::from_ptr(bindings::dune_param_kvm_helper.cast_const().cast()) }
+}
+
+/// Whether another module is in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Absent,
+    /// Its init function has not ended.
+    Coming,
+    Live,
+}
+
+/// Whether a module of that name is in the kernel.
+pub(crate) fn presence(name: &CStr) -> Presence {
     // SAFETY: A C string.
-    unsafe { bindings::dune_module_loaded(name.as_ptr().cast()) }
+    match unsafe { bindings::dune_module_state(name.as_ptr().cast()) } as u32 {
+        bindings::DUNE_MODULE_ABSENT => Presence::Absent,
+        bindings::DUNE_MODULE_COMING => Presence::Coming,
+        _ => Presence::Live,
+    }
 }
 
 /// What happens to another module.
@@ -41,6 +63,8 @@ pub(crate) fn is_loaded(name: &CStr) -> bool {
 pub(crate) enum Change {
     /// It is about to run its init function; an error keeps it out.
     Coming,
+    /// Its init function succeeded.
+    Live,
     /// It has gone, or failed to load.
     Going,
 }
@@ -86,6 +110,7 @@ unsafe extern "C" fn call<W: Watch>(
     let name = unsafe { CStr::from_ptr(bindings::dune_module_name(module.cast()).cast()) };
     let change = match action as bindings::module_state {
         bindings::module_state_MODULE_STATE_COMING => Change::Coming,
+        bindings::module_state_MODULE_STATE_LIVE => Change::Live,
         bindings::module_state_MODULE_STATE_GOING => Change::Going,
         _ => return bindings::NOTIFY_DONE as c_int,
     };

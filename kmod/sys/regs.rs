@@ -254,8 +254,22 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Loads the thread's FPU state where it is not; false: only the way through user mode can.
-pub(crate) fn load_fpu(_: &IrqOff) -> bool {
+/// Has in the CPU what it has when this thread is in user mode: the thread's FPU state, and Linux' own LSTAR, STAR, FMASK
+/// and TSC_AUX. False: only the way through user mode can.
+///
+/// A thread of KVM that is preempted leaves its guest's values in these MSRs. They stay until some thread goes to user mode,
+/// and the thread that runs now has the flag that says so.
+pub(crate) fn load_user_state(_: &IrqOff) -> bool {
     // SAFETY: Interrupts are off, and the caller is in an ioctl of the current thread.
-    unsafe { bindings::dune_fpu_load() }
+    unsafe { bindings::dune_user_state_load() }
+}
+
+/// Linux' own LSTAR. EAGAIN while a KVM guest's may be in the CPU.
+pub(crate) fn linux_lstar() -> Result<u64> {
+    let _irq = IrqOff::new();
+    // SAFETY: Reads flags of the current thread.
+    if unsafe { bindings::dune_user_return_pending() } {
+        return Err(EAGAIN);
+    }
+    read_msr(msr::IA32_LSTAR)
 }

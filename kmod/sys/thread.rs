@@ -117,6 +117,18 @@ pub(crate) fn yield_now() {
     unsafe { bindings::dune_yield() };
 }
 
+/// Whether a signal is pending.
+pub(crate) fn is_signal_pending() -> bool {
+    // SAFETY: Reads flags of the current thread.
+    unsafe { bindings::dune_signal_pending() }
+}
+
+/// Sleeps so long, or less where a signal comes.
+pub(crate) fn sleep_ms(ms: u32) {
+    // SAFETY: Called where sleeping is allowed.
+    unsafe { bindings::dune_sleep_ms(ms) };
+}
+
 /// Whether CPUID faults in this thread (arch_prctl(ARCH_CPUID_GET)).
 pub(crate) fn cpuid_faults() -> bool {
     // SAFETY: Reads a flag of the current thread.

@@ -77,6 +77,7 @@ impl Vcpu {
     }
 
     /// Hands a system call to user space: its arguments in the registers where SYSCALL wants them.
+    #[inline(always)]
     pub(super) fn forward(&self) -> u64 {
         let gprs = self.gprs();
         // SAFETY: The page is there.

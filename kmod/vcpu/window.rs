@@ -39,7 +39,7 @@ pub(super) enum Window {
     Unusable,
     /// Something came up: look at `pending` again.
     Retry,
-    /// The FPU state can only be loaded on the way through user mode.
+    /// The FPU state can only be loaded, or the MSRs of a KVM guest only be put away, on the way through user mode.
     UserMode,
 }
 
@@ -47,8 +47,8 @@ impl Vcpu {
     /// Calls `f` with the VMCS current, in a window without an entry. ENODEV when VMX was taken away.
     pub(super) fn with_vmcs(&mut self, f: impl FnOnce(&mut CurrentVmcs<'_>, &VmxCapabilities)) -> Result {
         let capabilities = owner::capabilities().ok_or(ENODEV)?;
-        // A CPU that goes offline sends the thread elsewhere; it does not take many turns.
-        for _ in 0..1000 {
+        // A CPU that goes offline sends the thread elsewhere, and KVM comes or goes in a moment: it does not take many turns.
+        for _ in 0..10_000 {
             self.vmcs.clear_elsewhere();
             let irq = IrqOff::new();
             match self.vmcs.load(&irq) {
@@ -58,14 +58,14 @@ impl Vcpu {
                         // The next entry has this CPU's state to write, and to flush.
                         self.host = HostState::new();
                     }
-                    return if vmcs.has_failed() { Err(EIO) } else { Ok(()) };
+                    return if vmcs.end(&irq) { Ok(()) } else { Err(EIO) };
                 }
-                Loaded::Elsewhere => {}
-                Loaded::Unusable => {
-                    drop(irq);
-                    thread::yield_now();
-                }
-            }
+                Loaded::Elsewhere => continue,
+                Loaded::Unusable => {}
+            };
+            drop(irq);
+            owner::regain()?;
+            thread::yield_now();
         }
         Err(ENODEV)
     }
@@ -76,7 +76,7 @@ impl Vcpu {
         if thread::pending() != Pending::Nothing {
             return Window::Retry;
         }
-        if !regs::load_fpu(&irq) {
+        if !regs::load_user_state(&irq) {
             return Window::UserMode;
         }
         let (mut vmcs, moved) = match self.vmcs.load(&irq) {
@@ -95,6 +95,7 @@ impl Vcpu {
             space.ept.translations.forget(&irq);
             space.ept.translations.leave(&irq);
             self.host = HostState::new();
+            vmcs.end(&irq);
             return Window::Unusable;
         }
         let last_space = &percpu::of(irq.cpu()).last_space;
@@ -103,6 +104,7 @@ impl Vcpu {
             cpu::branch_prediction_barrier(&irq);
         }
         let host_ran = core::mem::take(&mut self.host_ran);
+        // It is Linux' own now, beside KVM too (`load_user_state`).
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
         unsafe { regs::write_lstar(self.soft.lstar, &irq) };
         self.host.quiet(&irq);
@@ -118,8 +120,12 @@ impl Vcpu {
             thread::guest_timing_exit(&irq);
             let instruction_error = match entered {
                 Entered::FailValid => vmcs.read(exit_info::INSTRUCTION_ERROR) as u32,
-                _ => return Window::Unusable,
+                _ => {
+                    vmcs.end(&irq);
+                    return Window::Unusable;
+                }
             };
+            vmcs.end(&irq);
             return Window::Failed { instruction_error };
         }
         self.host.restore_after_exit(&irq);
@@ -135,7 +141,8 @@ impl Vcpu {
         } else if info.is_device_not_available() {
             cpu::clear_xfd_error(&irq);
         }
-        if vmcs.has_failed() {
+        // Before interrupts come on, below.
+        if !vmcs.end(&irq) {
             // Somebody else uses VMX.
             thread::guest_timing_exit(&irq);
             return Window::Unusable;

@@ -73,6 +73,33 @@ memory_instruction!(
     vmclear, "vmclear"
 );
 
+/// The VMCS that is current on this CPU; all ones: none.
+///
+/// # Safety
+///
+/// Interrupts must be off.
+pub(crate) unsafe fn vmptrst() -> Result<u64, VmxFailed> {
+    let mut hpa: u64 = !0;
+    let mut failed: u64 = 0;
+    // SAFETY: Stores 8 bytes; a fault ends at label 3.
+    unsafe {
+        asm!(
+            "2: vmptrst qword ptr [{hpa}]",
+            "ja 4f",
+            "3: mov {failed:e}, 1",
+            "4:",
+            extable!("2b", "3b"),
+            hpa = in(reg) &mut hpa,
+            failed = inout(reg) failed,
+        );
+    }
+    if failed == 0 {
+        Ok(hpa)
+    } else {
+        Err(VmxFailed)
+    }
+}
+
 /// Leaves VMX operation on this CPU.
 ///
 /// # Safety

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What this module has on each CPU: a VMXON region, whether VMX is usable, and which VMCS is current.
+//! What this module has on each CPU: a VMXON region, by what right it may use VMX, and which VMCS is current.
 
 use crate::sys::cpu;
 use crate::sys::mem::Page;
 use core::cell::UnsafeCell;
-use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::AtomicU64;
+use core::sync::atomic::AtomicU8;
 use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
@@ -15,15 +15,25 @@ use kernel::prelude::*;
 /// No VMCS is current, or not one of ours.
 pub(crate) const NO_VMCS: u64 = !0;
 
+/// [`PerCpu::access`]: VMX may not be used here.
+pub(crate) const NO_ACCESS: u8 = 0;
+/// VMX is on here by us, and nobody else uses it.
+pub(crate) const OWNED: u8 = 1;
+/// VMX is on here by KVM, whose current VMCS is to be put back.
+pub(crate) const BORROWED: u8 = 2;
+
 /// One CPU's part. On a cache line of its own.
 #[repr(align(64))]
 pub(crate) struct PerCpu {
-    /// VMX is on here by us and may be used. Written on this CPU with interrupts off; read there likewise.
-    pub(crate) usable: AtomicBool,
-    /// Host-physical address of our VMCS that is current here; written and read as above.
+    /// One of the above. Written on this CPU with interrupts off; read there likewise.
+    pub(crate) access: AtomicU8,
+    /// Host-physical address of our VMCS that is current here (where VMX is borrowed: that was, before KVM's was put back);
+    /// written and read as above.
     pub(crate) current: AtomicU64,
     /// Number of the space whose guest ran here last; written and read as above.
     pub(crate) last_space: AtomicU64,
+    /// In a window, where VMX is borrowed: the VMCS that was current before, if it is KVM's. Else [`NO_VMCS`].
+    pub(crate) previous: AtomicU64,
     /// The VMXON region while VMX is on. Only the CPU's hotplug callbacks use it, one at a time.
     pub(crate) vmxon_region: UnsafeCell<Option<Page>>,
 }
@@ -47,9 +57,10 @@ impl Table {
         for _ in 0..cpu::nr_cpu_ids() {
             table.push(
                 PerCpu {
-                    usable: AtomicBool::new(false),
+                    access: AtomicU8::new(NO_ACCESS),
                     current: AtomicU64::new(NO_VMCS),
                     last_space: AtomicU64::new(0),
+                    previous: AtomicU64::new(NO_VMCS),
                     vmxon_region: UnsafeCell::new(None),
                 },
                 GFP_KERNEL,

@@ -4,9 +4,15 @@
 //!
 //! A VMCS may be cached by the one CPU it is *active* on. It moves by a VMCLEAR there, which only that CPU can do: in an
 //! interrupt, or when it goes offline. Everything that concerns a VMCS active on CPU X happens on X with interrupts off.
+//!
+//! Which VMCS is *current* is ours alone to say where this module owns VMX: there it stays current until another one is
+//! loaded. Where VMX is borrowed KVM believes that the VMCS it loaded last is current whenever interrupts are on, so a
+//! window ends by loading that one again ([`CurrentVmcs::end`]). Nothing is to be put back when none was current, or one of
+//! ours: KVM loads its own before it uses it.
 
 use super::ops;
 use super::percpu;
+use crate::arch::cr::cr4;
 use crate::arch::vmcs_field::Field;
 use crate::arch::vmcs_field::ReadWrite;
 use crate::counters;
@@ -16,6 +22,7 @@ use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
 use crate::sys::lock::SpinLock;
 use crate::sys::mem::Page;
+use crate::sys::regs;
 use core::ffi::c_void;
 use core::marker::PhantomData;
 use core::ptr::null_mut;
@@ -82,6 +89,13 @@ pub(crate) enum Loaded<'a> {
     Unusable,
 }
 
+/// How [`Vmcs::borrow`] went; as [`Loaded`].
+enum Borrowed {
+    Here,
+    Elsewhere,
+    Unusable,
+}
+
 impl Vmcs {
     /// A clear VMCS with that revision id. ENOMEM.
     pub(crate) fn new(revision_id: u32) -> Result<KBox<Self>> {
@@ -121,41 +135,102 @@ impl Vmcs {
         Ok(vmcs)
     }
 
-    /// Makes it current on this CPU.
+    /// Makes it current on this CPU, until [`CurrentVmcs::end`].
+    #[inline(always)]
     pub(crate) fn load<'a>(&self, irq: &'a IrqOff) -> Loaded<'a> {
         let here = irq.cpu();
         let percpu = percpu::of(here);
-        if !percpu.usable.load(Relaxed) {
-            return Loaded::Unusable;
-        }
         let active = self.cpu.load(Relaxed);
-        if active != here {
-            if active != NO_CPU {
-                return Loaded::Elsewhere;
+        let mut state = FINE;
+        if percpu.access.load(Relaxed) != percpu::OWNED {
+            match self.borrow(active, irq) {
+                Borrowed::Here => state = LENT,
+                Borrowed::Elsewhere => return Loaded::Elsewhere,
+                Borrowed::Unusable => return Loaded::Unusable,
             }
-            // Only VMCLEAR makes a region's launch state clear (SDM, "Initializing a VMCS").
-            // SAFETY: A VMCS of ours, active nowhere; interrupts are off and VMX is on.
-            if unsafe { ops::vmclear(self.hpa) }.is_err() {
-                return Loaded::Unusable;
+        } else {
+            if active != here {
+                if active != NO_CPU {
+                    return Loaded::Elsewhere;
+                }
+                if !self.activate(irq) {
+                    return Loaded::Unusable;
+                }
             }
-            // INVARIANT: It was active nowhere, and becomes so here.
-            self.cpu.store(here, Relaxed);
-        }
-        if percpu.current.load(Relaxed) != self.hpa {
-            // SAFETY: A VMCS of ours, active here or nowhere; interrupts are off and VMX is on.
-            if unsafe { ops::vmptrld(self.hpa) }.is_err() {
-                return Loaded::Unusable;
+            if percpu.current.load(Relaxed) != self.hpa {
+                if !self.make_current(irq) {
+                    return Loaded::Unusable;
+                }
+                percpu.current.store(self.hpa, Relaxed);
             }
-            percpu.current.store(self.hpa, Relaxed);
         }
         Loaded::Here {
             vmcs: CurrentVmcs {
-                failed: 0,
+                state,
                 ops: OpCounts::default(),
                 _irq: PhantomData,
             },
             moved: active != here,
         }
+    }
+
+    /// [`Vmcs::load`] where VMX is not ours: KVM's, or nobody's. `active`: where it is active.
+    #[cold]
+    #[inline(never)]
+    fn borrow(&self, active: usize, irq: &IrqOff) -> Borrowed {
+        let here = irq.cpu();
+        let percpu = percpu::of(here);
+        // KVM may have lost VMX too: the machine goes down.
+        if percpu.access.load(Relaxed) != percpu::BORROWED || regs::cr4() & cr4::VMXE == 0 {
+            return Borrowed::Unusable;
+        }
+        if active != here && active != NO_CPU {
+            return Borrowed::Elsewhere;
+        }
+        // SAFETY: Interrupts are off.
+        let Ok(found) = (unsafe { ops::vmptrst() }) else {
+            return Borrowed::Unusable;
+        };
+        if active != here && !self.activate(irq) {
+            return Borrowed::Unusable;
+        }
+        if found != self.hpa && !self.make_current(irq) {
+            return Borrowed::Unusable;
+        }
+        let is_ours = found == self.hpa || found == percpu.current.load(Relaxed);
+        if is_ours {
+            percpu.previous.store(percpu::NO_VMCS, Relaxed);
+        } else {
+            percpu.previous.store(found, Relaxed);
+            // A guest of KVM may have run here since: no space was the last.
+            percpu.last_space.store(0, Relaxed);
+        }
+        percpu.current.store(self.hpa, Relaxed);
+        Borrowed::Here
+    }
+
+    /// Makes it active on this CPU; it is active nowhere. False: VMX is off.
+    fn activate(&self, irq: &IrqOff) -> bool {
+        // Only VMCLEAR makes a region's launch state clear (SDM, "Initializing a VMCS").
+        // SAFETY: A VMCS of ours, active nowhere; interrupts are off.
+        if unsafe { ops::vmclear(self.hpa) }.is_err() {
+            return false;
+        }
+        // INVARIANT: It was active nowhere, and becomes so here.
+        self.cpu.store(irq.cpu(), Relaxed);
+        true
+    }
+
+    /// VMPTRLD; it is active on this CPU. False: VMX is off, and with it what this CPU had of the VMCS.
+    fn make_current(&self, _: &IrqOff) -> bool {
+        // SAFETY: A VMCS of ours, active here; interrupts are off.
+        if unsafe { ops::vmptrld(self.hpa) }.is_err() {
+            self.entry.launched.store(0, Relaxed);
+            // INVARIANT: On the CPU where it was active. Whoever loads it next writes that CPU's host state into it.
+            self.cpu.store(NO_CPU, SeqCst);
+            return false;
+        }
+        true
     }
 
     /// If it is active on another CPU, has that CPU clear it. With interrupts on; may wait for the other CPU.
@@ -262,9 +337,19 @@ pub(crate) struct OpCounts {
     pub(crate) wrmsrs: u64,
 }
 
-/// A VMCS of ours that is current on this CPU; interrupts stay off while it lives.
+/// [`CurrentVmcs::state`]: VMX is ours, and all is well.
+const FINE: u64 = 0;
+/// An access failed; the instructions in `ops` set it.
+const FAILED: u64 = 1;
+/// VMX is borrowed, and all is well.
+const LENT: u64 = 2;
+
+/// A VMCS of ours that is current on this CPU; interrupts stay off while it lives. Whoever loaded it calls
+/// [`CurrentVmcs::end`] on every path.
+#[must_use]
 pub(crate) struct CurrentVmcs<'a> {
-    failed: u64,
+    /// One of the above: a single comparison tells the common case, at the end of a window.
+    state: u64,
     pub(crate) ops: OpCounts,
     _irq: PhantomData<&'a IrqOff>,
 }
@@ -276,7 +361,7 @@ impl CurrentVmcs<'_> {
             self.ops.vmreads += 1;
         }
         // SAFETY: By the type interrupts are off and a VMCS of ours is current.
-        unsafe { ops::vmread(field.encoding(), &mut self.failed) }
+        unsafe { ops::vmread(field.encoding(), &mut self.state) }
     }
 
     #[inline(always)]
@@ -285,11 +370,31 @@ impl CurrentVmcs<'_> {
             self.ops.vmwrites += 1;
         }
         // SAFETY: As above; only `setup`, `host_state` and `guest_state` write other than guest registers.
-        unsafe { ops::vmwrite(field.encoding(), value, &mut self.failed) };
+        unsafe { ops::vmwrite(field.encoding(), value, &mut self.state) };
     }
 
-    /// Whether any access failed since it was loaded.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.failed != 0
+    /// Ends the window for VMX: puts back what was current before, where VMX is borrowed. False when an access failed since
+    /// it was loaded.
+    #[inline(always)]
+    pub(crate) fn end(self, irq: &IrqOff) -> bool {
+        // One comparison where VMX is ours and all is well: nothing is to be put back there.
+        self.state == FINE || end_otherwise(self.state, irq)
     }
+}
+
+#[cold]
+#[inline(never)]
+fn end_otherwise(state: u64, irq: &IrqOff) -> bool {
+    let percpu = percpu::of(irq.cpu());
+    if percpu.access.load(Relaxed) == percpu::BORROWED {
+        let previous = percpu.previous.load(Relaxed);
+        if previous != percpu::NO_VMCS {
+            // SAFETY: It was current here when the window began, so it is active here, and KVM clears or frees it only in
+            // an interrupt on this CPU; those are off since. Where it fails VMX has gone, and the VMCS with it.
+            let _ = unsafe { ops::vmptrld(previous) };
+            // KVM does this where another VMCS than before is loaded, and will not see that ours was.
+            cpu::branch_prediction_barrier(irq);
+        }
+    }
+    state != FAILED
 }

@@ -24,8 +24,8 @@ pub enum Error {
         /// The group that may.
         group: String,
     },
-    /// Something else uses VMX on this machine.
-    #[error("{step}: EBUSY: KVM has VMX on this machine; stop its virtual machines and unload kvm_intel (`modprobe -r kvm_intel`); sharing VMX with KVM is not there yet")]
+    /// KVM uses VMX on this machine, and it cannot be shared.
+    #[error("{step}: EBUSY: KVM has VMX on this machine and the module could not share it: `dmesg | grep dune` says why (the helper program comes with `make install`), or stop the virtual machines and unload KVM (`modprobe -r kvm_intel`)")]
     Busy {
         /// What was tried.
         step: &'static str,

@@ -115,6 +115,10 @@ impl Initramfs {
             let name = program.file_name().unwrap_or_default().to_string_lossy();
             self.add_program(&format!("usr/bin/{name}"), &program)?;
         }
+        let helper = paths::target_dir().join("release").join(paths::KVM_HELPER);
+        if helper.is_file() {
+            self.add_program(&format!("usr/libexec/{}", paths::KVM_HELPER), &helper)?;
+        }
         Ok(())
     }
 

@@ -13,6 +13,9 @@ use anyhow::Result;
 /// The programs that go into `/usr/bin` of every image, when they are built.
 pub const PROGRAMS: &[&str] = &["hello", "getpid", "pagefault", "wordcount", "dune-tests", "dune-bench"];
 
+/// The program that the module starts where KVM is; goes into `/usr/libexec`.
+pub const KVM_HELPER: &str = "dune-kvm";
+
 /// The root of the source tree.
 pub fn root() -> PathBuf {
     let vm = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,44 +1,60 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who owns VMX: this module or kvm_intel, in either order of loading.
+//! Who owns VMX: this module, or kvm_intel, from which it borrows; in either order of loading, and while both run.
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use std::time::Instant;
 
+use libdune::Dune;
+
 use crate::framework::Need;
+use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
+use crate::helpers::pin_to_cpu;
+use crate::kvm_guest::KvmGuest;
 use crate::raw::Ended;
 use crate::raw::RawGuest;
+use crate::support::compute;
+use crate::support::enter;
+use crate::support::spawn;
+use crate::support::Child;
+use crate::support::Shared;
 
 const MODULES: &str = "/lib/modules";
-const NEEDS: &[Need] = &[Need::Path("/lib/modules/kvm-intel.ko")];
+const NEEDS: &[Need] = &[Need::Path("/lib/modules/kvm-intel.ko"), Need::CpuFlag("rdtscp")];
+
+const fn test(name: &'static str, run: fn()) -> Test {
+    Test::asserting(name, run)
+        .run_as(User::Root)
+        .needs(NEEDS)
+        .timeout_s(120)
+}
 
 pub const TESTS: &[Test] = &[
-    Test::asserting("kvm_gets_vmx_when_no_space_exists", kvm_gets_vmx_when_no_space_exists)
-        .run_as(User::Root)
-        .needs(NEEDS),
-    Test::asserting(
-        "kvm_is_kept_out_while_a_space_exists",
-        kvm_is_kept_out_while_a_space_exists,
-    )
-    .run_as(User::Root)
-    .needs(NEEDS),
-    Test::asserting("kvm_loaded_first_makes_open_busy", kvm_loaded_first_makes_open_busy)
-        .run_as(User::Root)
-        .needs(NEEDS),
+    test("dune_borrows_vmx_from_kvm", dune_borrows_vmx_from_kvm),
+    test("dune_loads_beside_kvm", dune_loads_beside_kvm),
+    test("kvm_comes_and_goes_while_dune_runs", kvm_comes_and_goes_while_dune_runs),
+    test("kvm_and_dune_alternate", kvm_and_dune_alternate),
+    test("kvm_and_dune_alternate_a_million_times", kvm_and_dune_alternate_long)
+        .suite(Suite::Long)
+        .timeout_s(3000),
+    test("kvm_guest_keeps_its_msrs", kvm_guest_keeps_its_msrs),
+    test("kvm_helper_missing_is_told", kvm_helper_missing_is_told),
 ];
 
 /// `mov eax, 0x1234; vmcall`.
 const HEALTHY: &[u8] = &[0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1];
 
 /// kvm.ko with what it needs, and kvm_intel where asked for; taken out again at the end.
-struct Kvm;
+pub struct Kvm;
 
 impl Kvm {
-    fn prepare() -> Self {
+    /// All but kvm_intel.
+    pub fn prepare() -> Self {
         let kvm = Self;
         for name in ["irqbypass", "kvm"] {
             if !Path::new("/sys/module").join(name).exists() {
@@ -47,13 +63,20 @@ impl Kvm {
         }
         kvm
     }
+
+    /// With kvm_intel.
+    pub fn load() -> Self {
+        let kvm = Self::prepare();
+        assert_eq!(insmod("kvm-intel"), 0, "insmod kvm-intel");
+        kvm
+    }
 }
 
 impl Drop for Kvm {
     fn drop(&mut self) {
         for name in ["kvm_intel", "kvm", "irqbypass"] {
             if Path::new("/sys/module").join(name).exists() {
-                rmmod(name);
+                remove_soon(name);
             }
         }
     }
@@ -67,6 +90,18 @@ fn insmod(name: &str) -> i32 {
 
 fn rmmod(name: &str) -> i32 {
     helpers::run_program("rmmod", &[name]).unwrap().status
+}
+
+/// rmmod; the last file of a virtual machine is closed a moment after the process that held it has ended.
+fn remove_soon(name: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while rmmod(name) != 0 {
+        if Instant::now() > deadline {
+            assert!(std::thread::panicking(), "rmmod {name} does not succeed");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn dune_works() -> bool {
@@ -83,61 +118,211 @@ fn open_errno() -> Option<i32> {
         .and_then(|error| error.raw_os_error())
 }
 
-/// How often the log has the line about KVM having VMX.
-fn remedies_in_log() -> usize {
-    helpers::kernel_log().unwrap().matches("rmmod kvm_intel").count()
+/// A process that is in Dune mode until `stop` is 1, checks itself, and counts in `rounds`.
+fn busy_dune<'a>(stop: &'a std::sync::atomic::AtomicU64, rounds: &'a std::sync::atomic::AtomicU64) -> Child {
+    spawn(|| {
+        let expected = compute(50);
+        let pid = std::process::id();
+        let mut memory = vec![0u64; 4096];
+        let dune = enter();
+        let mut round = 0u64;
+        while stop.load(SeqCst) == 0 {
+            check_dune(round, pid, expected, &mut memory);
+            round += 1;
+            rounds.store(round, SeqCst);
+        }
+        assert!(Dune::is_active());
+        dune.leave();
+    })
 }
 
-/// VMX comes back a moment after kvm_intel has gone.
-fn wait_for_dune() {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while open_errno().is_some() {
-        assert!(Instant::now() < deadline, "open still fails: {:?}", open_errno());
-        std::thread::sleep(Duration::from_millis(10));
+/// Registers, memory, SYSCALL in Dune mode.
+fn check_dune(round: u64, pid: u32, expected: u64, memory: &mut [u64]) {
+    assert_eq!(compute(50), expected, "round {round}");
+    let place = round as usize % memory.len();
+    assert_eq!(memory[place], round / memory.len() as u64, "memory in round {round}");
+    memory[place] += 1;
+    assert_eq!(std::process::id(), pid, "a system call in round {round}");
+}
+
+/// Waits until `word` has grown by `by`.
+fn wait_for_more(word: &std::sync::atomic::AtomicU64, by: u64, what: &str) {
+    let start = word.load(SeqCst);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while word.load(SeqCst) < start + by {
+        assert!(Instant::now() < deadline, "{what} does not go on");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-pub fn kvm_gets_vmx_when_no_space_exists() {
+fn dune_borrows_vmx_from_kvm() {
     assert!(dune_works());
-    let kvm = Kvm::prepare();
-    assert_eq!(insmod("kvm-intel"), 0, "an idle dune.ko keeps nobody out");
-    let before = remedies_in_log();
+    let kvm = Kvm::load();
+    assert!(dune_works(), "beside kvm_intel");
     for _ in 0..3 {
-        assert_eq!(open_errno(), Some(libc::EBUSY));
+        let guest = RawGuest::new(HEALTHY);
+        assert_ne!(rmmod("kvm_intel"), 0, "kvm_intel went from under a space");
+        drop(guest);
     }
-    assert_eq!(remedies_in_log(), before + 1, "one line, not one per open");
-    assert_eq!(rmmod("kvm_intel"), 0);
-    wait_for_dune();
+    let mut guest = KvmGuest::new(100);
+    guest.run();
+    assert!(dune_works(), "beside a guest of KVM");
+    guest.run();
+    guest.finish();
+    remove_soon("kvm_intel");
     assert!(dune_works(), "VMX is ours again");
     drop(kvm);
     assert!(dune_works());
 }
 
-pub fn kvm_is_kept_out_while_a_space_exists() {
-    let _kvm = Kvm::prepare();
-    let mut guest = RawGuest::new(HEALTHY);
-    assert_ne!(insmod("kvm-intel"), 0, "kvm_intel took VMX away from a running process");
-    assert!(!Path::new("/sys/module/kvm_intel").exists());
-    assert!(matches!(guest.run(), Ended::Call(0x1234)), "the process goes on");
-    drop(guest);
-    assert_eq!(insmod("kvm-intel"), 0, "no process is left");
-    assert_eq!(open_errno(), Some(libc::EBUSY));
-    assert_eq!(rmmod("kvm_intel"), 0);
-    wait_for_dune();
+fn dune_loads_beside_kvm() {
+    assert_eq!(helpers::unload_module().unwrap().status, 0);
+    let _kvm = Kvm::load();
+    let mut guest = KvmGuest::new(100);
+    guest.run();
+    for _ in 0..3 {
+        let loaded = helpers::load_module(&[]).unwrap();
+        assert_eq!(loaded.status, 0, "{loaded:?}");
+        assert!(dune_works());
+        guest.run();
+        assert_eq!(helpers::unload_module().unwrap().status, 0);
+        guest.run();
+    }
+    guest.finish();
+    // KVM goes, and VMX is the module's own.
+    let loaded = helpers::load_module(&[]).unwrap();
+    assert_eq!(loaded.status, 0, "{loaded:?}");
+    assert!(dune_works());
+    remove_soon("kvm_intel");
+    assert!(dune_works());
 }
 
-pub fn kvm_loaded_first_makes_open_busy() {
-    let _kvm = Kvm::prepare();
-    assert_eq!(helpers::unload_module().unwrap().status, 0);
-    assert_eq!(insmod("kvm-intel"), 0);
-    let loaded = helpers::load_module(&[]).unwrap();
-    assert_eq!(loaded.status, 0, "{loaded:?}");
-    assert_eq!(open_errno(), Some(libc::EBUSY));
-    // And away again, beside KVM.
-    assert_eq!(helpers::unload_module().unwrap().status, 0);
-    let loaded = helpers::load_module(&[]).unwrap();
-    assert_eq!(loaded.status, 0, "{loaded:?}");
-    assert_eq!(rmmod("kvm_intel"), 0);
-    wait_for_dune();
+fn kvm_comes_and_goes_while_dune_runs() {
+    let shared = Shared::new();
+    let kvm = Kvm::prepare();
+    for turn in 0..3 {
+        shared.word(0).store(0, SeqCst);
+        let dune = busy_dune(shared.word(0), shared.word(1));
+        let other = busy_dune(shared.word(0), shared.word(2));
+        wait_for_more(shared.word(1), 20, "Dune, own");
+        wait_for_more(shared.word(2), 20, "the other Dune, own");
+        assert_eq!(insmod("kvm-intel"), 0, "turn {turn}");
+        wait_for_more(shared.word(1), 20, "Dune, borrowing");
+        wait_for_more(shared.word(2), 20, "the other Dune, borrowing");
+        let mut guest = KvmGuest::new(1000);
+        for _ in 0..10 {
+            guest.run();
+        }
+        guest.finish();
+        wait_for_more(shared.word(1), 20, "Dune, beside a guest of KVM");
+        assert_ne!(rmmod("kvm_intel"), 0, "kvm_intel went from under a process");
+        shared.word(0).store(1, SeqCst);
+        dune.wait().assert_success();
+        other.wait().assert_success();
+        remove_soon("kvm_intel");
+        assert!(dune_works(), "own again");
+    }
+    drop(kvm);
+}
+
+/// Takes turns on one CPU, `alternations` in all; each side checks itself in each turn.
+fn alternate(alternations: u64) {
+    let shared = Shared::new();
+    let (turns, last) = (shared.word(0), shared.word(1));
+    pin_to_cpu(0).unwrap();
+    let _kvm = Kvm::load();
+    let take_turn = |me: u64| {
+        if last.swap(me, SeqCst) != me {
+            turns.fetch_add(1, SeqCst);
+        }
+        // SAFETY: no arguments.
+        unsafe { libc::sched_yield() };
+    };
+    let dune = spawn(|| {
+        let expected = compute(50);
+        let pid = std::process::id();
+        let mut memory = vec![0u64; 4096];
+        let dune = enter();
+        let mut round = 0;
+        while turns.load(SeqCst) < alternations {
+            check_dune(round, pid, expected, &mut memory);
+            round += 1;
+            take_turn(1);
+        }
+        dune.leave();
+    });
+    let mut guest = KvmGuest::new(3);
+    while turns.load(SeqCst) < alternations {
+        guest.run();
+        take_turn(2);
+    }
+    dune.wait().assert_success();
+    let rounds = guest.finish();
+    println!(
+        "{} alternations, {rounds} rounds of the guest of KVM",
+        turns.load(SeqCst)
+    );
+}
+
+fn kvm_and_dune_alternate() {
+    alternate(20_000);
+}
+
+fn kvm_and_dune_alternate_long() {
+    alternate(1_000_000);
+}
+
+/// Neither side yields: each is preempted wherever it is, KVM with its guest's MSRs in the CPU, Dune in RUN.
+fn kvm_guest_keeps_its_msrs() {
+    let shared = Shared::new();
+    pin_to_cpu(0).unwrap();
+    let _kvm = Kvm::load();
+    let dune = busy_dune(shared.word(0), shared.word(1));
+    let start = Instant::now();
+    let mut guest = KvmGuest::new(20_000);
+    let mut switches = 0;
+    let mut seen = 0;
+    while switches < 30 {
+        assert!(
+            start.elapsed() < Duration::from_secs(100),
+            "{switches} times did both go on"
+        );
+        guest.run();
+        let now = shared.word(1).load(SeqCst);
+        if now != seen {
+            seen = now;
+            switches += 1;
+        }
+    }
+    shared.word(0).store(1, SeqCst);
+    dune.wait().assert_success();
+    println!("{} rounds of KVM, {seen} of Dune", guest.finish());
+}
+
+fn kvm_helper_missing_is_told() {
+    let _kvm = Kvm::load();
+    for (helper, told) in [
+        ("/no/such", "it cannot be started"),
+        ("/bin/false", "it failed: wait status 0x100"),
+    ] {
+        assert_eq!(helpers::unload_module().unwrap().status, 0);
+        let loaded = helpers::load_module(&[&format!("kvm_helper={helper}")]).unwrap();
+        assert_eq!(loaded.status, 0, "{loaded:?}");
+        let count = || helpers::kernel_log().unwrap().matches(told).count();
+        let before = count();
+        for _ in 0..3 {
+            assert_eq!(open_errno(), Some(libc::EBUSY));
+        }
+        assert_eq!(count(), before + 1, "one line, not one per open");
+        let error = Dune::enter().expect_err("entered without VMX").to_string();
+        assert!(
+            error.contains("dmesg") && error.contains("modprobe -r kvm_intel"),
+            "{error}"
+        );
+    }
+    // The remedy that the line names.
+    remove_soon("kvm_intel");
     assert!(dune_works());
+    assert_eq!(helpers::unload_module().unwrap().status, 0);
+    assert_eq!(helpers::load_module(&[]).unwrap().status, 0);
 }

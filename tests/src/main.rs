@@ -8,9 +8,11 @@ mod harness;
 mod helpers;
 mod isolation;
 mod kvm;
+mod kvm_guest;
 mod machine;
 mod memory;
 mod module;
+mod power;
 mod process;
 #[allow(dead_code)]
 mod raw;
@@ -43,6 +45,7 @@ const TOPICS: &[&[Test]] = &[
     isolation::TESTS,
     module::TESTS,
     kvm::TESTS,
+    power::TESTS,
 ];
 
 #[derive(Parser)]

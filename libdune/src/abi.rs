@@ -10,14 +10,17 @@ pub(crate) const PRIVATE_CALLS: u32 = 0x4455_4e00;
 /// Leave Dune mode. RDI: RIP, RSI: RSP, RDX: RFLAGS to go on with.
 pub(crate) const CALL_LEAVE: u32 = PRIVATE_CALLS;
 
-/// Leave Dune mode with the registers of a trap frame. RDI: the frame.
-pub(crate) const CALL_NATIVE: u32 = PRIVATE_CALLS + 1;
+/// An exception that no handler took: its signal, or out of Dune mode with its registers. RDI: the trap frame.
+pub(crate) const CALL_EXCEPTION: u32 = PRIVATE_CALLS + 1;
 
 /// Report and end the process. RDI: the frame; the reason is in the per-thread block.
 pub(crate) const CALL_FATAL: u32 = PRIVATE_CALLS + 2;
 
 /// Answer with the address of the calling thread's block.
 pub(crate) const CALL_SELF: u32 = PRIVATE_CALLS + 3;
+
+/// A signal came while the trap entry was on an interrupt stack: deliver it now. RDI: the trap frame.
+pub(crate) const CALL_SIGNAL: u32 = PRIVATE_CALLS + 4;
 
 /// Software bit of a page fault's error code: the host refused the access, the guest's page table is not the cause.
 ///

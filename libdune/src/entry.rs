@@ -52,6 +52,7 @@ use crate::process;
 use crate::process::Fpu;
 use crate::process::Process;
 use crate::sys;
+use crate::sys::AltStack;
 use crate::sys::Errno;
 use crate::syscall;
 use crate::trap;
@@ -312,9 +313,22 @@ fn enter(options: &Builder) -> Result<Dune> {
         (*context).vcpu = vcpu.0.number.into();
         (*context).tid = sys::gettid();
     }
-    // SAFETY: Everything that the loop and the first instructions of the guest need is there.
-    let result = unsafe { host_loop::enter_guest(context) };
+    // SAFETY: The alternate stack is given back when the thread leaves; the loop must not run on it. Everything that the
+    // loop and the first instructions of the guest need is there.
+    let result = unsafe {
+        let alternate = sys::sigaltstack(None).unwrap_or(AltStack::DISABLED);
+        if alternate.is_enabled() && sys::sigaltstack(Some(&AltStack::DISABLED)).is_ok() {
+            (*context).alt_stack = alternate;
+        }
+        host_loop::enter_guest(context)
+    };
     if result != 0 {
+        // SAFETY: What was taken away above.
+        unsafe {
+            if (*context).alt_stack.is_enabled() {
+                let _ = sys::sigaltstack(Some(&(*context).alt_stack));
+            }
+        }
         return Err(first_run_error(result, vcpu.0.run));
     }
     // From here on at CPL0.
@@ -385,8 +399,25 @@ impl Fpu {
         Self {
             has_xsave,
             bytes: bytes.next_multiple_of(64),
+            xcr0: if has_xsave { xcr0() } else { 0 },
         }
     }
+}
+
+/// XCR0 of the process (SDM, "CPUID": leaf 0DH says what it may be at most; XGETBV says what it is).
+fn xcr0() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: The CPU has OSXSAVE.
+    unsafe {
+        core::arch::asm!(
+            "xgetbv",
+            in("ecx") 0,
+            out("eax") low,
+            out("edx") high,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
 }
 
 /// Opens the device and fills a fresh arena in.
@@ -430,21 +461,12 @@ fn premap(process: &Process, address: u64) -> Result<()> {
 }
 
 /// VMX access rights (SDM, "Guest Register State").
-const CODE_64: u32 = 0xa09b;
-const DATA: u32 = 0xc093;
 const TSS_BUSY: u32 = 0x8b;
 const UNUSABLE: u32 = 1 << 16;
 
 fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
     let info = &process.info;
     let (fs, gs) = sys::segment_bases().map_err(|errno| Error::at("arch_prctl", errno.0))?;
-    let flat = |selector, access_rights, base| Segment {
-        base,
-        limit: u32::MAX,
-        access_rights,
-        selector,
-        ..Segment::default()
-    };
     let unusable = Segment {
         access_rights: UNUSABLE,
         ..Segment::default()
@@ -456,17 +478,15 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
         selector: percpu::TSS,
         ..Segment::default()
     };
-    Ok(Sregs {
+    Ok(percpu::at_cpl0(Sregs {
         cr0: info.cr0,
         cr3: process.root.as_u64(),
         cr4: info.cr4,
         efer: info.efer,
         es: unusable,
-        cs: flat(percpu::KERNEL_CS, CODE_64, 0),
-        ss: flat(percpu::KERNEL_DS, DATA, 0),
         ds: unusable,
-        fs: flat(0, DATA, fs),
-        gs: flat(0, DATA, gs),
+        fs: percpu::based(fs),
+        gs: percpu::based(gs),
         ldtr: unusable,
         tr: tss,
         gdtr_base: ptr::from_ref(&block.gdt) as u64,
@@ -475,5 +495,6 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
         idtr_limit: size_of::<Idt>() as u32 - 1,
         lstar: syscall::entry(),
         syscall_vmcall: syscall::vmcall(),
-    })
+        ..Sregs::default()
+    }))
 }

@@ -10,9 +10,7 @@
 //! # What it does not do
 //!
 //! - A change of a page table is flushed from the TLB of the calling thread only.
-//! - The program's signal handlers run outside Dune mode, on the host loop's stack; one that jumps out of itself
-//!   (`siglongjmp`) takes the thread out of Dune mode.
-//! - An exception that no handler takes is given to Linux from outside Dune mode, and the thread stays there.
+//! - An exception for which there is neither a handler nor a signal handler is given to Linux from outside Dune mode.
 //! - CPL3 inside Dune mode has no API.
 #![deny(unsafe_op_in_unsafe_fn)]
 #![deny(clippy::undocumented_unsafe_blocks)]

@@ -8,6 +8,8 @@ use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::RunPage;
+use dune_abi::Segment;
+use dune_abi::Sregs;
 
 use crate::device::Vcpu;
 use crate::layout;
@@ -18,6 +20,47 @@ use crate::trap;
 pub(crate) const KERNEL_CS: u16 = 0x10;
 pub(crate) const KERNEL_DS: u16 = 0x18;
 pub(crate) const TSS: u16 = 0x40;
+pub(crate) const USER_DS: u16 = 0x2b;
+pub(crate) const USER_CS: u16 = 0x33;
+
+/// VMX access rights (SDM, "Guest Register State").
+const CODE_64: u32 = 0xa09b;
+const DATA: u32 = 0xc093;
+const DPL3: u32 = 3 << 5;
+
+/// A flat segment.
+pub(crate) fn flat(selector: u16, access_rights: u32, base: u64) -> Segment {
+    Segment {
+        base,
+        limit: u32::MAX,
+        access_rights,
+        selector,
+        ..Segment::default()
+    }
+}
+
+/// A flat data segment with a base, as FS and GS are.
+pub(crate) fn based(base: u64) -> Segment {
+    flat(0, DATA, base)
+}
+
+/// The same system registers, at CPL0.
+pub(crate) fn at_cpl0(sregs: Sregs) -> Sregs {
+    Sregs {
+        cs: flat(KERNEL_CS, CODE_64, 0),
+        ss: flat(KERNEL_DS, DATA, 0),
+        ..sregs
+    }
+}
+
+/// The same system registers, at CPL3.
+pub(crate) fn at_cpl3(sregs: Sregs) -> Sregs {
+    Sregs {
+        cs: flat(USER_CS, CODE_64 | DPL3, 0),
+        ss: flat(USER_DS, DATA | DPL3, 0),
+        ..sregs
+    }
+}
 
 /// Last byte of a 64-bit TSS (SDM, "TSS Descriptor in 64-bit mode").
 pub(crate) const TSS_LIMIT: u32 = 0x67;
@@ -55,6 +98,8 @@ pub(crate) struct Block {
     pub fpu_bytes: u64,
     /// 1: XSAVE, 0: FXSAVE.
     pub has_xsave: u64,
+    /// A signal waits for the trap entry to be done with its interrupt stack.
+    pub signal: AtomicU32,
     /// Why CALL_FATAL was made: a `trap::Fatal`.
     pub fatal: AtomicU32,
     /// A report is under way.

@@ -41,6 +41,8 @@ pub(crate) struct Fpu {
     pub has_xsave: bool,
     /// Bytes that are written, rounded up to 64.
     pub bytes: u64,
+    /// The features that are saved.
+    pub xcr0: u64,
 }
 
 /// What is at the start of the arena.
@@ -348,6 +350,7 @@ mod tests {
         let fpu = Fpu {
             has_xsave: false,
             bytes: 512,
+            xcr0: 0,
         };
         // SAFETY: A fresh arena; nothing here uses the fd.
         unsafe { Process::write(start, -1, Info::default(), fpu, [0; 512]) };

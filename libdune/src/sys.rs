@@ -177,6 +177,14 @@ pub(crate) fn write(fd: i32, bytes: &[u8]) -> usize {
     usize::try_from(done).unwrap_or(0)
 }
 
+/// Runs `f` with all signals blocked.
+pub(crate) fn with_signals_blocked<R>(f: impl FnOnce() -> R) -> R {
+    let mask = sigprocmask(libc::SIG_BLOCK, u64::MAX);
+    let result = f();
+    sigprocmask(libc::SIG_SETMASK, mask);
+    result
+}
+
 /// Number of the calling process.
 pub(crate) fn getpid() -> u32 {
     // SAFETY: Has no arguments.
@@ -228,58 +236,56 @@ pub(crate) struct SigAction {
     pub mask: u64,
 }
 
+/// Highest number of a signal.
+pub(crate) const SIGNALS: i32 = 64;
+
 /// What the program wants done on each signal, shared by the threads that share their actions in Linux.
 ///
-/// The lock is held for a few instructions, with signals blocked, so a signal handler may take it.
+/// The lock is held for a few instructions. All signals are blocked in its users, so that a handler can be one.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Actions {
     lock: AtomicU32,
-    actions: [UnsafeCell<SigAction>; 64],
+    actions: UnsafeCell<[SigAction; SIGNALS as usize]>,
 }
 
-// SAFETY: The cells are used under the lock.
+// SAFETY: The cell is used under the lock.
 unsafe impl Sync for Actions {}
 
 impl Default for Actions {
     fn default() -> Self {
         Self {
             lock: AtomicU32::new(0),
-            actions: [const { UnsafeCell::new(SigAction::DEFAULT) }; 64],
+            actions: UnsafeCell::new([SigAction::DEFAULT; SIGNALS as usize]),
         }
     }
 }
 
 impl Actions {
-    fn with<R>(&self, signal: i32, f: impl FnOnce(&mut SigAction) -> R) -> R {
-        let index = (signal - 1) as usize;
-        assert!(index < self.actions.len());
-        let mask = sigprocmask(libc::SIG_SETMASK, u64::MAX);
+    fn with<R>(&self, f: impl FnOnce(&mut [SigAction; SIGNALS as usize]) -> R) -> R {
         while self.lock.compare_exchange(0, 1, Acquire, Relaxed).is_err() {
             yield_now();
         }
         // SAFETY: Under the lock.
-        let result = f(unsafe { &mut *self.actions[index].get() });
+        let result = f(unsafe { &mut *self.actions.get() });
         self.lock.store(0, Release);
-        sigprocmask(libc::SIG_SETMASK, mask);
         result
     }
 
-    /// The action for a signal from 1 to 64.
+    /// The action for a signal from 1 to [`SIGNALS`].
     pub fn get(&self, signal: i32) -> SigAction {
-        self.with(signal, |action| *action)
+        self.with(|actions| actions[signal as usize - 1])
     }
 
     /// Changes the action and returns the old one.
     pub fn replace(&self, signal: i32, new: SigAction) -> SigAction {
-        self.with(signal, |action| core::mem::replace(action, new))
+        self.with(|actions| core::mem::replace(&mut actions[signal as usize - 1], new))
     }
 
     /// Makes the actions those of `other`.
     pub fn copy_from(&self, other: &Self) {
-        for signal in 1..=self.actions.len() as i32 {
-            self.replace(signal, other.get(signal));
-        }
+        let actions = other.with(|actions| *actions);
+        self.with(|own| *own = actions);
     }
 }
 
@@ -294,6 +300,111 @@ impl SigAction {
         restorer: 0,
         mask: 0,
     };
+    pub const DEFAULT_HANDLER: u64 = libc::SIG_DFL as u64;
+    pub const IGNORE: u64 = libc::SIG_IGN as u64;
+
+    pub const ONSTACK: u64 = libc::SA_ONSTACK as u64;
+    pub const NODEFER: u64 = libc::SA_NODEFER as u64;
+    pub const RESETHAND: u64 = libc::SA_RESETHAND as u32 as u64;
+
+    /// Whether the program has a function for it.
+    pub fn is_handler(&self) -> bool {
+        self.handler != Self::DEFAULT_HANDLER && self.handler != Self::IGNORE
+    }
+
+    /// The mask while that runs.
+    pub fn mask_during(&self, signal: i32, interrupted: u64) -> u64 {
+        let own = if self.flags & Self::NODEFER == 0 {
+            signal_bit(signal)
+        } else {
+            0
+        };
+        interrupted | self.mask | own
+    }
+}
+
+/// Linux' `siginfo_t`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SigInfo([u64; 16]);
+
+impl SigInfo {
+    /// si_code.
+    pub fn code(&self) -> i32 {
+        self.0[1] as i32
+    }
+
+    /// What Linux says of an exception.
+    pub fn of_fault(signal: i32, code: i32, address: u64) -> Self {
+        let mut words = [0; 16];
+        words[0] = signal as u64;
+        words[1] = u64::from(code as u32);
+        words[2] = address;
+        Self(words)
+    }
+}
+
+/// Sends the calling thread a signal that it has already got, as it came.
+pub(crate) fn queue_to_self(signal: i32, info: &SigInfo) {
+    // SAFETY: Linux reads one siginfo.
+    let _ = unsafe {
+        raw(
+            libc::SYS_rt_tgsigqueueinfo,
+            [
+                getpid().into(),
+                gettid().into(),
+                signal as u64,
+                core::ptr::from_ref(info) as u64,
+                0,
+                0,
+            ],
+        )
+    };
+}
+
+/// `sigaltstack`; returns the old stack.
+///
+/// # Safety
+///
+/// The memory must be the program's signal stack.
+pub(crate) unsafe fn sigaltstack(new: Option<&AltStack>) -> Result<AltStack, Errno> {
+    let mut old = AltStack::DISABLED;
+    let new = new.map_or(core::ptr::null(), core::ptr::from_ref);
+    // SAFETY: Linux reads and writes one structure each; the rest is the caller's.
+    check(unsafe { raw(libc::SYS_sigaltstack, [new as u64, &raw mut old as u64, 0, 0, 0, 0]) })?;
+    Ok(old)
+}
+
+/// Linux' `stack_t`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AltStack {
+    pub start: u64,
+    pub flags: i32,
+    pub reserved: i32,
+    pub bytes: u64,
+}
+
+impl AltStack {
+    /// SS_AUTODISARM.
+    pub const AUTODISARM: i32 = 1 << 31;
+
+    /// None.
+    pub const DISABLED: Self = Self {
+        start: 0,
+        flags: libc::SS_DISABLE,
+        reserved: 0,
+        bytes: 0,
+    };
+
+    pub fn is_enabled(&self) -> bool {
+        self.flags & libc::SS_DISABLE == 0
+    }
+
+    /// Whether a stack pointer is on it.
+    pub fn holds(&self, rsp: u64) -> bool {
+        self.is_enabled() && rsp > self.start && rsp - self.start <= self.bytes
+    }
 }
 
 /// `rt_sigaction`; returns the old action.

@@ -19,6 +19,7 @@ mod raw;
 mod robust;
 mod runner;
 mod sched;
+mod signal;
 mod support;
 mod syscall;
 mod trap;
@@ -41,6 +42,7 @@ const TOPICS: &[&[Test]] = &[
     memory::TESTS,
     sched::TESTS,
     process::TESTS,
+    signal::TESTS,
     robust::TESTS,
     isolation::TESTS,
     module::TESTS,

@@ -496,10 +496,11 @@ fn signal_handlers_run() {
     while SIGNALS.load(Relaxed) == 50 {
         std::hint::spin_loop();
     }
+    // The handler's rt_sigreturn, and nothing else.
     assert_eq!(
         dune.counters().exits[EXIT_VMCALL],
-        before.exits[EXIT_VMCALL],
-        "a call was made"
+        before.exits[EXIT_VMCALL] + 1,
+        "calls were made"
     );
     assert!(exits(&before, &dune.counters()) < 10);
     assert!(Dune::is_active());

@@ -21,6 +21,7 @@ use super::slow::dune_host_slow;
 use super::slow::Action;
 use super::slow::CLONED;
 use super::slow::IS_CHILD;
+use super::slow::SIGNALLED;
 use crate::abi::CALL_LEAVE;
 use crate::abi::IOPL_CPL0;
 use crate::layout;
@@ -34,6 +35,25 @@ extern "C" {
     /// Leaves Dune mode; returns outside of it.
     #[link_name = "dune_leave_guest"]
     pub(crate) fn leave_guest();
+
+    fn dune_run_behind();
+    fn dune_forward_syscall();
+    fn dune_signalled();
+}
+
+/// Where RUN comes back.
+pub(super) fn run_behind() -> u64 {
+    dune_run_behind as *const () as u64
+}
+
+/// The instruction that makes the program's system call.
+pub(super) fn forward_syscall() -> u64 {
+    dune_forward_syscall as *const () as u64
+}
+
+/// Where to go on instead of making it, when a signal came.
+pub(super) fn signalled() -> u64 {
+    dune_signalled as *const () as u64
 }
 
 const END: usize = offset_of!(HostContext, end);
@@ -93,6 +113,10 @@ global_asm!(
     "dune_forward_behind:",
     "mov [rbx + {rax}], rax",
     "jmp 20b",
+    ".hidden dune_signalled",
+    ".globl dune_signalled",
+    "dune_signalled:",
+    "mov r12d, {signalled}",
     // The slow path: Rust, with the guest's FPU state saved around it.
     "21:",
     "mov rsi, rax",
@@ -275,6 +299,7 @@ global_asm!(
     end_mask = const END + offset_of!(End, mask),
     area_bytes = const layout::AREA_BYTES,
     host = const layout::HOST,
+    signalled = const SIGNALLED,
     cloned = const CLONED,
     is_child = const IS_CHILD,
     action_native = const Action::Native as u32,

@@ -36,6 +36,7 @@ use super::slow::set_result;
 use super::slow::Action;
 use super::special::sync;
 use super::touch;
+use super::upcall;
 use crate::device;
 use crate::layout;
 use crate::percpu::Block;
@@ -129,6 +130,19 @@ fn read_clone_args<'a>(context: &'a mut HostContext, gprs: &Gprs) -> Result<&'a 
 
 /// Has the loop make the call that is in the run page.
 pub(super) fn handle(context: &mut HostContext, number: i64, gprs: &Gprs) -> Result<Action, i32> {
+    let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
+    if context.pending.signal != 0 {
+        return Ok(upcall::take_before_call(context));
+    }
+    let prepared = prepare(context, number, gprs, mask);
+    if !matches!(prepared, Ok(Action::Clone)) {
+        sys::sigprocmask(libc::SIG_SETMASK, mask);
+    }
+    prepared
+}
+
+/// The same, with all signals blocked; `mask` is the program's.
+fn prepare(context: &mut HostContext, number: i64, gprs: &Gprs, mask: u64) -> Result<Action, i32> {
     let request = Request::read(context, number, gprs)?;
     let mut state = sync(context)?;
     // The module has moved the guest behind its call: RIP and RFLAGS are where the child goes on.
@@ -146,24 +160,17 @@ pub(super) fn handle(context: &mut HostContext, number: i64, gprs: &Gprs) -> Res
         if let Ok(area) = process.take_area() {
             process.threads.fetch_add(1, AcqRel);
             share(context, &request, state, area);
-            block_signals(context);
+            context.mask = Some(mask);
+            // SAFETY: The child's context, which nobody uses before the call.
+            unsafe { (*context.child).mask = Some(mask) };
             return Ok(Action::Clone);
         }
     } else if inherits {
         copy(context, &request, state);
-        block_signals(context);
+        context.mask = Some(mask);
         return Ok(Action::Clone);
     }
     outside(context, &request, &state)
-}
-
-fn block_signals(context: &mut HostContext) {
-    let mask = sys::sigprocmask(libc::SIG_SETMASK, u64::MAX);
-    context.mask = Some(mask);
-    if !context.child.is_null() {
-        // SAFETY: The child's context, which nobody uses before the call.
-        unsafe { (*context.child).mask = Some(mask) };
-    }
 }
 
 /// What the program's arguments say about the child's registers.
@@ -198,6 +205,10 @@ fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area:
             _ => Role::SharesMemory,
         };
         (*child).actions = context.actions;
+        // Linux keeps it for a child of vfork only.
+        if (*child).role == Role::Vfork {
+            (*child).alt_stack = context.alt_stack;
+        }
         if request.flags & CLONE_SIGHAND == 0 {
             (*child).own_actions.copy_from(context.actions());
             (*child).actions = &raw const (*child).own_actions;

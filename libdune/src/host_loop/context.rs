@@ -6,10 +6,12 @@ use core::sync::atomic::AtomicU64;
 
 use dune_abi::RunPage;
 
+use super::upcall::Pending;
 use crate::layout;
 use crate::percpu::Block;
 use crate::process::Process;
 use crate::sys::Actions;
+use crate::sys::AltStack;
 use crate::trap::TrapFrame;
 
 /// Registers to go on with outside Dune mode, in the order in which they are popped.
@@ -175,6 +177,10 @@ pub(crate) struct HostContext {
     pub actions: *const Actions,
     /// Where the thread does not share them.
     pub own_actions: Actions,
+    /// A signal on its way to the program's handler.
+    pub pending: Pending,
+    /// The program's alternate signal stack.
+    pub alt_stack: AltStack,
     pub touched: Touched,
     pub touched_entries: u64,
     pub touched_times: u32,
@@ -203,6 +209,7 @@ impl HostContext {
             (*context).has_xsave = shared.fpu.has_xsave.into();
             (*context).fpu = area + layout::FPU as u64;
             (*context).actions = &raw const shared.actions;
+            (*context).alt_stack = AltStack::DISABLED;
         }
         context
     }

@@ -23,6 +23,7 @@ mod signal;
 mod slow;
 mod special;
 mod touch;
+mod upcall;
 
 pub(crate) use asm::enter_guest;
 pub(crate) use asm::leave_guest;

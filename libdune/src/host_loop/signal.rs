@@ -1,15 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! SIGSEGV and SIGBUS of the host loop's own accesses; all others are the program's.
+//! Signals as Linux delivers them: on the host stack of a Dune thread, or to an ordinary thread.
+//!
+//! While a process has a Dune thread, Linux has [`dune_host_signal`] for every signal that the program handles, with
+//! all signals blocked, and for SIGSEGV and SIGBUS, which the host loop's own accesses can raise. The program's actions
+//! are kept in [`Actions`]. For a Dune thread the handler only takes note: `upcall` has the program's handler run in
+//! Dune mode. For an ordinary thread it calls the program's handler.
 //!
 //! # Safety
 //!
 //! The handler runs on whatever stack was interrupted and touches no errno and no TLS. A Dune thread is known by its
-//! host stack, which lies in the arena.
+//! host stack, which lies in the arena. Its context is its own: nothing else runs on the thread meanwhile.
 
 use core::arch::global_asm;
 
+use super::asm;
 use super::context::HostContext;
+use super::slow::Action;
 use super::touch;
 use super::touch::Refusal;
 use crate::layout;
@@ -18,9 +25,13 @@ use crate::sys;
 use crate::sys::Actions;
 use crate::sys::Errno;
 use crate::sys::SigAction;
+use crate::sys::SigInfo;
 
-/// The signals that an access can give.
-pub(super) const SIGNALS: [i32; 2] = [libc::SIGSEGV, libc::SIGBUS];
+/// The signals that an access can give: libdune has them whatever the program wants.
+const OWN: [i32; 2] = [libc::SIGSEGV, libc::SIGBUS];
+
+/// Flags of the program's that Linux has to know.
+const PASSED_FLAGS: u64 = (libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT | libc::SA_RESTART) as u64;
 
 extern "C" {
     fn dune_host_sigreturn();
@@ -43,25 +54,45 @@ fn handler_address() -> u64 {
     dune_host_signal as *const () as u64
 }
 
-/// What libdune sets for the two signals.
-fn action() -> SigAction {
+/// Whether nobody can have an action for it.
+fn has_no_action(signal: i32) -> bool {
+    signal == libc::SIGKILL || signal == libc::SIGSTOP
+}
+
+/// What Linux is to do where the program wants `action`.
+///
+/// On the alternate stack where there is one: an ordinary thread's. A Dune thread's is libdune's to keep (`upcall`).
+fn host_action(signal: i32, action: &SigAction) -> SigAction {
+    if !action.is_handler() && !OWN.contains(&signal) {
+        return *action;
+    }
     SigAction {
         handler: handler_address(),
-        flags: libc::SA_SIGINFO as u64 | sys::SA_RESTORER,
+        flags: (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64 | sys::SA_RESTORER | action.flags & PASSED_FLAGS,
         restorer: dune_host_sigreturn as *const () as u64,
         mask: u64::MAX,
     }
 }
 
-/// Takes the two signals over, and keeps the program's actions.
+/// Takes over what the program handles, and keeps the program's actions.
 pub(crate) fn install(actions: &Actions) -> Result<(), Errno> {
-    for signal in SIGNALS {
+    sys::with_signals_blocked(|| install_blocked(actions))
+}
+
+fn install_blocked(actions: &Actions) -> Result<(), Errno> {
+    for signal in 1..=sys::SIGNALS {
+        if has_no_action(signal) {
+            continue;
+        }
         // SAFETY: A handler and a restorer as Linux wants them. The action is noted before it can be asked for.
         unsafe {
             let now = sys::sigaction(signal, None)?;
             if now.handler != handler_address() {
                 actions.replace(signal, now);
-                sys::sigaction(signal, Some(&action()))?;
+                let ours = host_action(signal, &now);
+                if ours != now {
+                    sys::sigaction(signal, Some(&ours))?;
+                }
             }
         }
     }
@@ -70,14 +101,43 @@ pub(crate) fn install(actions: &Actions) -> Result<(), Errno> {
 
 /// Gives the program its actions back, unless it has set others behind our back.
 pub(crate) fn restore(actions: &Actions) {
-    for signal in SIGNALS {
+    sys::with_signals_blocked(|| restore_blocked(actions));
+}
+
+fn restore_blocked(actions: &Actions) {
+    for signal in 1..=sys::SIGNALS {
+        let action = actions.get(signal);
+        if has_no_action(signal) || !(action.is_handler() || OWN.contains(&signal)) {
+            continue;
+        }
         // SAFETY: Actions that the program had, or asked for.
         unsafe {
             if sys::sigaction(signal, None).is_ok_and(|now| now.handler == handler_address()) {
-                let _ = sys::sigaction(signal, Some(&actions.get(signal)));
+                let _ = sys::sigaction(signal, Some(&action));
             }
         }
     }
+}
+
+/// rt_sigaction, with all signals blocked; the old action.
+pub(super) fn set_action(actions: &Actions, signal: i32, new: Option<SigAction>) -> Result<SigAction, Errno> {
+    let Some(new) = new else {
+        return Ok(actions.get(signal));
+    };
+    let old = actions.replace(signal, new);
+    // SAFETY: The program's, or ours.
+    match unsafe { sys::sigaction(signal, Some(&host_action(signal, &new))) } {
+        Ok(_) => Ok(old),
+        Err(errno) => {
+            actions.replace(signal, old);
+            Err(errno)
+        }
+    }
+}
+
+/// Whether a Dune thread's rt_sigaction for the signal is ours.
+pub(super) fn is_ours(signal: i32) -> bool {
+    (1..=sys::SIGNALS).contains(&signal) && !has_no_action(signal)
 }
 
 /// The context of the calling thread, if it runs on its host stack.
@@ -87,15 +147,15 @@ fn context_at(rsp: u64) -> Option<*mut HostContext> {
     Some((area + layout::HOST as u64) as *mut HostContext)
 }
 
-unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::ucontext_t) {
+unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut SigInfo, ucontext: *mut libc::ucontext_t) {
     // SAFETY: Linux passes a siginfo and a ucontext; a context that RSP leads to is the calling thread's.
     unsafe {
         let registers = &mut (*ucontext).uc_mcontext.gregs;
         if let Some(recovery) = touch::recovery(registers[libc::REG_RIP as usize] as u64) {
-            if (*info).si_code > 0 {
+            if (*info).code() > 0 && OWN.contains(&signal) {
                 let refusal = Refusal {
                     signal,
-                    code: (*info).si_code,
+                    code: (*info).code(),
                 };
                 registers[libc::REG_RCX as usize] = refusal.pack() as i64;
                 registers[libc::REG_RIP as usize] = recovery as i64;
@@ -103,51 +163,72 @@ unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut libc::siginfo_t, u
             }
         }
         let context = context_at(registers[libc::REG_RSP as usize] as u64);
-        let actions = match (context, process::find()) {
-            (Some(context), _) => Some((*context).actions),
-            (None, Some(process)) => Some(&raw const (*process).actions),
-            (None, None) => None,
-        };
-        let action = actions.map_or(SigAction::default(), |actions| (*actions).get(signal));
-        pass_on(signal, info, ucontext, action);
-        if let (Some(_), Some(actions)) = (context, actions) {
-            take_again(signal, &*actions);
-        }
-    }
-}
-
-/// The program's handler runs outside Dune mode: an action that it set took ours away.
-unsafe fn take_again(signal: i32, actions: &Actions) {
-    // SAFETY: A handler and a restorer as Linux wants them.
-    unsafe {
-        if let Ok(now) = sys::sigaction(signal, None) {
-            if now.handler != handler_address() && now.handler != 0 {
-                actions.replace(signal, now);
-                let _ = sys::sigaction(signal, Some(&action()));
+        match context {
+            Some(context) if !(*context).left => {
+                note(&mut *context, signal, info, ucontext);
+                let registers = &mut (*ucontext).uc_mcontext.gregs;
+                // A wait for memory (userfaultfd) ends, as it does for an ordinary thread.
+                if let Some(recovery) = touch::recovery(registers[libc::REG_RIP as usize] as u64) {
+                    registers[libc::REG_RCX as usize] = Refusal::INTERRUPTED.pack() as i64;
+                    registers[libc::REG_RIP as usize] = recovery as i64;
+                }
             }
+            Some(context) => pass_on(signal, info, ucontext, &*(*context).actions),
+            None => match process::find() {
+                Some(process) => pass_on(signal, info, ucontext, &(*process).actions),
+                // The last Dune thread left in this moment: what Linux does now is right.
+                None => sys::queue_to_self(signal, &*info),
+            },
         }
     }
 }
 
-/// Does what the program's own action would have done.
-unsafe fn pass_on(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::ucontext_t, action: SigAction) {
-    const IGNORE: u64 = libc::SIG_IGN as u64;
+/// Keeps the signal for the program's handler in Dune mode. Until that runs no other one comes.
+unsafe fn note(context: &mut HostContext, signal: i32, info: *const SigInfo, ucontext: *mut libc::ucontext_t) {
+    // SAFETY: Linux' siginfo and ucontext; the first word of the mask is all that Linux has.
+    unsafe {
+        let mask = (&raw mut (*ucontext).uc_sigmask).cast::<u64>();
+        context.pending.signal = signal;
+        context.pending.info = *info;
+        context.pending.mask = *mask;
+        *mask = u64::MAX;
+        (&raw mut (*context.run).interrupt_request).write_volatile(1);
+        // A call that was not made yet, or is to be made again: the handler goes first.
+        let registers = &mut (*ucontext).uc_mcontext.gregs;
+        let rip = registers[libc::REG_RIP as usize] as u64;
+        let r12d = registers[libc::REG_R12 as usize] as u32;
+        let is_at_call = rip == asm::forward_syscall() && r12d == Action::Forward as u32;
+        let is_before_call =
+            (asm::run_behind()..=asm::forward_syscall()).contains(&rip) && r12d == dune_abi::EXIT_SYSCALL;
+        if is_at_call || is_before_call {
+            registers[libc::REG_RIP as usize] = asm::signalled() as i64;
+        }
+    }
+}
+
+/// Does for an ordinary thread what the program's own action would have done.
+unsafe fn pass_on(signal: i32, info: *mut SigInfo, ucontext: *mut libc::ucontext_t, actions: &Actions) {
+    let action = actions.get(signal);
     // SAFETY: Linux' arguments, handed on; the address is what the program gave to sigaction.
     unsafe {
-        let raised_by_fault = (*info).si_code > 0;
+        let raised_by_fault = (*info).code() > 0 && OWN.contains(&signal);
         match action.handler {
-            IGNORE if !raised_by_fault => {}
-            0 | IGNORE => {
-                let default = SigAction::default();
-                let _ = sys::sigaction(signal, Some(&default));
+            SigAction::IGNORE if !raised_by_fault => {}
+            SigAction::DEFAULT_HANDLER | SigAction::IGNORE => {
+                let _ = sys::sigaction(signal, Some(&SigAction::DEFAULT));
                 if !raised_by_fault {
-                    sys::die_by(signal);
+                    // Taken by the default when this handler has returned.
+                    sys::queue_to_self(signal, &*info);
                 }
-                // The instruction is executed again and dies of its own fault.
+                // Else the instruction is executed again and dies of its own fault.
             }
             handler => {
-                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t) =
-                    core::mem::transmute(handler);
+                if action.flags & SigAction::RESETHAND != 0 {
+                    let _ = set_action(actions, signal, Some(SigAction::DEFAULT));
+                }
+                let interrupted = *(&raw const (*ucontext).uc_sigmask).cast::<u64>();
+                sys::sigprocmask(libc::SIG_SETMASK, action.mask_during(signal, interrupted));
+                let handler: extern "C" fn(i32, *mut SigInfo, *mut libc::ucontext_t) = core::mem::transmute(handler);
                 handler(signal, info, ucontext);
             }
         }
@@ -156,24 +237,45 @@ unsafe fn pass_on(signal: i32, info: *mut libc::siginfo_t, ucontext: *mut libc::
 
 #[cfg(test)]
 mod tests {
+    use core::sync::atomic::AtomicI32;
+    use core::sync::atomic::Ordering::Relaxed;
+
     use super::*;
     use crate::host_loop::touch::touch;
 
     const PAGE: usize = dune_abi::PAGE_BYTES;
 
+    static SEEN: AtomicI32 = AtomicI32::new(0);
+
+    extern "C" fn see(signal: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        SEEN.store(signal, Relaxed);
+    }
+
     /// One test for all of it: the actions belong to the whole process.
     #[test]
     fn refused_accesses_come_back_and_the_actions_too() {
-        let before = SIGNALS.map(|signal| {
+        let now = |signal| {
             // SAFETY: Asks only.
             unsafe { sys::sigaction(signal, None) }.unwrap()
-        });
+        };
+        // SAFETY: The handler stores a number.
+        unsafe {
+            let mut action: libc::sigaction = core::mem::zeroed();
+            action.sa_sigaction = see as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
+            assert_eq!(libc::sigaction(libc::SIGUSR2, &action, core::ptr::null_mut()), 0);
+        }
+        let before = [libc::SIGSEGV, libc::SIGBUS, libc::SIGUSR2, libc::SIGTERM].map(|signal| (signal, now(signal)));
         let actions = Actions::default();
         install(&actions).unwrap();
-        assert_eq!(SIGNALS.map(|signal| actions.get(signal)), before);
         // The second thread that enters changes nothing.
         install(&actions).unwrap();
-        assert_eq!(SIGNALS.map(|signal| actions.get(signal)), before);
+        for (signal, action) in before {
+            assert_eq!(actions.get(signal), action);
+        }
+        assert_eq!(now(libc::SIGUSR2).handler, handler_address());
+        assert_ne!(now(libc::SIGUSR2).flags & libc::SA_RESTART as u64, 0);
+        assert_eq!(now(libc::SIGTERM), actions.get(libc::SIGTERM), "a default stays Linux'");
 
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: Fresh memory.
@@ -206,10 +308,13 @@ mod tests {
         const BUS_ADRERR: i32 = 2;
         assert_eq!(touch(page, false), refusal(libc::SIGBUS, BUS_ADRERR));
 
+        // No process is registered here: a signal of ours goes back to Linux, which has the program's handler again.
         restore(&actions);
-        for (signal, action) in SIGNALS.into_iter().zip(before) {
-            // SAFETY: Asks only.
-            assert_eq!(unsafe { sys::sigaction(signal, None) }, Ok(action));
+        for (signal, action) in before {
+            assert_eq!(now(signal), action);
         }
+        // SAFETY: A signal to ourselves.
+        unsafe { libc::raise(libc::SIGUSR2) };
+        assert_eq!(SEEN.load(Relaxed), libc::SIGUSR2);
     }
 }

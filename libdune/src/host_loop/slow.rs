@@ -33,7 +33,10 @@ use super::report;
 use super::signal;
 use super::special;
 use super::touch;
+use super::touch::Refusal;
+use super::upcall;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
+use crate::sys;
 
 /// What the loop does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +56,9 @@ pub(super) enum Action {
     /// Make the system call in `HostContext::call`, and come back twice.
     Clone = 5,
 }
+
+/// R12D where a signal came before a system call was made.
+pub(super) const SIGNALLED: u32 = u32::MAX - 3;
 
 /// R12D behind `Action::Clone` and `Action::CloneOutside`: RAX is what the call returned to the maker.
 pub(super) const CLONED: u32 = u32::MAX - 1;
@@ -85,6 +91,7 @@ pub(super) unsafe extern "C" fn dune_host_slow(context: *mut HostContext, rax: i
             refused(context, &exit, true)
         }
         EXIT_AGAIN => Action::Run,
+        SIGNALLED => upcall::take_before_call(context),
         CLONED => clone::made(context, rax),
         IS_CHILD => clone::begin(context),
         EXIT_FAIL_ENTRY if entries(context) == 0 => give_up(context, FAILED_ENTRY),
@@ -96,7 +103,11 @@ pub(super) unsafe extern "C" fn dune_host_slow(context: *mut HostContext, rax: i
 fn run_failed(context: &mut HostContext, rax: i64) -> Action {
     let errno = -rax;
     if errno == libc::EINTR as i64 {
-        Action::Run
+        if context.pending.signal != 0 {
+            upcall::take(context)
+        } else {
+            Action::Run
+        }
     } else if entries(context) == 0 {
         give_up(context, rax)
     } else {
@@ -106,10 +117,19 @@ fn run_failed(context: &mut HostContext, rax: i64) -> Action {
 
 /// The first RUN failed: `enter_guest` returns `result` outside Dune mode.
 fn give_up(context: &mut HostContext, result: i64) -> Action {
+    let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
     // SAFETY: The run page is alive.
     let run = unsafe { context.run.read_volatile() };
     context.registers = Registers::new(&run.gprs, run.rip, run.gprs.rsp, run.rflags);
     context.registers.rax = result as u64;
+    context.left = true;
+    let pending = core::mem::replace(&mut context.pending.signal, 0);
+    if pending == 0 {
+        sys::sigprocmask(libc::SIG_SETMASK, mask);
+    } else {
+        sys::queue_to_self(pending, &context.pending.info);
+        sys::sigprocmask(libc::SIG_SETMASK, context.pending.mask);
+    }
     Action::Native
 }
 
@@ -138,6 +158,9 @@ fn rip(context: &HostContext) -> u64 {
 fn touched(context: &mut HostContext) -> Action {
     let exit = read_exit(context);
     if let Err(refusal) = touch::touch(exit.hva, exit.access & ACCESS_WRITE != 0) {
+        if refusal == Refusal::INTERRUPTED {
+            return Action::Run;
+        }
         let may_be_protected = refusal.signal == libc::SIGSEGV && refusal.code == SEGV_ACCERR;
         return refused(context, &exit, may_be_protected);
     }
@@ -219,7 +242,7 @@ pub(super) fn leave(context: &mut HostContext) {
 /// Destroys the vCPU. Its run page stays mapped, nothing runs on it any more.
 pub(super) fn destroy(context: &mut HostContext) {
     // SAFETY: The vCPU is this thread's.
-    let _ = unsafe { crate::sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu) };
+    let _ = unsafe { sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu) };
     context.left = true;
 }
 

@@ -6,8 +6,8 @@
 //! |---|---|
 //! | clone, clone3, fork, vfork | see `clone` |
 //! | arch_prctl (FS, GS) | the guest's segment bases follow |
-//! | rt_sigaction (SIGSEGV, SIGBUS) | the host loop has them; the program's actions are kept and given back |
-//! | rt_sigreturn | there is no signal frame to return from: handlers run natively, on the host stack |
+//! | rt_sigaction | the program's actions are kept, Linux has the host loop's handler (`signal`) |
+//! | rt_sigreturn, sigaltstack | of handlers in Dune mode (`upcall`) |
 //! | close, close_range, dup2, dup3 | the device's fd is hidden |
 //! | exit, exit_group | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
@@ -29,10 +29,12 @@ use super::slow::leave;
 use super::slow::set_result;
 use super::slow::Action;
 use super::touch;
+use super::upcall;
+use crate::abi::CALL_EXCEPTION;
 use crate::abi::CALL_FATAL;
 use crate::abi::CALL_LEAVE;
-use crate::abi::CALL_NATIVE;
 use crate::abi::CALL_SELF;
+use crate::abi::CALL_SIGNAL;
 use crate::abi::PRIVATE_CALLS;
 use crate::entry;
 use crate::layout;
@@ -41,7 +43,7 @@ use crate::sys;
 use crate::sys::SigAction;
 use crate::trap::TrapFrame;
 
-const CALLS: [i64; 13] = [
+const CALLS: [i64; 14] = [
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_fork,
@@ -49,6 +51,7 @@ const CALLS: [i64; 13] = [
     libc::SYS_arch_prctl,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
     libc::SYS_close,
     libc::SYS_close_range,
     libc::SYS_dup2,
@@ -71,6 +74,9 @@ pub(crate) fn fill_table(table: &mut [u8; 512]) {
 pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
     // SAFETY: The run page is alive; RUN is not under way.
     let gprs = unsafe { (&raw const (*context.run).gprs).read_volatile() };
+    if context.pending.signal != 0 && number != u64::from(CALL_FATAL) && number != u64::from(CALL_SIGNAL) {
+        return upcall::take_before_call(context);
+    }
     if number >= u64::from(PRIVATE_CALLS) || number & X32 != 0 {
         return private(context, number, &gprs);
     }
@@ -80,7 +86,8 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
         }
         libc::SYS_arch_prctl => arch_prctl(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_rt_sigaction => sigaction(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
-        libc::SYS_rt_sigreturn => fail(context.run, libc::ENOSYS),
+        libc::SYS_rt_sigreturn => upcall::sigreturn(context),
+        libc::SYS_sigaltstack => upcall::sigaltstack(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_close if gprs.rdi as u32 == context.fd as u32 => fail(context.run, libc::EBADF),
         libc::SYS_close_range => close_range(context, &gprs),
         libc::SYS_dup2 | libc::SYS_dup3 => {
@@ -105,22 +112,20 @@ fn fail(run: *mut RunPage, errno: i32) -> Action {
 fn private(context: &mut HostContext, number: u64, gprs: &Gprs) -> Action {
     match u32::try_from(number) {
         Ok(CALL_LEAVE) => {
-            let rflags = gprs.rdx;
-            let bases = sync(context).ok().map(|run| (run.sregs.fs.base, run.sregs.gs.base));
-            context.registers = Registers::new(gprs, gprs.rdi, gprs.rsi, rflags);
-            context.registers.rax = 0;
-            leave(context);
-            carry_bases(bases);
-            Action::Native
+            let gprs = *gprs;
+            leave_with(context, |_| {
+                let mut registers = Registers::new(&gprs, gprs.rdi, gprs.rsi, gprs.rdx);
+                registers.rax = 0;
+                registers
+            })
         }
-        Ok(CALL_NATIVE) => match touch::read::<TrapFrame>(gprs.rdi) {
-            Ok(frame) => {
-                let bases = sync(context).ok().map(|run| (run.sregs.fs.base, run.sregs.gs.base));
-                context.registers = Registers::of_frame(&frame);
-                leave(context);
-                carry_bases(bases);
-                Action::Native
-            }
+        Ok(CALL_SIGNAL) => match touch::read::<TrapFrame>(gprs.rdi) {
+            Ok(frame) => upcall::take_at_frame(context, &frame),
+            Err(_) => fail(context.run, libc::EFAULT),
+        },
+        Ok(CALL_EXCEPTION) => match touch::read::<TrapFrame>(gprs.rdi) {
+            Ok(frame) => upcall::exception(context, frame)
+                .unwrap_or_else(|reason| report::die_of_exception(context, reason as u32, Some(&frame))),
             Err(_) => fail(context.run, libc::EFAULT),
         },
         Ok(CALL_FATAL) => {
@@ -135,6 +140,24 @@ fn private(context: &mut HostContext, number: u64, gprs: &Gprs) -> Action {
         }
         _ => fail(context.run, libc::ENOSYS),
     }
+}
+
+/// Leaves Dune mode and goes on with the registers that `registers` gives.
+pub(super) fn leave_with(context: &mut HostContext, registers: impl FnOnce(&HostContext) -> Registers) -> Action {
+    let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
+    if context.pending.signal != 0 {
+        return upcall::take_before_call(context);
+    }
+    let bases = sync(context).ok().map(|run| (run.sregs.fs.base, run.sregs.gs.base));
+    context.registers = registers(context);
+    leave(context);
+    if context.alt_stack.is_enabled() {
+        // SAFETY: The program's own.
+        let _ = unsafe { sys::sigaltstack(Some(&context.alt_stack)) };
+    }
+    carry_bases(bases);
+    sys::sigprocmask(libc::SIG_SETMASK, mask);
+    Action::Native
 }
 
 /// exit, exit_group: nothing of its Dune mode is left for the threads that live on.
@@ -240,22 +263,24 @@ fn arch_prctl(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
     }
 }
 
-/// rt_sigaction: what the program does to SIGSEGV and SIGBUS is kept for the time after Dune mode.
+/// rt_sigaction: the program's handlers run in Dune mode, so Linux gets ours.
 fn sigaction(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
+    const MASK_BYTES: u64 = 8;
     let signal = gprs.rdi as i32;
-    if !signal::SIGNALS.contains(&signal) {
+    if !signal::is_ours(signal) || gprs.r10 != MASK_BYTES {
         return Ok(Action::Forward);
     }
-    if gprs.r10 != 8 {
-        return Err(libc::EINVAL);
-    }
-    let old = match gprs.rsi {
-        0 => context.actions().get(signal),
-        address => {
-            let new = touch::read::<SigAction>(address).map_err(|_| libc::EFAULT)?;
-            context.actions().replace(signal, new)
-        }
+    let new = match gprs.rsi {
+        0 => None,
+        address => Some(touch::read::<SigAction>(address).map_err(|_| libc::EFAULT)?),
     };
+    let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
+    if context.pending.signal != 0 {
+        return Ok(upcall::take_before_call(context));
+    }
+    let old = signal::set_action(context.actions(), signal, new);
+    sys::sigprocmask(libc::SIG_SETMASK, mask);
+    let old = old.map_err(|errno| errno.0)?;
     if gprs.rdx != 0 {
         touch::write(gprs.rdx, &old).map_err(|_| libc::EFAULT)?;
     }

@@ -58,7 +58,10 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// Not 0: every signal has a number.
+    /// A signal came before Linux had an answer.
+    pub const INTERRUPTED: Self = Self { signal: 0, code: 1 };
+
+    /// Never 0.
     pub fn pack(self) -> u64 {
         u64::from(self.signal as u32) << 32 | u64::from(self.code as u32)
     }
@@ -112,10 +115,25 @@ fn touch_range(address: u64, bytes: usize, write: bool) -> Result<(), BadAddress
     }
     let mut at = address;
     while at <= last {
-        touch(at, write).map_err(|_| BadAddress)?;
+        match touch(at, write) {
+            Ok(()) => {}
+            // From now on all signals are blocked.
+            Err(Refusal::INTERRUPTED) => continue,
+            Err(_) => return Err(BadAddress),
+        }
         at = (at | 0xfff) + 1;
     }
     Ok(())
+}
+
+/// Whether the program could read a range a moment ago.
+pub(super) fn readable(address: u64, bytes: usize) -> Result<(), BadAddress> {
+    touch_range(address, bytes, false)
+}
+
+/// Whether the program could write a range a moment ago.
+pub(super) fn writable(address: u64, bytes: usize) -> Result<(), BadAddress> {
+    touch_range(address, bytes, true)
 }
 
 /// Copies a plain structure from the program.

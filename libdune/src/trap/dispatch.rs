@@ -14,9 +14,10 @@ use super::frame::TrapFrame;
 use super::frame::Vector;
 use super::stub;
 use crate::abi::Counters;
+use crate::abi::CALL_EXCEPTION;
 use crate::abi::CALL_FATAL;
-use crate::abi::CALL_NATIVE;
 use crate::abi::CALL_SELF;
+use crate::abi::CALL_SIGNAL;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
@@ -178,6 +179,15 @@ impl Fatal {
 pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block: *const Block) -> u32 {
     // SAFETY: The stub passes its frame, which nobody else uses, and the block.
     let (frame, block) = unsafe { (&mut *frame, &*block) };
+    let call = dispatch(frame, block);
+    if call == 0 && block.signal.load(Relaxed) != 0 {
+        block.signal.store(0, Relaxed);
+        return CALL_SIGNAL;
+    }
+    call
+}
+
+fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
     let fatal = |reason: Fatal| {
         block.fatal.store(reason as u32, Relaxed);
         block.reporting.store(1, Relaxed);
@@ -221,10 +231,7 @@ pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block:
             return 0;
         }
     }
-    match default(frame) {
-        Ok(()) => CALL_NATIVE,
-        Err(reason) => fatal(reason),
-    }
+    CALL_EXCEPTION
 }
 
 /// Fills in the leaf of a GiB that is used for the first time.
@@ -263,10 +270,10 @@ fn vsyscall(frame: &mut TrapFrame) -> bool {
     true
 }
 
-/// The default: Linux raises its signal, from the same instruction executed outside Dune mode.
+/// Changes the frame so that Linux raises the exception's signal, from the same instruction executed outside Dune mode.
 ///
 /// Only where the instruction would do the same there.
-fn default(frame: &mut TrapFrame) -> Result<(), Fatal> {
+pub(crate) fn prepare_native(frame: &mut TrapFrame) -> Result<(), Fatal> {
     if frame.level > 0 {
         return Err(Fatal::HandlerFault);
     }

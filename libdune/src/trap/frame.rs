@@ -4,6 +4,8 @@
 
 use core::fmt;
 
+use dune_abi::Gprs;
+
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 
 /// Registers of the interrupted program. Changes are what it goes on with.
@@ -46,6 +48,28 @@ pub struct TrapFrame {
 }
 
 impl TrapFrame {
+    /// The general-purpose registers.
+    pub(crate) fn gprs(&self) -> Gprs {
+        Gprs {
+            rax: self.rax,
+            rcx: self.rcx,
+            rdx: self.rdx,
+            rbx: self.rbx,
+            rsp: self.rsp,
+            rbp: self.rbp,
+            rsi: self.rsi,
+            rdi: self.rdi,
+            r8: self.r8,
+            r9: self.r9,
+            r10: self.r10,
+            r11: self.r11,
+            r12: self.r12,
+            r13: self.r13,
+            r14: self.r14,
+            r15: self.r15,
+        }
+    }
+
     /// The exception.
     pub fn vector(&self) -> Vector {
         Vector(self.vector as u8)

@@ -22,7 +22,9 @@ pub use dispatch::Thread;
 pub use frame::TrapFrame;
 pub use frame::Vector;
 
+pub(crate) use dispatch::prepare_native;
 pub(crate) use dispatch::Fatal;
 pub(crate) use dispatch::ANCHOR;
+pub(crate) use stub::is_entry;
 pub(crate) use stub::stubs;
 pub(crate) use stub::STUB_BYTES;

@@ -24,12 +24,18 @@ pub(crate) const STUB_BYTES: u64 = 16;
 
 extern "C" {
     fn dune_trap_stubs();
+    fn dune_trap_handler_part();
     fn dune_trap_end();
 }
 
 /// Addresses of the first stub and of the end of the assembly.
 pub(crate) fn stubs() -> (u64, u64) {
     (dune_trap_stubs as *const () as u64, dune_trap_end as *const () as u64)
+}
+
+/// Whether code at `rip` may still need what is on an interrupt stack.
+pub(crate) fn is_entry(rip: u64) -> bool {
+    (stubs().0..dune_trap_handler_part as *const () as u64).contains(&rip)
 }
 
 global_asm!(

@@ -10,6 +10,7 @@ use crate::sys::mm::Vma;
 use crate::sys::user;
 use crate::sys::user::Plain;
 use core::mem::size_of;
+use core::ptr::NonNull;
 use kernel::prelude::*;
 
 // SAFETY: Integers only, and no padding: abi.rs asserts the sizes.
@@ -18,11 +19,18 @@ unsafe impl Plain for abi::Info {}
 unsafe impl Plain for abi::CreateVcpu {}
 // SAFETY: As above.
 unsafe impl Plain for abi::MapSlot {}
+// SAFETY: As above.
+unsafe impl Plain for abi::UnusedSlot {}
 
 impl FileOps for Space {
-    fn open() -> Result<KBox<Self>> {
+    fn open() -> Result<NonNull<Self>> {
         crate::sys::knob_open_delay();
-        Space::new()
+        Space::get()
+    }
+
+    unsafe fn release(this: NonNull<Self>) {
+        // SAFETY: By the caller.
+        unsafe { Space::put(this) };
     }
 
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {
@@ -32,12 +40,14 @@ impl FileOps for Space {
             return self.with_vcpu(arg, |vcpu| vcpu.run(self));
         }
         match cmd {
-            abi::DUNE_NEW_SPACE => return Ok(chardev::new_fd(Space::new()?)? as u64),
+            abi::DUNE_NEW_SPACE => return Ok(chardev::new_fd::<Space>()? as u64),
             abi::DUNE_GET_INFO
             | abi::DUNE_CREATE_VCPU
             | abi::DUNE_DESTROY_VCPU
             | abi::DUNE_SYNC
-            | abi::DUNE_MAP_SLOT => {}
+            | abi::DUNE_MAP_SLOT
+            | abi::DUNE_UNUSED_SLOT
+            | abi::DUNE_UNMAP_SLOT => {}
             _ => return Err(ENOTTY),
         }
         self.check_mm()?;
@@ -64,6 +74,15 @@ impl FileOps for Space {
                 }
             }
             abi::DUNE_DESTROY_VCPU => self.destroy_vcpu(arg)?,
+            abi::DUNE_UNUSED_SLOT => {
+                let mut ask: abi::UnusedSlot = user::read(arg)?;
+                if ask.size as usize != size_of::<abi::UnusedSlot>() || ask.flags != 0 {
+                    return Err(EINVAL);
+                }
+                (ask.gpa, ask.hva) = self.unused_slot(ask.gpa)?;
+                user::write(arg, &ask)?;
+            }
+            abi::DUNE_UNMAP_SLOT => self.unmap_slot(arg)?,
             abi::DUNE_SYNC => self.with_vcpu(arg, |vcpu| vcpu.sync())?,
             _ => {
                 let mut ask: abi::MapSlot = user::read(arg)?;

@@ -9,6 +9,7 @@ mod sys;
 #[allow(dead_code, unreachable_pub)]
 mod abi;
 mod counters;
+mod limits;
 
 mod vmx;
 
@@ -34,6 +35,7 @@ module! {
 /// What the module holds while it is loaded. Field order is teardown order.
 struct DuneModule {
     _device: sys::chardev::CharDevice,
+    _spaces: space::Drain,
     _kvm_watch: sys::module::Watcher,
     _vmx: Vmx,
     _l1tf: sys::cpu::L1tf,
@@ -62,6 +64,8 @@ impl kernel::Module for DuneModule {
         space::check_parameters()?;
         vmx::vmcs::init();
         vmx::vpid::init();
+        limits::init();
+        space::init();
         let percpu = vmx::percpu::Table::publish()?;
         let counters = counters::show();
         let l1tf = sys::cpu::L1tf::start().inspect_err(|e| {
@@ -79,6 +83,7 @@ impl kernel::Module for DuneModule {
         pr_info!("ready: guest-physical addresses of {} bits\n", space::gpa_bits());
         Ok(Self {
             _device: device,
+            _spaces: space::Drain,
             _kvm_watch: kvm_watch,
             _vmx: vmx,
             _l1tf: l1tf,

@@ -17,6 +17,7 @@ use crate::counters;
 use crate::counters::Counted;
 use crate::exit;
 use crate::exit::Flow;
+use crate::limits::Charge;
 use crate::space::Space;
 use crate::sys::mem::Page;
 use crate::sys::mm::Mm;
@@ -77,13 +78,14 @@ pub(crate) struct Vcpu {
     pub(crate) host_ran: bool,
     /// The VMCS has its constant part.
     is_set_up: bool,
+    _charge: Charge,
     _counted: Counted,
 }
 
 impl Vcpu {
     /// A vCPU of the calling thread. ENOMEM.
-    pub(crate) fn new(space: &Space) -> Result<KBox<Self>> {
-        let capabilities = &space.usage.capabilities;
+    pub(crate) fn new(space: &Space, charge: Charge) -> Result<KBox<Self>> {
+        let capabilities = &space.capabilities;
         let vpid = if capabilities.has_vpid() {
             Vpid::new()
         } else {
@@ -102,12 +104,13 @@ impl Vcpu {
                 msr_bitmap_hpa: space.msr_bitmap.hpa(),
                 host: HostState::new(),
                 // Linux' own: a window puts it back before interrupts come on.
-                host_lstar: space.usage.host_lstar,
+                host_lstar: space.host_lstar,
                 cr4: space.cr4,
                 soft: Soft::default(),
                 next: Next::default(),
                 host_ran: true,
                 is_set_up: false,
+                _charge: charge,
                 _counted: Counted::new(&counters::VCPUS),
             },
             GFP_KERNEL_ACCOUNT,

@@ -50,6 +50,10 @@ pub const DUNE_MAP_SLOT: u32 = ioc(IOC_READ_WRITE, 5, size_of::<MapSlot>());
 /// Makes a space for the calling process from an inherited fd; returns the new fd (close-on-exec).
 pub const DUNE_NEW_SPACE: u32 = ioc(IOC_NONE, 6, 0);
 
+/// Finds a slot whose 1 GiB has no mapping in the process; argument: pointer to an [`UnusedSlot`].
+pub const DUNE_UNUSED_SLOT: u32 = ioc(IOC_READ_WRITE, 7, size_of::<UnusedSlot>());
+/// Gives back the slot of a 1 GiB that has no mapping in the process; argument: any address in it.
+pub const DUNE_UNMAP_SLOT: u32 = ioc(IOC_NONE, 8, 0);
 /// Gives the module a virtual machine of KVM; argument: its fd. Only on the standard input of the program that the module
 /// starts to make one (its parameter `kvm_helper`).
 pub const DUNE_KVM_LEND: u32 = ioc(IOC_NONE, 32, 0);
@@ -131,6 +135,20 @@ pub struct MapSlot {
 /// [`MapSlot::flags`]: give the slot at `gpa`, or EEXIST. For the child of a fork, whose page tables are copies of its
 /// parent's.
 pub const MAP_SLOT_AT: u32 = 1;
+
+/// Argument of [`DUNE_UNUSED_SLOT`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnusedSlot {
+    /// In: `size_of::<UnusedSlot>()`.
+    pub size: u32,
+    /// In: must be 0.
+    pub flags: u32,
+    /// In: the search starts behind the slot of this GPA; 0: at the first. Out: GPA of the first byte of the slot.
+    pub gpa: u64,
+    /// Out: first address of the 1 GiB that the slot belongs to.
+    pub hva: u64,
+}
 
 /// General-purpose registers, in the order of their numbers in machine code.
 #[repr(C)]
@@ -296,6 +314,10 @@ pub struct Counters {
     pub vmwrites: u64,
     pub rdmsrs: u64,
     pub wrmsrs: u64,
+    /// EPT leaves installed beside those that were asked for.
+    pub ept_around: u64,
+    /// EPT leaves installed with another memory type than write-back.
+    pub ept_io: u64,
 }
 
 /// The page that a vCPU shares with its owner. User space may write it at any time: the module reads each field
@@ -337,8 +359,9 @@ const _: () = {
     assert!(size_of::<Segment>() == 24);
     assert!(size_of::<Sregs>() == 264);
     assert!(offset_of!(RunPage, counters) == 504);
-    assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 12));
+    assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 14));
     assert!(size_of::<Info>() == 72);
     assert!(size_of::<CreateVcpu>() == 32);
     assert!(size_of::<MapSlot>() == 24);
+    assert!(size_of::<UnusedSlot>() == 24);
 };

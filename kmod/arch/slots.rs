@@ -67,6 +67,8 @@ pub struct SlotTable<S> {
     /// Slots of the guest-physical space, slot 0 included.
     limit: u32,
     in_use: u32,
+    /// Behind the highest slot that was ever handed out.
+    end: u32,
     /// Where the search for a free slot starts.
     next: u32,
 }
@@ -89,6 +91,7 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
             capacity,
             limit,
             in_use: 0,
+            end: 1,
             next: 1,
         })
     }
@@ -112,7 +115,7 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         if self.free() == 0 {
             return Err(AssignError::OutOfSlots);
         }
-        let end = self.end();
+        let end = self.limit.min(self.capacity);
         if self.in_use + 1 >= end {
             return Err(AssignError::NeedStorage {
                 words: words_for(self.capacity * 2),
@@ -123,6 +126,7 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         reverse[slot as usize] = gib + 1;
         insert(hash, gib, slot);
         self.in_use += 1;
+        self.end = self.end.max(slot + 1);
         Ok(join(slot, hva))
     }
 
@@ -156,6 +160,7 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         reverse[wanted as usize] = gib + 1;
         insert(hash, gib, wanted);
         self.in_use += 1;
+        self.end = self.end.max(wanted + 1);
         Ok(())
     }
 
@@ -243,9 +248,9 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         })
     }
 
-    /// First slot that can not be handed out now.
-    fn end(&self) -> u32 {
-        self.limit.min(self.capacity)
+    /// Every slot that was ever handed out is below this one.
+    pub fn end(&self) -> u32 {
+        self.end
     }
 
     /// Slot of a GiB and its place in the hash table.

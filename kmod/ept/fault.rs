@@ -7,6 +7,7 @@
 //! since the count was read. docs/architecture.md, "Life of an EPT violation".
 
 use super::host_walk;
+use super::host_walk::Around;
 use super::host_walk::Format;
 use super::invalidate::Translations;
 use super::tree::Install;
@@ -24,6 +25,7 @@ use crate::arch::slots::SlotTable;
 use crate::sys::cpu::IrqOff;
 use crate::sys::lock::Class;
 use crate::sys::lock::SpinLock;
+use crate::sys::mem::Pile;
 use crate::sys::mem::ZeroedSlice;
 use crate::sys::mm::FaultIn;
 use crate::sys::mm::Mm;
@@ -56,7 +58,7 @@ pub(crate) struct Access {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The EPT allows the access now.
-    Mapped { large: bool },
+    Mapped(Mapped),
     /// Somebody else wants the CPU, or the range is being invalidated: enter again and see.
     TryAgain,
     /// A native access has to settle it.
@@ -65,6 +67,17 @@ pub(crate) enum Fault {
     Refused(Hva),
     /// No slot is there.
     NoSlot,
+}
+
+/// What was installed, for the counters.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mapped {
+    /// A leaf of 2 MiB.
+    pub(crate) large: bool,
+    /// Another memory type than write-back.
+    pub(crate) io: bool,
+    /// Neighbours that came along.
+    pub(crate) around: u64,
 }
 
 /// What a fault did on its way, for the counters.
@@ -76,14 +89,13 @@ pub(crate) struct Effort {
 
 /// Protected by the space's lock.
 struct Locked {
-    tree: Tree,
+    /// None: the address space is gone, and nothing is installed any more.
+    tree: Option<Tree>,
     slots: SlotTable<ZeroedSlice<u32>>,
     /// Invalidations that have begun and not ended.
     invalidating: usize,
     /// What they cover, together.
     range: Range<u64>,
-    /// The address space is gone: nothing is installed any more.
-    dead: bool,
 }
 
 /// A space's EPT with its slots.
@@ -105,11 +117,10 @@ impl Ept {
         let slots = SlotTable::new(storage, gpa_bits).ok_or(EINVAL)?;
         Ok(Self {
             lock: SpinLock::new(Locked {
-                tree,
+                tree: Some(tree),
                 slots,
                 invalidating: 0,
                 range: 0..0,
-                dead: false,
             }),
             sequence: AtomicU64::new(0),
             translations: Translations::new()?,
@@ -165,16 +176,22 @@ impl Ept {
     }
 
     /// Settles an EPT violation at `gpa`; may sleep. The caller is a thread of the process. ENOMEM.
+    // Apart from the run loop, whose other exits it would slow down.
+    #[inline(never)]
     pub(crate) fn fault(&self, mm: Mm, gpa: Gpa, access: Access, effort: &mut Effort) -> Result<Fault> {
         let mut pages = PageCache::new();
         // Linux may take a page away again before we look: after some rounds let the host loop try.
         let mut rounds = 0;
+        let mut around = Around::new();
         loop {
             let Some(hva) = self.lock.lock().slots.hva_of(gpa) else {
                 return Ok(Fault::NoSlot);
             };
             let sequence = self.sequence.load(Acquire);
-            let leaf = host_walk::walk(mm, hva, self.traits.format, &IrqOff::new());
+            around.clear();
+            // Neighbours only where the page was there anyway, and where accessed bits tell what was used of them.
+            let wanted = (rounds == 0 && self.traits.accessed_dirty).then_some(&mut around);
+            let leaf = host_walk::walk(mm, hva, self.traits.format, wanted, &IrqOff::new());
             let Some(leaf) = leaf.filter(|leaf| allows(leaf, access)) else {
                 rounds += 1;
                 if rounds > 4 {
@@ -188,8 +205,8 @@ impl Ept {
                 continue;
             };
             crate::sys::knob_fault_delay();
-            match self.install(gpa, hva, leaf, sequence, &mut pages) {
-                Installed::Done { large } => return Ok(Fault::Mapped { large }),
+            match self.install(gpa, hva, leaf, &around, sequence, &mut pages) {
+                Installed::Done(mapped) => return Ok(Fault::Mapped(mapped)),
                 Installed::NeedPages => pages.fill()?,
                 Installed::Raced => {
                     effort.retries += 1;
@@ -203,42 +220,61 @@ impl Ept {
         }
     }
 
-    fn install(&self, gpa: Gpa, hva: Hva, leaf: HostLeaf, sequence: u64, pages: &mut PageCache) -> Installed {
+    fn install(
+        &self,
+        gpa: Gpa,
+        hva: Hva,
+        leaf: HostLeaf,
+        around: &Around,
+        sequence: u64,
+        pages: &mut PageCache,
+    ) -> Installed {
         let whole = self.level_for(&leaf);
-        let mut locked = self.lock.lock();
-        if locked.dead {
-            return Installed::Dead;
-        }
-        let start = hva.align_down(whole.bytes()).as_u64();
-        if !cfg!(dune_mutate_retry) && self.has_raced(&locked, start..start + whole.bytes(), sequence) {
+        let mut tables = Pile::new();
+        let mut guard = self.lock.lock();
+        let locked = &mut *guard;
+        let bytes = whole.bytes().max(Around::BYTES);
+        let start = hva.align_down(bytes).as_u64();
+        if !cfg!(dune_mutate_retry) && self.has_raced(locked, start..start + bytes, sequence) {
             return Installed::Raced;
         }
+        let Some(tree) = &mut locked.tree else {
+            return Installed::Dead;
+        };
         let piece = leaf.piece(hva, whole);
         let entry = EptEntry::leaf(piece.hpa, whole, piece.perms(), piece.mem_type);
-        let result = locked.tree.install(gpa, entry, whole, pages);
+        let result = tree.install(gpa, entry, whole, pages);
+        let mut mapped = Mapped {
+            large: whole == Level::Page2M,
+            io: piece.mem_type != MemType::Wb,
+            around: 0,
+        };
         if matches!(result, Install::Blocked) {
             // A larger leaf than the host has: its notifier will have zapped it, but do not depend on that.
             let start = gpa.align_down(Level::Page2M.bytes()).as_u64();
-            locked.tree.zap(start..start + Level::Page2M.bytes());
+            tree.zap(start..start + Level::Page2M.bytes(), &mut tables);
+        } else if !around.leaves().is_empty() && !matches!(result, Install::NeedPages) {
+            mapped.around = tree.install_around(gpa.align_down(Around::BYTES), around.leaves()) as u64;
         }
-        let large = whole == Level::Page2M;
         // A flush comes before the lock goes: else another invalidation that finds nothing left to zap would return, and
         // let Linux free a page that some CPU can still reach.
         match result {
-            Install::Installed | Install::Present => Installed::Done { large },
+            Install::Installed | Install::Present => Installed::Done(mapped),
             Install::Replaced => {
                 self.translations.invalidate();
-                Installed::Done { large }
+                Installed::Done(mapped)
             }
             Install::ReplacedTable(table) => {
                 self.translations.invalidate();
-                drop(locked);
+                drop(guard);
                 // Only now: no CPU walks it any more.
                 drop(table);
-                Installed::Done { large }
+                Installed::Done(mapped)
             }
             Install::Blocked => {
                 self.translations.invalidate();
+                drop(guard);
+                drop(tables);
                 Installed::Raced
             }
             Install::NeedPages => Installed::NeedPages,
@@ -283,39 +319,47 @@ impl Ept {
         let first = range.start / crate::abi::SLOT_BYTES;
         let last = range.end.saturating_sub(1) / crate::abi::SLOT_BYTES;
         let by_gib = last.saturating_sub(first) < FEW;
-        // Slots are handed out from 1 on and never given back; one that comes now has nothing installed in the range.
+        // A slot that comes now has nothing installed in the range, one that goes was emptied.
         let mut at = if by_gib { first } else { 1 };
         loop {
-            let mut locked = self.lock.lock();
+            let mut tables = Pile::new();
+            let mut guard = self.lock.lock();
+            let locked = &mut *guard;
             let slot = if by_gib {
                 if at > last {
                     return;
                 }
                 Hva::new(at * crate::abi::SLOT_BYTES).and_then(|hva| Some((hva, locked.slots.lookup(hva)?)))
             } else {
-                if at > locked.slots.in_use().into() {
+                if at >= locked.slots.end().into() {
                     return;
                 }
                 Gpa::new(at * crate::abi::SLOT_BYTES).and_then(|gpa| Some((locked.slots.hva_of(gpa)?, gpa)))
             };
-            if let Some((hva, gpa)) = slot {
-                let (hva, gpa) = (hva.as_u64(), gpa.as_u64());
-                let start = range.start.max(hva);
-                let end = range.end.min(hva + crate::abi::SLOT_BYTES);
-                if start < end && locked.tree.zap(gpa + (start - hva)..gpa + (end - hva)) > 0 {
-                    if cfg!(dune_mutate_flush) {
-                        drop(locked);
-                        crate::sys::knob_flush_delay();
-                        self.translations.invalidate();
-                        locked = self.lock.lock();
-                    } else {
-                        // Before the lock goes: see `install`.
-                        crate::sys::knob_flush_delay();
-                        self.translations.invalidate();
-                    }
+            let found = match (slot, &mut locked.tree) {
+                (Some((hva, gpa)), Some(tree)) => {
+                    let (hva, gpa) = (hva.as_u64(), gpa.as_u64());
+                    let start = range.start.max(hva);
+                    let end = range.end.min(hva + crate::abi::SLOT_BYTES);
+                    start < end && tree.zap(gpa + (start - hva)..gpa + (end - hva), &mut tables)
                 }
+                _ => false,
+            };
+            if found {
+                if cfg!(dune_mutate_flush) {
+                    drop(guard);
+                    crate::sys::knob_flush_delay();
+                    self.translations.invalidate();
+                } else {
+                    // Before the lock goes: see `install`.
+                    crate::sys::knob_flush_delay();
+                    self.translations.invalidate();
+                    drop(guard);
+                }
+            } else {
+                drop(guard);
             }
-            drop(locked);
+            drop(tables);
             at += 1;
             if may_sleep {
                 thread::reschedule();
@@ -332,7 +376,12 @@ impl Ept {
 
     /// Whether the range, of a page or few, was accessed by a guest since that was last cleared.
     pub(crate) fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool {
-        let mut locked = self.lock.lock();
+        let mut tables = Pile::new();
+        let mut guard = self.lock.lock();
+        let locked = &mut *guard;
+        let Some(tree) = &mut locked.tree else {
+            return false;
+        };
         let mut young = false;
         let mut at = range.start;
         while at < range.end {
@@ -340,12 +389,12 @@ impl Ept {
             if let Some(gpa) = Hva::new(at).and_then(|hva| locked.slots.lookup(hva)) {
                 let gpas = gpa.as_u64()..gpa.as_u64() + (range.end.min(next) - at);
                 young |= if self.traits.accessed_dirty {
-                    locked.tree.is_young(gpas, clear)
+                    tree.is_young(gpas, clear)
                 } else if clear {
                     // Without accessed bits an entry that is there was used since it was last taken away: take it away.
-                    locked.tree.zap(gpas) > 0
+                    tree.zap(gpas, &mut tables)
                 } else {
-                    locked.tree.lookup(gpa).is_some()
+                    tree.lookup(gpa).is_some()
                 };
             }
             at = next;
@@ -354,18 +403,52 @@ impl Ept {
         if young && clear && (flush || !self.traits.accessed_dirty) {
             self.translations.invalidate();
         }
+        drop(guard);
+        drop(tables);
         young
     }
 
-    /// The address space goes away: drop everything for good.
+    /// The first slot behind that of `after` in which something may be mapped: its GPA and HVA.
+    pub(crate) fn slot_behind(&self, after: Gpa) -> Option<(Gpa, Hva)> {
+        let locked = self.lock.lock();
+        let first = after.as_u64() / crate::abi::SLOT_BYTES + 1;
+        (first..locked.slots.end().into()).find_map(|slot| {
+            let gpa = Gpa::new(slot * crate::abi::SLOT_BYTES)?;
+            Some((gpa, locked.slots.hva_of(gpa)?))
+        })
+    }
+
+    /// Takes the slot of `hva`'s GiB back; says whether it had one. The caller sees to it that nothing is mapped there in
+    /// the process, and nothing will be meanwhile.
+    pub(crate) fn unmap_slot(&self, hva: Hva) -> bool {
+        let mut tables = Pile::new();
+        let mut guard = self.lock.lock();
+        let locked = &mut *guard;
+        let Some(gpa) = locked.slots.release(hva) else {
+            return false;
+        };
+        // A fault that found the slot before and has not installed its leaf yet must not do so now.
+        self.sequence.fetch_add(1, Release);
+        if let Some(tree) = &mut locked.tree {
+            tree.zap(gpa.as_u64()..gpa.as_u64() + crate::abi::SLOT_BYTES, &mut tables);
+        }
+        // Also where nothing was mapped: the guest's translations of its own tables go, too (docs/abi.md).
+        self.translations.invalidate();
+        drop(guard);
+        true
+    }
+
+    /// The address space goes away, and no vCPU will run any more: drop everything for good. May sleep.
     pub(crate) fn kill(&self) {
-        self.lock.lock().dead = true;
-        self.zap(&(0..1 << 47), false);
+        let tree = self.lock.lock().tree.take();
+        self.translations.invalidate();
+        // The lock is free: this takes a while.
+        drop(tree);
     }
 }
 
 enum Installed {
-    Done { large: bool },
+    Done(Mapped),
     NeedPages,
     Raced,
     Dead,

@@ -8,12 +8,15 @@ use crate::arch::addr::Level;
 use crate::arch::cr::cr4;
 use crate::arch::host_pte::HostLeaf;
 use crate::arch::host_pte::HostPte;
+use crate::arch::host_pte::LeafMaker;
 use crate::arch::host_pte::Step;
 use crate::arch::host_pte::Walk;
 use crate::sys::cpu::IrqOff;
 use crate::sys::mem;
 use crate::sys::mm::Mm;
 use crate::sys::regs;
+use core::mem::MaybeUninit;
+use core::ptr::addr_of_mut;
 
 /// How this machine's page tables are to be read; the same for all processes.
 #[derive(Clone, Copy)]
@@ -32,8 +35,61 @@ impl Format {
     }
 }
 
-/// The leaf that maps `hva` for user mode, as it is now. The caller must be a thread of the process.
-pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, _: &IrqOff) -> Option<HostLeaf> {
+/// EPT leaves for the neighbours of a page of 4 KiB: of the 16 pages that lie around it, in the same table.
+pub(crate) struct Around {
+    /// Initialised once `is_read`.
+    leaves: [MaybeUninit<u64>; Self::PAGES],
+    is_read: bool,
+}
+
+impl Around {
+    /// As many as Linux maps around a fault in a file.
+    const PAGES: usize = 16;
+    pub(crate) const BYTES: u64 = Self::PAGES as u64 * Level::Page4K.bytes();
+
+    pub(crate) fn new() -> Self {
+        let mut this = MaybeUninit::<Self>::uninit();
+        // Field by field: for the whole structure the compiler makes a memset.
+        // SAFETY: The other field needs no initialisation.
+        unsafe {
+            addr_of_mut!((*this.as_mut_ptr()).is_read).write(false);
+            this.assume_init()
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.is_read = false;
+    }
+
+    /// By page, 0 where nothing is to be mapped; empty where nothing was read.
+    pub(crate) fn leaves(&self) -> &[u64] {
+        if !self.is_read {
+            return &[];
+        }
+        // SAFETY: All were written before `is_read` was set.
+        unsafe { core::slice::from_raw_parts(self.leaves.as_ptr().cast(), Self::PAGES) }
+    }
+
+    /// Reads the entries around the one for `hva` in `table`; `walk` got there.
+    ///
+    /// # Safety
+    ///
+    /// `table` must be a table of 512 entries that is not freed meanwhile.
+    #[inline(never)]
+    unsafe fn read(&mut self, table: *const u64, hva: Hva, walk: Walk, pat: u64) {
+        let maker = LeafMaker::new(walk, pat);
+        let first = Level::Page4K.index(hva.as_u64()) & !(Self::PAGES - 1);
+        for (i, leaf) in self.leaves.iter_mut().enumerate() {
+            // SAFETY: By the caller.
+            leaf.write(maker.make(HostPte::new(unsafe { table.add(first + i).read_volatile() })));
+        }
+        self.is_read = true;
+    }
+}
+
+/// The leaf that maps `hva` for user mode, as it is now; if it is of 4 KiB, with what is wanted around it. The caller must
+/// be a thread of the process.
+pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, around: Option<&mut Around>, _: &IrqOff) -> Option<HostLeaf> {
     let mut table = mm.pgd();
     if format.five_levels {
         // User addresses below 2^47 all lie below the first entry of the top level.
@@ -48,9 +104,16 @@ pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, _: &IrqOff) -> Option<HostL
     for level in Level::DOWN {
         // SAFETY: A table of 512 entries that, with interrupts off, is not freed. Linux writes entries atomically.
         let entry = HostPte::new(unsafe { table.add(level.index(hva.as_u64())).read_volatile() });
+        let above = walk;
         match walk.step(entry, level, format.pat) {
             Step::Absent => return None,
-            Step::Leaf(leaf) => return Some(leaf),
+            Step::Leaf(leaf) => {
+                if let (Level::Page4K, Some(around)) = (level, around) {
+                    // SAFETY: The table in which the entry was found.
+                    unsafe { around.read(table, hva, above, format.pat) };
+                }
+                return Some(leaf);
+            }
             Step::Table(hpa) => table = mem::phys_to_virt(hpa.as_u64()).cast(),
         }
     }

@@ -2,9 +2,8 @@
 
 //! The paging structures themselves: install, zap, age. Everything here is under the space's lock.
 //!
-//! Zapping clears leaves only: tables stay, so a CPU that walks with a stale paging-structure cache walks tables that
-//! exist. The one way a table goes before the tree does is a large leaf that takes its place; it is handed to the caller,
-//! who frees it after the flush.
+//! A table that a zap or a large leaf takes out of the tree is handed to the caller, who frees it after the flush: a CPU
+//! that walks with a stale paging-structure cache walks tables that exist.
 
 use crate::arch::addr::Gpa;
 use crate::arch::addr::Hpa;
@@ -13,6 +12,7 @@ use crate::arch::ept::EptEntry;
 use crate::counters;
 use crate::sys::mem;
 use crate::sys::mem::Page;
+use crate::sys::mem::Pile;
 use core::ops::Range;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
@@ -141,14 +141,78 @@ impl Tree {
         None
     }
 
-    /// Clears every leaf that touches the range; gives how many there were. The caller flushes.
-    pub(crate) fn zap(&mut self, range: Range<u64>) -> usize {
-        let mut zapped = 0;
-        self.for_each_leaf(range, |slot, _| {
-            slot.store(0, Relaxed);
-            zapped += 1;
-        });
-        zapped
+    /// Clears every leaf that touches the range, and takes out tables of which all is in it; says whether there was
+    /// anything. The caller flushes, and frees the tables only then.
+    pub(crate) fn zap(&mut self, range: Range<u64>, tables: &mut Pile) -> bool {
+        self.zap_table(self.root_table(), Level::P512G, range, tables)
+    }
+
+    fn zap_table(&self, table: &[AtomicU64; ENTRIES], level: Level, range: Range<u64>, tables: &mut Pile) -> bool {
+        let mut found = false;
+        let mut at = range.start;
+        while at < range.end {
+            let start = at & !(level.bytes() - 1);
+            let next = start.saturating_add(level.bytes());
+            let slot = &table[level.index(at)];
+            let entry = EptEntry::from_raw(slot.load(Relaxed));
+            if entry.is_present() {
+                if entry.is_leaf(level) {
+                    slot.store(0, Relaxed);
+                    found = true;
+                } else if let Some(below) = level.below() {
+                    if start >= range.start && next <= range.end {
+                        slot.store(0, Relaxed);
+                        self.take_out(entry, level, tables);
+                        found = true;
+                    } else {
+                        found |= self.zap_table(self.table(entry), below, at..next.min(range.end), tables);
+                    }
+                }
+            }
+            at = next;
+        }
+        found
+    }
+
+    /// Puts the table that `entry`, of `level`, refers to, and all below it, on the pile. The entry is gone already; a
+    /// CPU may walk the tables until the flush.
+    fn take_out(&self, entry: EptEntry, level: Level, tables: &mut Pile) {
+        match level.below() {
+            None | Some(Level::Page4K) => {}
+            Some(below) => {
+                for slot in self.table(entry) {
+                    let entry = EptEntry::from_raw(slot.load(Relaxed));
+                    if entry.is_present() && !entry.is_leaf(below) {
+                        self.take_out(entry, below, tables);
+                    }
+                }
+            }
+        }
+        counters::EPT_PAGES.fetch_sub(1, Relaxed);
+        // SAFETY: By the invariant the table is ours, and only `entry` referred to it.
+        tables.push(unsafe { Page::from_hpa(entry.hpa().as_u64()) });
+    }
+
+    /// Puts leaves of 4 KiB where nothing is, from `gpa` on, in the table that maps it, if there is one; 0 in `leaves`
+    /// stands for none. Gives how many. Needs no flush.
+    pub(crate) fn install_around(&mut self, gpa: Gpa, leaves: &[u64]) -> usize {
+        let mut table = self.root_table();
+        for level in [Level::P512G, Level::Page1G, Level::Page2M] {
+            let entry = EptEntry::from_raw(table[level.index(gpa.as_u64())].load(Relaxed));
+            if !entry.is_present() || entry.is_leaf(level) {
+                return 0;
+            }
+            table = self.table(entry);
+        }
+        let first = Level::Page4K.index(gpa.as_u64());
+        let mut installed = 0;
+        for (slot, leaf) in table[first..].iter().zip(leaves) {
+            if *leaf != 0 && slot.load(Relaxed) == 0 {
+                slot.store(*leaf, Relaxed);
+                installed += 1;
+            }
+        }
+        installed
     }
 
     /// Whether any leaf that touches the range is marked accessed; `clear` unmarks them.

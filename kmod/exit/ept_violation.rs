@@ -32,8 +32,16 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
     vcpu.count(offset_of!(Counters, retries), effort.retries);
     match fault? {
-        Fault::Mapped { large: false } => vcpu.count(offset_of!(Counters, ept_4k), 1),
-        Fault::Mapped { large: true } => vcpu.count(offset_of!(Counters, ept_2m), 1),
+        Fault::Mapped(mapped) => {
+            let size = if mapped.large {
+                offset_of!(Counters, ept_2m)
+            } else {
+                offset_of!(Counters, ept_4k)
+            };
+            vcpu.count(size, 1);
+            vcpu.count(offset_of!(Counters, ept_around), mapped.around);
+            vcpu.count(offset_of!(Counters, ept_io), mapped.io.into());
+        }
         Fault::TryAgain => {}
         Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, Some(hva))),
         Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, Some(hva))),

@@ -7,6 +7,7 @@ use super::mm::Vma;
 use core::cell::UnsafeCell;
 use core::ffi::c_void;
 use core::mem::zeroed;
+use core::ptr::NonNull;
 use kernel::error::to_result;
 use kernel::ffi::c_int;
 use kernel::ffi::c_long;
@@ -16,8 +17,14 @@ use kernel::prelude::*;
 
 /// What a file of the device does.
 pub(crate) trait FileOps: Sized + Send + Sync {
-    /// Opens; the value lives until the last reference to the file is gone.
-    fn open() -> Result<KBox<Self>>;
+    /// Opens for the calling process; the value lives until [`FileOps::release`].
+    fn open() -> Result<NonNull<Self>>;
+    /// The last reference to a file is gone.
+    ///
+    /// # Safety
+    ///
+    /// `this` comes from [`FileOps::open`], and is given back once for each time that it was given.
+    unsafe fn release(this: NonNull<Self>);
     /// `ioctl(2)`; what is returned is what the caller sees.
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
     /// `mmap(2)`.
@@ -65,21 +72,21 @@ impl Drop for CharDevice {
     }
 }
 
-/// A new file descriptor (close-on-exec) of the calling process for `data`.
-pub(crate) fn new_fd<T: FileOps>(data: KBox<T>) -> Result<i32> {
-    let data = KBox::into_raw(data);
+/// A new file, and a file descriptor (close-on-exec) of the calling process for it.
+pub(crate) fn new_fd<T: FileOps>() -> Result<i32> {
+    let data = T::open()?;
     // SAFETY: The table lives as long as the module, which the file keeps alive; `release` takes `data` back.
     let fd = unsafe {
         bindings::anon_inode_getfd(
             c"[dune]".as_ptr().cast(),
             FOPS.0.get(),
-            data.cast(),
+            data.as_ptr().cast(),
             (O_RDWR | O_CLOEXEC) as c_int,
         )
     };
     if fd < 0 {
         // SAFETY: No file was made, so `release` will not run.
-        drop(unsafe { KBox::from_raw(data) });
+        unsafe { T::release(data) };
     }
     to_result(fd.min(0))?;
     Ok(fd)
@@ -92,7 +99,7 @@ unsafe extern "C" fn open<T: FileOps>(_inode: *mut bindings::inode, file: *mut b
     match T::open() {
         Ok(data) => {
             // SAFETY: The file is being opened; nobody else uses it.
-            unsafe { bindings::dune_file_set_private(file, KBox::into_raw(data).cast::<c_void>()) };
+            unsafe { bindings::dune_file_set_private(file, data.as_ptr().cast::<c_void>()) };
             0
         }
         Err(e) => e.to_errno(),
@@ -101,7 +108,7 @@ unsafe extern "C" fn open<T: FileOps>(_inode: *mut bindings::inode, file: *mut b
 
 unsafe extern "C" fn release<T: FileOps>(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     // SAFETY: Set in `open` or `new_fd`; `release` runs once, when nobody uses the file any more.
-    drop(unsafe { KBox::from_raw(bindings::dune_file_private(file).cast::<T>()) });
+    unsafe { T::release(NonNull::new_unchecked(bindings::dune_file_private(file).cast())) };
     0
 }
 

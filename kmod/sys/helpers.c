@@ -2,7 +2,9 @@
 /* See helpers.h. */
 
 #include <linux/context_tracking.h>
+#include <linux/capability.h>
 #include <linux/cpu.h>
+#include <linux/cred.h>
 #include <linux/debugfs.h>
 #include <linux/delay.h>
 #include <linux/device.h>
@@ -24,6 +26,7 @@
 #include <linux/suspend.h>
 #include <linux/uaccess.h>
 #include <linux/umh.h>
+#include <linux/user_namespace.h>
 #include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 #include <asm/cpu_entry_area.h>
@@ -54,6 +57,14 @@ MODULE_PARM_DESC(max_vcpus, "Most vCPUs of one process, 1 to 4096 (default 512)"
 char *dune_param_kvm_helper = "/usr/libexec/dune-kvm";
 module_param_named(kvm_helper, dune_param_kvm_helper, charp, 0444);
 MODULE_PARM_DESC(kvm_helper, "Program that makes a virtual machine of KVM, to share VMX with it (default /usr/libexec/dune-kvm)");
+
+unsigned int dune_param_user_spaces = 1024;
+module_param_named(user_spaces, dune_param_user_spaces, uint, 0644);
+MODULE_PARM_DESC(user_spaces, "Most spaces of all processes of one user (default 1024)");
+
+unsigned int dune_param_user_vcpus = 4096;
+module_param_named(user_vcpus, dune_param_user_vcpus, uint, 0644);
+MODULE_PARM_DESC(user_vcpus, "Most vCPUs of all processes of one user (default 4096)");
 
 #ifdef DUNE_DEBUG_KNOBS
 /* Writes behind an allocation, on purpose: the tests check that KASAN sees it. */
@@ -200,6 +211,11 @@ void dune_vcpus_lock_init(void *lock)
 }
 
 void dune_global_lock_init(void *lock)
+{
+	spin_lock_init((spinlock_t *)lock);
+}
+
+void dune_registry_lock_init(void *lock)
 {
 	spin_lock_init((spinlock_t *)lock);
 }
@@ -399,6 +415,17 @@ void dune_kvfree(const void *p)
 	kvfree(p);
 }
 
+/* `private` of a page that nobody else knows is free for its owner. */
+void dune_page_set_link(unsigned long addr, unsigned long link)
+{
+	set_page_private(virt_to_page((void *)addr), link);
+}
+
+unsigned long dune_page_link(unsigned long addr)
+{
+	return page_private(virt_to_page((void *)addr));
+}
+
 struct page *dune_virt_to_page(const void *addr)
 {
 	return virt_to_page(addr);
@@ -439,6 +466,21 @@ void *dune_mm_pgd(struct mm_struct *mm)
 bool dune_mmap_read_trylock(struct mm_struct *mm)
 {
 	return mmap_read_trylock(mm);
+}
+
+int dune_mmap_read_lock(struct mm_struct *mm)
+{
+	return mmap_read_lock_killable(mm);
+}
+
+int dune_mmap_write_lock(struct mm_struct *mm)
+{
+	return mmap_write_lock_killable(mm);
+}
+
+void dune_mmap_write_unlock(struct mm_struct *mm)
+{
+	mmap_write_unlock(mm);
 }
 
 void dune_mmap_read_unlock(struct mm_struct *mm)
@@ -565,6 +607,31 @@ void dune_cond_resched(void)
 void dune_yield(void)
 {
 	yield();
+}
+
+/* A process of a user namespace counts as the user who made the outermost one. */
+u32 dune_charged_uid(void)
+{
+	const struct user_namespace *ns = current_user_ns();
+
+	if (ns == &init_user_ns)
+		return __kuid_val(current_uid());
+	while (ns->parent && ns->parent != &init_user_ns)
+		ns = ns->parent;
+	return __kuid_val(ns->owner);
+}
+
+bool dune_may_exceed(void)
+{
+	return capable(CAP_SYS_RESOURCE);
+}
+
+void dune_wait_until_zero(const unsigned long *count)
+{
+	while (READ_ONCE(*count))
+		msleep(1);
+	/* Whoever counted down may still be on its way out of the module; callbacks run with bottom halves off. */
+	synchronize_rcu();
 }
 
 bool dune_cpuid_faults(void)

@@ -2,7 +2,8 @@
 
 //! Spinlocks (linux/spinlock.h), each kind its own lockdep class, and the one mutex of VMX ownership.
 //!
-//! Lock order: owner mutex, then a space's `vcpus`, then a space's `ept`, then the global list of VMCSs.
+//! Lock order: owner mutex, then a space's `vcpus`, then a space's `ept`, then the global list of VMCSs. Alone: the
+//! registries of spaces and of users.
 
 use super::bindings;
 use core::cell::UnsafeCell;
@@ -19,6 +20,8 @@ pub(crate) enum Class {
     Vcpus,
     /// Module-wide state.
     Global,
+    /// Who has how much, and which space is whose.
+    Registry,
 }
 
 /// Room for a `spinlock_t` of any configuration (lockdep's is 64 bytes); checked in `init`.
@@ -59,6 +62,7 @@ impl<T> SpinLock<T> {
                 Class::Space => bindings::dune_space_lock_init(raw),
                 Class::Vcpus => bindings::dune_vcpus_lock_init(raw),
                 Class::Global => bindings::dune_global_lock_init(raw),
+                Class::Registry => bindings::dune_registry_lock_init(raw),
             }
         }
     }

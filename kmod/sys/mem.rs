@@ -65,6 +65,45 @@ impl Drop for Page {
     }
 }
 
+/// Pages that are to be freed together, later: a list that needs no memory of its own.
+pub(crate) struct Pile(Option<NonNull<u8>>);
+
+// SAFETY: Owns its pages.
+unsafe impl Send for Pile {}
+
+impl Pile {
+    pub(crate) const fn new() -> Self {
+        Self(None)
+    }
+
+    /// The page's contents stay as they are: a CPU may still be reading them.
+    pub(crate) fn push(&mut self, page: Page) {
+        let link = self.0.map_or(0, |next| next.as_ptr() as usize);
+        // SAFETY: The page is ours, and so is the link of its `struct page`.
+        unsafe { bindings::dune_page_set_link(page.0.as_ptr() as _, link as _) };
+        self.0 = Some(page.0);
+        core::mem::forget(page);
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<Page> {
+        let page = self.0?;
+        // SAFETY: On the list, so its link was set in `push`.
+        let next = unsafe {
+            let next = bindings::dune_page_link(page.as_ptr() as _) as *mut u8;
+            bindings::dune_page_set_link(page.as_ptr() as _, 0);
+            next
+        };
+        self.0 = NonNull::new(next);
+        Some(Page(page))
+    }
+}
+
+impl Drop for Pile {
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
 /// Where the kernel's linear mapping has `hpa`.
 pub(crate) fn phys_to_virt(hpa: u64) -> *mut u8 {
     // SAFETY: Address arithmetic only.

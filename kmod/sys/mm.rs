@@ -8,6 +8,7 @@ use core::cell::UnsafeCell;
 use core::mem::zeroed;
 use core::ops::Range;
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicUsize;
 use kernel::error::to_result;
 use kernel::ffi::c_int;
 use kernel::ffi::c_ulong;
@@ -33,6 +34,12 @@ impl Mm {
         self.0.as_ptr()
     }
 
+    /// For tables of address spaces.
+    pub(crate) fn hash(self) -> usize {
+        // Structures of some KiB in slabs: the low bits say little.
+        (self.0.as_ptr() as usize).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40
+    }
+
     pub(crate) fn is_current(self) -> bool {
         Self::current() == Some(self)
     }
@@ -41,6 +48,32 @@ impl Mm {
     pub(crate) fn pgd(self) -> *const u64 {
         // SAFETY: The structure is allocated.
         unsafe { bindings::dune_mm_pgd(self.0.as_ptr()) }.cast()
+    }
+
+    /// Calls `f` while nobody else maps or unmaps anything in this process, or registers a notifier. EINTR for a signal
+    /// that ends the process.
+    pub(crate) fn with_write_lock<R>(self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        // SAFETY: The structure is allocated, and the caller is a thread of the process.
+        to_result(unsafe { bindings::dune_mmap_write_lock(self.0.as_ptr()) })?;
+        let result = f();
+        // SAFETY: Locked above.
+        unsafe { bindings::dune_mmap_write_unlock(self.0.as_ptr()) };
+        result
+    }
+
+    /// Calls `f` while nobody maps anything in this process; tells it whether anything is mapped in the range. The caller
+    /// is a thread of the process. EINTR for a signal that ends it.
+    pub(crate) fn with_mappings<R>(self, range: Range<u64>, f: impl FnOnce(bool) -> R) -> Result<R> {
+        // SAFETY: As above; the VMA is looked at under the lock.
+        let is_mapped = unsafe {
+            to_result(bindings::dune_mmap_read_lock(self.0.as_ptr()))?;
+            let vma = bindings::find_vma(self.0.as_ptr(), range.start as c_ulong);
+            !vma.is_null() && (bindings::dune_vma_start(vma) as u64) < range.end
+        };
+        let result = f(is_mapped);
+        // SAFETY: Locked above.
+        unsafe { bindings::dune_mmap_read_unlock(self.0.as_ptr()) };
+        Ok(result)
     }
 
     /// Lets Linux settle a fault of the calling process, if it can without waiting for anything.
@@ -123,7 +156,7 @@ impl Vma {
     }
 }
 
-/// What an address space tells its notifier. None of these may sleep but where it says so; a page-table lock may be held in the `young` ones.
+/// What an address space tells its notifier, and how the notifier ends. None of these may sleep but where it says so; a page-table lock may be held in the `young` ones.
 pub(crate) trait NotifierOps: Sync {
     /// The address space is going away: drop all mappings, for good.
     fn release(&self);
@@ -133,19 +166,24 @@ pub(crate) trait NotifierOps: Sync {
     fn invalidate_end(&self, range: Range<u64>);
     /// Whether the range was accessed through us; `clear`: forget it; `flush`: and do so at once.
     fn young(&self, range: Range<u64>, clear: bool, flush: bool) -> bool;
+    /// No callback runs any more, nor will one. Called with bottom halves off: nothing here may sleep.
+    ///
+    /// # Safety
+    ///
+    /// `this` is what was given to [`Notifier::put`], and nobody uses it any more.
+    unsafe fn free(this: *mut Self);
 }
 
 /// A notifier of the calling process' address space, embedded in `T` as its first field.
 ///
 /// # Invariants
 ///
-/// While `mm` is `Some`, it is registered, and the `mm_struct` stays allocated.
+/// From [`Notifier::register`] on the `mm_struct` stays allocated, until `NotifierOps::free` was called.
 #[repr(C)]
 pub(crate) struct Notifier {
     // First, so that its address is the notifier's.
     raw: UnsafeCell<bindings::mmu_notifier>,
     ops: UnsafeCell<bindings::mmu_notifier_ops>,
-    mm: Option<Mm>,
 }
 
 // SAFETY: The raw part belongs to the kernel while it is registered.
@@ -160,16 +198,15 @@ impl Notifier {
             Self {
                 raw: zeroed(),
                 ops: zeroed(),
-                mm: None,
             }
         }
     }
 
-    /// Registers for `mm`, the calling process'. ENOMEM, EINTR.
+    /// Registers for `mm`, the calling process', whose lock for writing is held. ENOMEM, EINTR.
     ///
     /// # Safety
     ///
-    /// `this` must be the first field of a `T` that neither moves nor goes before [`Notifier::unregister`].
+    /// `this` must be the first field of a `T` that neither moves nor goes before [`NotifierOps::free`] is called.
     pub(crate) unsafe fn register<T: NotifierOps>(this: *mut Notifier, mm: Mm) -> Result {
         // SAFETY: By the caller, `this` is valid and nobody else uses it yet.
         unsafe {
@@ -180,20 +217,30 @@ impl Notifier {
             ops.test_young = Some(test_young::<T>);
             ops.invalidate_range_start = Some(invalidate_range_start::<T>);
             ops.invalidate_range_end = Some(invalidate_range_end::<T>);
+            ops.free_notifier = Some(free::<T>);
             (*(*this).raw.get()).ops = ops;
-            to_result(bindings::mmu_notifier_register((*this).raw.get(), mm.0.as_ptr()))?;
-            // INVARIANT: Registered; registering took a reference to the `mm_struct`.
-            (*this).mm = Some(mm);
+            // INVARIANT: Registering takes a reference to the `mm_struct`.
+            to_result(bindings::__mmu_notifier_register((*this).raw.get(), mm.0.as_ptr()))
         }
-        Ok(())
     }
 
-    /// Ends it: when this returns no callback runs or will run. Calls `release` unless that happened.
-    pub(crate) fn unregister(&mut self) {
-        if let Some(mm) = self.mm.take() {
-            // SAFETY: By the invariant it is registered.
-            unsafe { bindings::mmu_notifier_unregister(self.raw.get(), mm.0.as_ptr()) };
-        }
+    /// Ends it without waiting: callbacks may run until `NotifierOps::free` is called.
+    ///
+    /// # Safety
+    ///
+    /// It must be registered, and `put` not have been called.
+    pub(crate) unsafe fn put(&self) {
+        // SAFETY: By the caller.
+        unsafe { bindings::mmu_notifier_put(self.raw.get()) };
+    }
+}
+
+/// Waits until as many as were `put` were freed, which `count`, of those that are not, tells. For a module that goes away.
+pub(crate) fn wait_for_frees(count: &AtomicUsize) {
+    // SAFETY: May sleep; the counter is a word.
+    unsafe {
+        bindings::mmu_notifier_synchronize();
+        bindings::dune_wait_until_zero(count.as_ptr().cast());
     }
 }
 
@@ -208,6 +255,11 @@ unsafe fn owner<'a, T>(n: *mut bindings::mmu_notifier) -> &'a T {
 unsafe extern "C" fn release<T: NotifierOps>(n: *mut bindings::mmu_notifier, _mm: *mut bindings::mm_struct) {
     // SAFETY: Called for a notifier registered for `T`.
     unsafe { owner::<T>(n) }.release();
+}
+
+unsafe extern "C" fn free<T: NotifierOps>(n: *mut bindings::mmu_notifier) {
+    // SAFETY: As above, and no callback runs any more.
+    unsafe { T::free(n.cast()) };
 }
 
 unsafe extern "C" fn clear_flush_young<T: NotifierOps>(

@@ -27,6 +27,18 @@ pub(crate) fn param_max_vcpus() -> u32 {
     unsafe { bindings::dune_param_max_vcpus }
 }
 
+/// `user_spaces=`.
+pub(crate) fn param_user_spaces() -> u32 {
+    // SAFETY: A word, which root may write at any time.
+    unsafe { (&raw const bindings::dune_param_user_spaces).read_volatile() }
+}
+
+/// `user_vcpus=`.
+pub(crate) fn param_user_vcpus() -> u32 {
+    // SAFETY: As above.
+    unsafe { (&raw const bindings::dune_param_user_vcpus).read_volatile() }
+}
+
 /// Whether kvm_intel is part of the kernel image.
 pub(crate) fn kvm_intel_is_builtin() -> bool {
     // SAFETY: A constant of the build.

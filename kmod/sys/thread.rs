@@ -129,6 +129,18 @@ pub(crate) fn sleep_ms(ms: u32) {
     unsafe { bindings::dune_sleep_ms(ms) };
 }
 
+/// The user whom the current thread's resources are charged to: its own, or the one who made its user namespace.
+pub(crate) fn charged_user() -> u32 {
+    // SAFETY: Reads the current thread's credentials.
+    unsafe { bindings::dune_charged_uid() }
+}
+
+/// Whether the current thread may exceed the limits of users (CAP_SYS_RESOURCE).
+pub(crate) fn may_exceed_limits() -> bool {
+    // SAFETY: Asks about the current thread.
+    unsafe { bindings::dune_may_exceed() }
+}
+
 /// Whether CPUID faults in this thread (arch_prctl(ARCH_CPUID_GET)).
 pub(crate) fn cpuid_faults() -> bool {
     // SAFETY: Reads a flag of the current thread.

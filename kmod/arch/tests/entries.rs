@@ -13,6 +13,7 @@ use dune_arch::ept::EptPerms;
 use dune_arch::ept::MemType;
 use dune_arch::host_pte::pat_mem_type;
 use dune_arch::host_pte::HostPte;
+use dune_arch::host_pte::LeafMaker;
 use dune_arch::host_pte::Step;
 use dune_arch::host_pte::Walk;
 use proptest::prelude::*;
@@ -270,5 +271,30 @@ proptest! {
             piece.hpa.as_u64() + hva.offset_in(piece.level),
             page.hpa.as_u64() + hva.offset_in(page_level)
         );
+    }
+}
+
+proptest! {
+    /// The quick way makes of each entry what the walk and the EPT make of it.
+    #[test]
+    fn leaf_maker_agrees_with_the_walk(
+        upper in prop::collection::vec(prop::sample::select(vec![0x67u64, 0x65, 0x63, 0x8000_0000_0000_0067]), 3),
+        address in 0u64..1 << 40,
+        flags in 0u64..1 << 12,
+        no_execute: bool,
+    ) {
+        let pte = HostPte::new(address << 12 | flags | u64::from(no_execute) << 63);
+        let mut walk = Walk::START;
+        let mut reached = true;
+        for (entry, level) in upper.iter().zip(Level::DOWN) {
+            reached &= matches!(walk.step(HostPte::new(*entry), level, LINUX_PAT), Step::Table(_));
+        }
+        let expected = match { walk }.step(pte, Level::Page4K, LINUX_PAT) {
+            Step::Leaf(leaf) if reached => {
+                EptEntry::leaf(leaf.hpa, Level::Page4K, leaf.perms(), leaf.mem_type).as_u64()
+            }
+            _ => 0,
+        };
+        prop_assert_eq!(LeafMaker::new(walk, LINUX_PAT).make(pte), expected);
     }
 }

@@ -241,3 +241,15 @@ proptest! {
         agree(32, ops)?;
     }
 }
+
+#[test]
+fn end_is_behind_every_slot_that_ever_was() {
+    let mut table = table(40);
+    assert_eq!(table.end(), 1);
+    let first = assign(&mut table, hva(3, 0)).unwrap();
+    assert_eq!(u64::from(table.end()), first.as_u64() / GIB + 1);
+    table.assign_at(hva(7, 0), Gpa::new(40 * GIB).unwrap()).unwrap();
+    assert_eq!(table.end(), 41);
+    table.release(hva(7, 0)).unwrap();
+    assert_eq!(table.end(), 41);
+}

@@ -132,6 +132,11 @@ impl Entry {
         self.0 & ADDRESS
     }
 
+    /// Whether the address means something: not so in an empty entry, nor in what is no entry at all.
+    pub const fn refers(self) -> bool {
+        self.0 & (PRESENT | HELD) != 0
+    }
+
     pub const fn permissions(self) -> Permissions {
         if self.0 & PRESENT == 0 {
             return Permissions::NONE;

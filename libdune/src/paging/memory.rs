@@ -7,6 +7,8 @@
 //! Raw pointers into the arena, which lives as long as a Dune thread of the process. All threads and their trap handlers
 //! use it at once: a page is taken off its list before it is touched.
 
+pub(super) mod recycle;
+
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::AcqRel;
@@ -29,7 +31,8 @@ const PAGE: u64 = layout::PAGE as u64;
 
 /// Where page tables live and what is where in GPA space.
 ///
-/// Used by all Dune threads at once, and by trap entry in the middle of itself: there is no lock.
+/// Used by all Dune threads at once, and by trap entry in the middle of itself: there is no lock but while slots are
+/// given back (`recycle`).
 ///
 /// # Invariants
 ///
@@ -48,6 +51,8 @@ pub(crate) struct Memory {
     free: AtomicU64,
     /// Behind the last slot that was ever handed out.
     slots_end: AtomicU32,
+    /// See `recycle`.
+    users: AtomicU32,
     limit: u64,
     /// Start of the arena: what a table's HVA must lie behind.
     start: u64,
@@ -72,6 +77,7 @@ impl Memory {
             end: AtomicU64::new(arena + (layout::POOL + layout::POOL_STEP) as u64),
             free: AtomicU64::new(0),
             slots_end: AtomicU32::new(0),
+            users: AtomicU32::new(0),
             limit: arena + layout::ARENA_BYTES as u64,
             start: arena,
             arena_offset: AtomicU64::new(0),
@@ -158,6 +164,7 @@ impl Memory {
 
     /// In the child of a fork: has the slots of its fresh space be where the page tables of its parent have them.
     pub fn claim_slots(&self) -> Result<(), sys::Errno> {
+        self.forget_other_users();
         for slot in 0..u64::from(self.slots_end.load(Relaxed)) {
             let gib = self.reverse(slot).map_or(0, |gib| gib.load(Relaxed));
             if gib != 0 {

@@ -36,7 +36,12 @@ pub(crate) fn new_root(memory: &memory::Memory) -> Result<Gpa, PagingError> {
 
 /// Maps the GiB of `gva` to itself in the tree at `root`, if nothing decided about it yet; says whether it did.
 pub(crate) fn fill(memory: &memory::Memory, root: Gpa, gva: Gva) -> Result<bool, PagingError> {
-    tree::Tree { frames: memory, root }.fill(gva)
+    let tree = tree::Tree { frames: memory, root };
+    // This is on the way of every page fault.
+    if tree.is_decided(gva) {
+        return Ok(false);
+    }
+    memory::recycle::with_slots(memory, || tree.fill(gva))
 }
 
 /// Why a page table could not be changed.

@@ -10,6 +10,7 @@
 use core::arch::asm;
 use core::marker::PhantomData;
 
+use super::memory::recycle::with_slots;
 use super::memory::Memory;
 use super::tree::Mapping;
 use super::tree::Tree;
@@ -119,6 +120,11 @@ impl<'d> AddressSpace<'d> {
         }
     }
 
+    /// Does something that may need slots.
+    fn change<T>(&self, operation: impl Fn(Tree<'d, Memory>) -> Result<T, PagingError>) -> Result<T, PagingError> {
+        with_slots(self.tree().frames, || operation(self.tree()))
+    }
+
     /// GPA of the top table: what CR3 holds while the space is loaded.
     pub fn root(&self) -> Gpa {
         self.root
@@ -142,8 +148,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
     pub fn protect(&self, start: Gva, bytes: u64, permissions: Permissions) -> Result<Flush, PagingError> {
-        self.tree()
-            .protect(start, bytes, permissions)
+        self.change(|tree| tree.protect(start, bytes, permissions))
             .map(|()| flush(start, bytes))
     }
 
@@ -153,8 +158,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
     pub fn map(&self, start: Gva, bytes: u64, to: Hva, permissions: Permissions) -> Result<Flush, PagingError> {
-        self.tree()
-            .map(start, bytes, to, permissions)
+        self.change(|tree| tree.map(start, bytes, to, permissions))
             .map(|()| flush(start, bytes))
     }
 
@@ -164,7 +168,8 @@ impl<'d> AddressSpace<'d> {
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
     pub fn unmap(&self, start: Gva, bytes: u64) -> Result<Flush, PagingError> {
-        self.tree().unmap(start, bytes).map(|()| flush(start, bytes))
+        self.change(|tree| tree.unmap(start, bytes))
+            .map(|()| flush(start, bytes))
     }
 
     /// Lets CPL3 use whole pages too, or no longer.
@@ -173,7 +178,8 @@ impl<'d> AddressSpace<'d> {
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
     pub fn set_user(&self, start: Gva, bytes: u64, user: bool) -> Result<Flush, PagingError> {
-        self.tree().set_user(start, bytes, user).map(|()| flush(start, bytes))
+        self.change(|tree| tree.set_user(start, bytes, user))
+            .map(|()| flush(start, bytes))
     }
 
     /// Clears the accessed and dirty bits of whole pages, which are mapped by 4 KiB leaves from then on.
@@ -182,8 +188,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
     pub fn clear_accessed_dirty(&self, start: Gva, bytes: u64) -> Result<Flush, PagingError> {
-        self.tree()
-            .clear_accessed_dirty(start, bytes)
+        self.change(|tree| tree.clear_accessed_dirty(start, bytes))
             .map(|()| flush(start, bytes))
     }
 
@@ -193,7 +198,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::OutOfMemory`] and what getting more memory can give.
     pub fn duplicate(&self) -> Result<AddressSpace<'d>, PagingError> {
-        let tree = self.tree().duplicate()?;
+        let tree = self.change(|tree| tree.duplicate())?;
         Ok(Self {
             memory: self.memory,
             root: tree.root,
@@ -225,7 +230,9 @@ impl Drop for AddressSpace<'_> {
     /// Gives the tables of a duplicate back, unless the CPU uses them.
     fn drop(&mut self) {
         if self.owned && !self.is_loaded() {
-            self.tree().free();
+            let tree = self.tree();
+            let _using = tree.frames.begin();
+            tree.free();
         }
     }
 }

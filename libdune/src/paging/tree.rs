@@ -136,6 +136,12 @@ impl<'f, F: Frames> Tree<'f, F> {
         Ok(())
     }
 
+    /// Whether [`Tree::fill`] has nothing to do for `gva`.
+    pub fn is_decided(&self, gva: Gva) -> bool {
+        self.find(gva)
+            .is_ok_and(|(level, slot)| Entry(slot.load(Relaxed)).kind(level) != Kind::Empty)
+    }
+
     /// Maps the GiB of `gva` to itself if nothing decided about it yet; says whether it changed anything.
     pub fn fill(&self, gva: Gva) -> Result<bool, PagingError> {
         let Some(hva) = gva.identity() else {
@@ -143,10 +149,11 @@ impl<'f, F: Frames> Tree<'f, F> {
         };
         let start = hva.align_down(leaf_bytes(3));
         loop {
-            // This is on the way of every page fault: what is filled is seen without looking at the lower tables.
             let (level, slot) = self.find_down_to(3, gva)?;
-            if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty {
-                return Ok(false);
+            match Entry(slot.load(Relaxed)).kind(level) {
+                Kind::Empty => {}
+                Kind::Table => return self.fill_below(gva, hva),
+                Kind::Leaf | Kind::Gone => return Ok(false),
             }
             if level > 3 {
                 self.split(level, slot)?;
@@ -174,6 +181,18 @@ impl<'f, F: Frames> Tree<'f, F> {
             }
             return Ok(true);
         }
+    }
+
+    /// The same where a table decides about the GiB, of which parts were emptied when its slot was given back.
+    fn fill_below(&self, gva: Gva, hva: Hva) -> Result<bool, PagingError> {
+        let (level, slot) = self.find(gva)?;
+        if level > 2 || Entry(slot.load(Relaxed)).kind(level) != Kind::Empty {
+            return Ok(false);
+        }
+        let page = self.frames.gpa(hva.align_down(leaf_bytes(level)))?;
+        let leaf = Entry::leaf(page, level, Permissions::ALL);
+        let _ = slot.compare_exchange(Entry::EMPTY.0, leaf.0, Relaxed, Relaxed);
+        Ok(true)
     }
 
     /// Replaces every leaf of the range by what `change` makes of it, splitting those that reach beyond it.

@@ -151,7 +151,10 @@ fn measure_all(dune: Option<&Dune>) -> Vec<Row> {
         rows.push(user_fault(dune));
     }
     rows.push(present_pages(dune));
+    rows.push(present_page_by_page(dune));
     rows.push(absent_pages(dune));
+    rows.push(untouched_memory(dune));
+    rows.push(written_memory(dune));
     rows
 }
 
@@ -184,12 +187,12 @@ fn cpuid() {
 }
 
 /// Private memory of the program, without huge pages.
-struct Memory(*mut u8);
+struct Memory(*mut u8, usize);
 
 impl Memory {
-    fn new(populated: bool) -> Self {
+    fn new(populated: bool, pages: usize) -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | if populated { libc::MAP_POPULATE } else { 0 };
-        let bytes = PAGES * PAGE;
+        let bytes = pages * PAGE;
         // SAFETY: A fresh mapping.
         let start = unsafe {
             let plain = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -208,11 +211,11 @@ impl Memory {
             }
             start
         };
-        Self(start.cast())
+        Self(start.cast(), pages)
     }
 
     fn page(&self, i: usize) -> *mut u8 {
-        assert!(i < PAGES);
+        assert!(i < self.1);
         // SAFETY: In the mapping.
         unsafe { self.0.add(i * PAGE) }
     }
@@ -221,14 +224,17 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: Mapped in `new`.
-        unsafe { libc::munmap(self.0.cast(), PAGES * PAGE) };
+        unsafe { libc::munmap(self.0.cast(), self.1 * PAGE) };
     }
 }
 
-fn write_pages(dune: Option<&Dune>, name: &'static str, populated: bool) -> Row {
-    let memory = Memory::new(populated);
+/// Pages that the module maps at once where they are there.
+const AROUND: usize = 16;
+
+fn write_pages(dune: Option<&Dune>, name: &'static str, populated: bool, step: usize) -> Row {
+    let memory = Memory::new(populated, PAGES * step);
     measure(dune, name, PAGES, |i| {
-        let page = memory.page(i);
+        let page = memory.page(i * step);
         // SAFETY: In the mapping, writable.
         timed(|| unsafe { page.write_volatile(1) })
     })
@@ -236,12 +242,59 @@ fn write_pages(dune: Option<&Dune>, name: &'static str, populated: bool) -> Row 
 
 /// The process has the page, the EPT has not.
 fn present_pages(dune: Option<&Dune>) -> Row {
-    write_pages(dune, "EPT violation, page present in the process", true)
+    write_pages(dune, "EPT violation, page present in the process", true, AROUND)
+}
+
+/// The same from one page to the next: the average, not the median.
+fn present_page_by_page(dune: Option<&Dune>) -> Row {
+    let memory = Memory::new(true, PAGES);
+    let before = dune.map(Dune::counters);
+    let start = ticks();
+    for i in 0..PAGES {
+        // SAFETY: In the mapping, writable.
+        unsafe { memory.page(i).write_volatile(1) };
+    }
+    let ticks = (ticks() - start) / PAGES as u64;
+    if let (Some(dune), Some(before)) = (dune, before) {
+        let [exits, ..] = done(&before, &dune.counters());
+        println!("{exits} exits for {PAGES} pages that were there, one after the other");
+    }
+    Row {
+        name: "… page by page, average",
+        ticks,
+        exits: 0,
+        heavy: [0; 4],
+    }
+}
+
+const LARGE_PAGES: usize = (64 << 20) / PAGE;
+
+/// Address space that comes and goes unused.
+fn untouched_memory(dune: Option<&Dune>) -> Row {
+    measure_repeated(dune, "mmap and munmap of 64 MiB, untouched", 100, |_| {
+        let start = ticks();
+        drop(Memory::new(false, LARGE_PAGES));
+        ticks() - start
+    })
+}
+
+/// Memory of which every page was written goes.
+fn written_memory(dune: Option<&Dune>) -> Row {
+    measure(dune, "munmap of 64 MiB, written", 5, |_| {
+        let memory = Memory::new(true, LARGE_PAGES);
+        for i in 0..LARGE_PAGES {
+            // SAFETY: In the mapping, writable.
+            unsafe { memory.page(i).write_volatile(1) };
+        }
+        let start = ticks();
+        drop(memory);
+        ticks() - start
+    })
 }
 
 /// Nobody has the page: Linux makes it.
 fn absent_pages(dune: Option<&Dune>) -> Row {
-    write_pages(dune, "first write to an anonymous 4 KiB page", false)
+    write_pages(dune, "first write to an anonymous 4 KiB page", false, 1)
 }
 
 static ENTERED: AtomicU64 = AtomicU64::new(0);
@@ -263,7 +316,7 @@ fn page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
 
 /// The program protects a page in its own page table and takes the fault.
 fn user_fault(dune: &Dune) -> Row {
-    let memory = Memory::new(true);
+    let memory = Memory::new(true, 1);
     let page = memory.page(0);
     let before = dune.set_exception_handler(Vector::PF, page_fault);
     let space = dune.address_space();

@@ -20,6 +20,7 @@ mod robust;
 mod runner;
 mod sched;
 mod signal;
+mod spaces;
 mod support;
 mod syscall;
 mod trap;
@@ -40,6 +41,7 @@ const TOPICS: &[&[Test]] = &[
     syscall::TESTS,
     trap::TESTS,
     memory::TESTS,
+    spaces::TESTS,
     sched::TESTS,
     process::TESTS,
     signal::TESTS,

@@ -260,6 +260,10 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 /// A thread of KVM that is preempted leaves its guest's values in these MSRs. They stay until some thread goes to user mode,
 /// and the thread that runs now has the flag that says so.
 pub(crate) fn load_user_state(_: &IrqOff) -> bool {
+    if cfg!(dune_mutate_user_return) {
+        // SAFETY: As below.
+        return unsafe { bindings::dune_user_state_load() || bindings::dune_user_return_pending() };
+    }
     // SAFETY: Interrupts are off, and the caller is in an ioctl of the current thread.
     unsafe { bindings::dune_user_state_load() }
 }

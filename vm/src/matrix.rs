@@ -54,7 +54,7 @@ const SHORT_AND_DEBUG: &str = "dune-tests run --suite short --suite debug";
 const DEBUG: &str = "dune-tests run --suite debug --with hello_enters_and_leaves,libstd_runs_in_dune_mode,\
      registers_survive_syscall,divide_error_handled,page_fault_handled_without_vm_exit,ept_follows_munmap,\
      ept_follows_mprotect,thp_mapped_as_2m,sigkill_ends_guest_loop_at_once,two_processes_at_once,\
-     vm_entry_failure_is_reported,bad_calls_are_refused,counters_are_zero_after_each_end";
+     vm_entry_failure_is_reported,bad_calls_are_refused,counters_are_zero_after_each_end,dune_borrows_vmx_from_kvm";
 const NO_VMX: &str = "dune-tests run --suite no-vmx";
 
 /// All rows, the slowest first, so that two workers end at about the same time.
@@ -150,6 +150,13 @@ const MUTANTS: &[Mutant] = &[
         "DUNE_MUTATE=flush",
         "dune-tests run --only second_invalidation_waits_for_the_flush",
         &["not ok second_invalidation_waits_for_the_flush"],
+    ),
+    (
+        "mutant-enters-with-msrs-of-kvm",
+        HASWELL,
+        "DUNE_MUTATE=user_return",
+        "dune-tests run --only kvm_guest_keeps_its_msrs",
+        &["not ok kvm_guest_keeps_its_msrs"],
     ),
     (
         "mutant-leaves-gs-base",

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! CPUs that go and come, a machine that sleeps, while guests run.
 
+use std::arch::global_asm;
 use std::fs;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use std::time::Instant;
 
 use crate::framework::Need;
+use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers::pin_to_cpu;
@@ -50,6 +52,14 @@ pub const TESTS: &[Test] = &[
         machine_sleeps_under_a_guest_beside_kvm,
         &[Need::Path("/sys/power/state"), KVM_INTEL],
     ),
+    // They end the machine: rows of their own.
+    test("next_kernel_finds_vmx_off", next_kernel_finds_vmx_off, &[]).suite(Suite::Harness),
+    test(
+        "next_kernel_finds_vmx_off_beside_kvm",
+        next_kernel_finds_vmx_off_beside_kvm,
+        &[KVM_INTEL],
+    )
+    .suite(Suite::Harness),
 ];
 
 /// Processes that loop in Dune mode, most without a call, one per CPU more than there are; they check what they compute.
@@ -166,4 +176,74 @@ fn machine_sleeps_under_a_guest_beside_kvm() {
     let mut guest = KvmGuest::new(500);
     sleep_and_wake(2, || guest.run());
     guest.finish();
+}
+
+// The "kernel" that kexec starts, in 64-bit mode with everything mapped to itself. Linux cleared CR4.VMXE on the way, which
+// faults while VMX is on: that it runs at all shows that VMX was off. It writes a result to the second serial port, where the
+// others go, a failed one, because a row of the matrix demands faults by name, and ends the machine by a triple fault.
+global_asm!(
+    ".pushsection .rodata.dune_test_kexec, \"a\", @progbits",
+    ".globl dune_test_kexec, dune_test_kexec_end",
+    "dune_test_kexec:",
+    "cld",
+    "lea rsi, [rip + 5f]",
+    "2: mov edx, 0x2fd",
+    "3: in al, dx",
+    "test al, 0x20",
+    "jz 3b",
+    "mov edx, 0x2f8",
+    "lodsb",
+    "out dx, al",
+    "cmp byte ptr [rsi], 0",
+    "jne 2b",
+    "mov edx, 0x2fd",
+    "4: in al, dx",
+    "test al, 0x40",
+    "jz 4b",
+    "lidt [rip + 6f]",
+    "ud2",
+    "5: .asciz \"\\nnot ok 1 the_next_kernel_runs\\n\"",
+    "6: .quad 0, 0",
+    "dune_test_kexec_end:",
+    ".popsection",
+);
+
+extern "C" {
+    static dune_test_kexec: u8;
+    static dune_test_kexec_end: u8;
+}
+
+/// Has Linux start another kernel, as `kexec -e` does, while guests run.
+fn start_next_kernel() -> ! {
+    const DESTINATION: usize = 32 << 20;
+    const ARCH_X86_64: usize = 62 << 16;
+    const PAGE: usize = 4096;
+    let guests = Guests::start(&[0, 0]);
+    let start = &raw const dune_test_kexec;
+    // buf, bufsz, mem, memsz (linux/kexec.h)
+    let segment = [
+        start as usize,
+        &raw const dune_test_kexec_end as usize - start as usize,
+        DESTINATION,
+        PAGE,
+    ];
+    // SAFETY: the segment is our code, copied by the call; the machine is the test's own.
+    unsafe {
+        let loaded = libc::syscall(libc::SYS_kexec_load, DESTINATION, 1, segment.as_ptr(), ARCH_X86_64);
+        assert_eq!(loaded, 0, "kexec_load: {}", std::io::Error::last_os_error());
+        guests.wait_for_more();
+        libc::reboot(libc::LINUX_REBOOT_CMD_KEXEC);
+    }
+    panic!("reboot: {}", std::io::Error::last_os_error());
+}
+
+fn next_kernel_finds_vmx_off() {
+    start_next_kernel();
+}
+
+fn next_kernel_finds_vmx_off_beside_kvm() {
+    let _kvm = Kvm::load();
+    let mut guest = KvmGuest::new(500);
+    guest.run();
+    start_next_kernel();
 }

@@ -94,6 +94,19 @@ pub fn rows(long: bool) -> Vec<Row> {
             ..green(name, cpu_model, command)
         });
     }
+    // Another kernel is started: what it writes arrived, and nothing of what the first one writes at its end.
+    for (name, command) in [
+        ("kexec", "dune-tests run --only next_kernel_finds_vmx_off"),
+        (
+            "kexec-beside-kvm",
+            "dune-tests run --only next_kernel_finds_vmx_off_beside_kvm",
+        ),
+    ] {
+        rows.push(Row {
+            expect: Expect::Red(&["not ok the_next_kernel_runs", "the emulator stopped", "token"]),
+            ..green(name, HASWELL, command)
+        });
+    }
     // A write out of bounds on purpose: an empty log of the debug kernel means something.
     rows.push(Row {
         kernel: "debug",

@@ -11,6 +11,7 @@ mod kvm;
 mod kvm_guest;
 mod machine;
 mod memory;
+mod mm;
 mod module;
 mod power;
 mod process;
@@ -41,6 +42,7 @@ const TOPICS: &[&[Test]] = &[
     syscall::TESTS,
     trap::TESTS,
     memory::TESTS,
+    mm::TESTS,
     spaces::TESTS,
     sched::TESTS,
     process::TESTS,

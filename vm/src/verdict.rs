@@ -60,13 +60,14 @@ pub fn bad_lines(log: &str) -> Vec<String> {
     let mut overlooked = false;
     let mut bad = Vec::new();
     for line in log.lines() {
-        if HARMLESS_REPORTS.iter().any(|sign| line.contains(sign)) {
+        // A memory cgroup that is full is reported as a kernel in trouble is; a full machine says so behind the report.
+        if HARMLESS_REPORTS.iter().any(|sign| line.contains(sign)) || line.contains("invoked oom-killer") {
             overlooked = true;
         }
         if !overlooked && is_bad(line) {
             bad.push(line.trim().to_string());
         }
-        if line.contains("---[ end trace") {
+        if line.contains("---[ end trace") || line.contains("oom-kill:constraint=") {
             overlooked = false;
         }
     }
@@ -182,6 +183,13 @@ mod tests {
         let log = "WARNING: CPU: 0 PID: 0 at arch/x86/kernel/cpu/topology_common.c:57 parse_legacy+0xb3/0xc0\n\
                    Call Trace:\n---[ end trace 0000000000000000 ]---\nWARNING: CPU: 0 at mm/gup.c:1\n";
         assert_eq!(bad_lines(log), vec!["WARNING: CPU: 0 at mm/gup.c:1"]);
+    }
+
+    #[test]
+    fn a_full_cgroup_is_no_full_machine() {
+        let log = "dune-tests invoked oom-killer: gfp_mask=0xcc0\nCall Trace:\noom-kill:constraint=CONSTRAINT_MEMCG\n\
+                   Memory cgroup out of memory: Killed process 1\nOut of memory: Killed process 2\nCall Trace:\n";
+        assert_eq!(bad_lines(log), vec!["Out of memory: Killed process 2", "Call Trace:"]);
     }
 
     #[test]

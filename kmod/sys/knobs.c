@@ -54,6 +54,7 @@ static int dune_host_state_get(char *buffer, const struct kernel_param *kp)
 	get_debugreg(dr7, 7);
 	native_store_gdt(&gdt);
 	store_idt(&idt);
+	/* Not IDTR's limit: a VM exit sets it to 0xffff, and there are 256 vectors. */
 	asm volatile("sldt %0" : "=m" (ldt));
 	asm volatile("str %0" : "=m" (tr));
 	asm volatile("mov %%cs, %0" : "=rm" (cs));
@@ -61,7 +62,7 @@ static int dune_host_state_get(char *buffer, const struct kernel_param *kp)
 	at += sysfs_emit_at(buffer, at, "CR0 %lx\nCR4 %lx\n", read_cr0(), native_read_cr4());
 	asm volatile("mov %%cr8, %0" : "=r" (value));
 	at += sysfs_emit_at(buffer, at, "CR8 %llx\nDR7 %lx\n", value, dr7);
-	at += sysfs_emit_at(buffer, at, "GDTR %lx %x\nIDTR %lx %x\n", gdt.address, gdt.size, idt.address, idt.size);
+	at += sysfs_emit_at(buffer, at, "GDTR %lx %x\nIDTR %lx\n", gdt.address, gdt.size, idt.address);
 	at += sysfs_emit_at(buffer, at, "LDTR %x\nTR %x\nCS %x\nSS %x\n", ldt, tr, cs, ss);
 	if (boot_cpu_has(X86_FEATURE_OSXSAVE))
 		at += sysfs_emit_at(buffer, at, "XCR0 %llx\n", xgetbv(XCR_XFEATURE_ENABLED_MASK));

@@ -94,6 +94,11 @@ pub fn cpu_has(flag: &str) -> bool {
         .any(|line| line.split_whitespace().any(|word| word == flag))
 }
 
+/// Whether this is the emulated machine of `vm/`.
+pub fn is_emulated() -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|text| text.contains("dune_token="))
+}
+
 pub fn is_root() -> bool {
     // SAFETY: geteuid cannot fail and touches nothing.
     unsafe { libc::geteuid() == 0 }

@@ -4,6 +4,9 @@
 
 mod enter;
 mod framework;
+mod fuzz;
+mod fuzz_abi;
+mod fuzz_guest;
 mod harness;
 mod helpers;
 mod isolation;
@@ -49,6 +52,8 @@ const TOPICS: &[&[Test]] = &[
     signal::TESTS,
     robust::TESTS,
     isolation::TESTS,
+    fuzz_guest::TESTS,
+    fuzz_abi::TESTS,
     module::TESTS,
     kvm::TESTS,
     power::TESTS,

@@ -61,6 +61,8 @@ const PD_ODD: usize = 5;
 const TABLES: usize = 6;
 const IDT: usize = 7;
 const STUBS: usize = 8;
+/// Pages of tables and stubs, from the first on.
+pub const TABLE_PAGES: usize = 9;
 const STACK_TOP: usize = 20;
 const TRAP_STACK_TOP: usize = 24;
 const CODE: usize = 24;
@@ -177,6 +179,8 @@ impl Device {
                 inlateout("r12") r12,
                 lateout("rcx") _,
                 lateout("r11") _,
+                // The FPU state is one for both.
+                clobber_abi("C"),
             );
         }
         if r12 as u32 == u32::MAX {
@@ -246,6 +250,15 @@ impl RawGuest {
     }
 
     pub fn try_new(code: &[u8]) -> Result<Self, Errno> {
+        Self::try_with(code, map_arena)
+    }
+
+    /// A guest whose GiB has nothing else of this process: whatever it writes stays its own.
+    pub fn alone(code: &[u8]) -> Self {
+        Self::try_with(code, map_lonely_arena).unwrap_or_else(|errno| panic!("making a raw guest: {errno:?}"))
+    }
+
+    fn try_with(code: &[u8], map_arena: fn() -> Result<*mut u8, Errno>) -> Result<Self, Errno> {
         let device = Device::open()?;
         let info = device.info()?;
         let create = device.create_vcpu()?;
@@ -267,6 +280,35 @@ impl RawGuest {
         guest.set_code(code);
         guest.reset();
         Ok(guest)
+    }
+
+    /// A copy of the page tables, descriptor tables and trap stubs.
+    pub fn tables(&self) -> Vec<u64> {
+        // SAFETY: inside the arena, which is ours.
+        unsafe { std::slice::from_raw_parts(self.page(0), TABLE_PAGES * PAGE / 8).to_vec() }
+    }
+
+    /// Puts back what [`Self::tables`] gave.
+    pub fn restore_tables(&mut self, tables: &[u64]) {
+        assert_eq!(tables.len(), TABLE_PAGES * PAGE / 8);
+        // SAFETY: inside the arena, which is ours.
+        unsafe { ptr::copy_nonoverlapping(tables.as_ptr(), self.page(0), tables.len()) };
+    }
+
+    /// Changes a word of the tables.
+    pub fn flip_table_bit(&mut self, page: usize, index: usize, bit: u32) {
+        assert!(page < TABLE_PAGES && index < PAGE / 8);
+        // SAFETY: inside the arena, which is ours.
+        unsafe { *self.page(page).add(index) ^= 1 << bit };
+    }
+
+    /// Does natively what an exit asks for, if it is the arena's; else false.
+    pub fn settle(&self, exit: &Exit) -> bool {
+        let owns = self.owns(exit.hva);
+        if owns {
+            touch(exit);
+        }
+        owns
     }
 
     fn page(&self, number: usize) -> *mut u64 {
@@ -628,6 +670,27 @@ fn touch(exit: &Exit) {
             byte.read_volatile();
         }
     }
+}
+
+/// Where [`RawGuest::alone`] has its arena: a GiB that neither the kernel nor libc chooses.
+const LONELY: usize = 0x20 << 39;
+
+fn map_lonely_arena() -> Result<*mut u8, Errno> {
+    // SAFETY: a new mapping; nothing is replaced.
+    let address = unsafe {
+        libc::mmap(
+            ptr::without_provenance_mut(LONELY),
+            ARENA_BYTES,
+            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+            -1,
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(last_errno());
+    }
+    Ok(address.cast())
 }
 
 /// Memory for a guest, not astride a slot edge.

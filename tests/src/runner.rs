@@ -36,6 +36,9 @@ const SKIPPED: u8 = 102;
 /// The line by which `exec` gives the reason of a skip.
 const SKIP_PREFIX: &str = "skipped: ";
 
+/// Lines of a passed test that are shown: what it covered.
+pub const REPORT_PREFIX: &str = "report: ";
+
 /// Lines of a failed test's output that are shown.
 const SHOWN_LINES: usize = 60;
 
@@ -74,7 +77,12 @@ pub fn run_all(tests: &[&'static Test], suites: &[Suite], with: &[String], only:
         };
         let milliseconds = started.elapsed().as_millis();
         match outcome {
-            Outcome::Pass => println!("ok {number} {} # {milliseconds} ms", test.name),
+            Outcome::Pass => {
+                for line in output.lines().filter_map(|line| line.strip_prefix(REPORT_PREFIX)) {
+                    println!("# {}: {line}", test.name);
+                }
+                println!("ok {number} {} # {milliseconds} ms", test.name);
+            }
             Outcome::Skip(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
             Outcome::Fail(message) => {
                 failed += 1;

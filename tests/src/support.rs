@@ -434,6 +434,9 @@ impl Drop for Child {
 /// Words that a parent and its children share.
 pub struct Shared(Map);
 
+// SAFETY: Its words are used as atomics only.
+unsafe impl Sync for Shared {}
+
 impl Shared {
     pub fn new() -> Self {
         // SAFETY: a new mapping.

@@ -55,6 +55,8 @@ pub enum Suite {
     NoVmx,
     /// Tests that make the harness red on purpose.
     Harness,
+    /// What only a real CPU, or the kernel of a distribution, has: no machine of the matrix runs it.
+    Native,
 }
 
 impl Suite {
@@ -65,6 +67,7 @@ impl Suite {
             Suite::Debug => "debug",
             Suite::NoVmx => "no-vmx",
             Suite::Harness => "harness",
+            Suite::Native => "native",
         }
     }
 }

@@ -11,6 +11,7 @@ use dune_abi::RunPage;
 
 use crate::framework::Need;
 use crate::framework::Outcome;
+use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
@@ -49,7 +50,8 @@ pub const TESTS: &[Test] = &[
     Test::new(
         "guest_with_interrupts_off_can_be_ended",
         guest_with_interrupts_off_can_be_ended,
-    ),
+    )
+    .suite(Suite::Native),
     Test::asserting("halting_guest_can_be_ended", halting_guest_can_be_ended),
     Test::asserting("debug_storm_can_be_ended", || storm_can_be_ended(1, DEBUG_STORM)),
     Test::asserting(
@@ -57,8 +59,10 @@ pub const TESTS: &[Test] = &[
         blocking_ends_with_an_emulated_instruction,
     ),
     Test::asserting("selectors_are_refused_not_lost", selectors_are_refused_not_lost),
-    Test::new("ldt_survives_an_exit", ldt_survives_an_exit),
-    Test::new("port_permission_survives_an_exit", port_permission_survives_an_exit).run_as(User::Root),
+    Test::new("ldt_survives_an_exit", ldt_survives_an_exit).suite(Suite::Native),
+    Test::new("port_permission_survives_an_exit", port_permission_survives_an_exit)
+        .suite(Suite::Native)
+        .run_as(User::Root),
     Test::asserting("debug_registers_survive_an_exit", debug_registers_survive_an_exit),
     Test::asserting(
         "host_state_survives_a_hostile_guest",

@@ -198,7 +198,7 @@ fn red_zone_and_fpu_survive_signals() {
     reset();
     let dune = enter();
     set(libc::SIGALRM, note, 0, &[]);
-    timer(libc::ITIMER_REAL, 700);
+    timer(libc::ITIMER_REAL, 2500);
     let mut rounds = 0u64;
     while COUNT.load(SeqCst) < 60 {
         let bad: u64;
@@ -443,6 +443,11 @@ fn stack_overflow_is_told_by_std() {
 static JUMP: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
 extern "C" fn jump_out(_: i32, _: *mut libc::siginfo_t, _: *mut libc::ucontext_t) {
+    if JUMP[0].load(SeqCst) == 0 {
+        // Too early, there is no place to jump to.
+        set_timer(libc::ITIMER_REAL, 2000, 0);
+        return;
+    }
     COUNT.fetch_add(1, SeqCst);
     // SAFETY: to the place that was noted, whose frame is alive; as siglongjmp does it.
     unsafe {
@@ -466,15 +471,17 @@ fn handler_may_jump_out() {
     let dune = enter();
     set(libc::SIGALRM, jump_out, 0, &[]);
     for round in 1..=50u64 {
-        set_timer(libc::ITIMER_REAL, 300 + round as i64 * 7, 0);
+        JUMP[0].store(0, SeqCst);
+        set_timer(libc::ITIMER_REAL, 1000 + round as i64 * 7, 0);
         // SAFETY: spins until the handler jumps behind the loop; everything is clobbered by then.
         unsafe {
             asm!(
                 "lea rax, [rip + 3f]",
-                "mov [{jump}], rax",
-                "mov [{jump} + 8], rsp",
-                "mov [{jump} + 16], rbp",
                 "push rbx",
+                "lea rcx, [rsp + 8]",
+                "mov [{jump} + 8], rcx",
+                "mov [{jump} + 16], rbp",
+                "mov [{jump}], rax",
                 "2:",
                 "pause",
                 "jmp 2b",

@@ -97,6 +97,24 @@ impl FileOps for Space {
         Ok(0)
     }
 
+    fn read(&self, buffer: u64, size: u64) -> Result<u64> {
+        const REQUESTS: [u32; 9] = [
+            abi::DUNE_RUN,
+            abi::DUNE_GET_INFO,
+            abi::DUNE_CREATE_VCPU,
+            abi::DUNE_DESTROY_VCPU,
+            abi::DUNE_SYNC,
+            abi::DUNE_MAP_SLOT,
+            abi::DUNE_NEW_SPACE,
+            abi::DUNE_UNUSED_SLOT,
+            abi::DUNE_UNMAP_SLOT,
+        ];
+        match REQUESTS.iter().find(|request| abi::read_size(**request) == size) {
+            Some(request) => self.ioctl(*request, buffer),
+            None => Err(EINVAL),
+        }
+    }
+
     fn mmap(&self, vma: &Vma) -> Result {
         self.check_mm()?;
         if vma.bytes() != abi::RUN_PAGE_BYTES as u64 || !vma.is_shared() {

@@ -39,7 +39,7 @@ struct DuneModule {
     _kvm_watch: sys::module::Watcher,
     _vmx: Vmx,
     _l1tf: sys::cpu::L1tf,
-    _counters: sys::debugfs::Dir,
+    _counters: (sys::debugfs::Dir, sys::debugfs::Dir),
     _percpu: vmx::percpu::Table,
 }
 

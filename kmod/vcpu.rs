@@ -5,6 +5,7 @@
 //! The VMCS is touched only in *windows* with interrupts off, in which it is current. Between two windows the thread may
 //! be preempted, moved to another CPU or sleep; what the next window is to write waits in [`Vcpu::next`].
 
+mod rseq;
 mod run_page;
 mod state;
 mod window;
@@ -31,6 +32,7 @@ use crate::vmx::host_state::HostState;
 use crate::vmx::owner;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
+use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
 /// An event for the guest's IDT.
@@ -79,6 +81,8 @@ pub(crate) struct Vcpu {
     /// The VMCS has its constant part.
     is_set_up: bool,
     _charge: Charge,
+    /// For [`counters::SYSCALLS`].
+    syscalls: usize,
     _counted: Counted,
 }
 
@@ -111,10 +115,12 @@ impl Vcpu {
                 host_ran: true,
                 is_set_up: false,
                 _charge: charge,
+                syscalls: 0,
                 _counted: Counted::new(&counters::VCPUS),
             },
             GFP_KERNEL_ACCOUNT,
         )?;
+        counters::VCPUS_MADE.fetch_add(1, Relaxed);
         Ok(vcpu)
     }
 
@@ -185,8 +191,21 @@ impl Vcpu {
                     self.host_ran = true;
                     thread::reschedule();
                 }
-                Pending::Signal => return Err(EINTR),
-                Pending::UserWork => return Ok(self.finish(&AGAIN)),
+                Pending::Signal => {
+                    self.abort_rseq();
+                    return Err(EINTR);
+                }
+                // Done here, not by a way to user mode: a tracer stops the thread when RUN begins, and each such stop
+                // leaves new work, so that the guest would never run.
+                Pending::UserWork => {
+                    self.abort_rseq();
+                    self.host_ran = true;
+                    thread::do_user_work();
+                    if thread::pending() == Pending::UserWork {
+                        return Ok(self.finish(&AGAIN));
+                    }
+                    continue;
+                }
             }
             if self.is_interrupt_requested() {
                 return Err(EINTR);
@@ -212,12 +231,21 @@ impl Vcpu {
             };
             match flow {
                 Flow::Resume => {}
-                Flow::Syscall => return Ok(self.forward()),
+                Flow::Syscall => {
+                    self.syscalls += 1;
+                    return Ok(self.forward());
+                }
                 Flow::User(exit) => {
                     self.sync()?;
                     return Ok(self.finish(&exit));
                 }
             }
         }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        counters::SYSCALLS.fetch_add(self.syscalls, Relaxed);
     }
 }

@@ -58,6 +58,12 @@ pub const DUNE_UNMAP_SLOT: u32 = ioc(IOC_NONE, 8, 0);
 /// starts to make one (its parameter `kvm_helper`).
 pub const DUNE_KVM_LEND: u32 = ioc(IOC_NONE, 32, 0);
 
+/// What makes `read(2)` do the same as the ioctl `request`, for threads whose seccomp filter allows no ioctl: this as the
+/// size, the request's argument as the buffer.
+pub const fn read_size(request: u32) -> u64 {
+    request as u64 & 0xff
+}
+
 /// Answer of [`DUNE_GET_INFO`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

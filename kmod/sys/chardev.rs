@@ -9,6 +9,7 @@ use core::ffi::c_void;
 use core::mem::zeroed;
 use core::ptr::NonNull;
 use kernel::error::to_result;
+use kernel::ffi::c_char;
 use kernel::ffi::c_int;
 use kernel::ffi::c_long;
 use kernel::ffi::c_uint;
@@ -27,6 +28,8 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     unsafe fn release(this: NonNull<Self>);
     /// `ioctl(2)`; what is returned is what the caller sees.
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
+    /// `read(2)`, which may not touch the buffer; what is returned is what the caller sees.
+    fn read(&self, buffer: u64, count: u64) -> Result<u64>;
     /// `mmap(2)`.
     fn mmap(&self, vma: &Vma) -> Result;
 }
@@ -57,6 +60,7 @@ impl CharDevice {
             fops.open = Some(open::<T>);
             fops.release = Some(release::<T>);
             fops.unlocked_ioctl = Some(ioctl::<T>);
+            fops.read = Some(read::<T>);
             fops.mmap = Some(mmap::<T>);
         }
         // SAFETY: The table lives as long as the module.
@@ -118,6 +122,20 @@ unsafe extern "C" fn ioctl<T: FileOps>(file: *mut bindings::file, cmd: c_uint, a
     match data.ioctl(cmd, arg as u64) {
         Ok(v) => v as c_long,
         Err(e) => e.to_errno() as c_long,
+    }
+}
+
+unsafe extern "C" fn read<T: FileOps>(
+    file: *mut bindings::file,
+    buffer: *mut c_char,
+    count: usize,
+    _position: *mut bindings::loff_t,
+) -> isize {
+    // SAFETY: As in `ioctl`.
+    let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
+    match data.read(buffer as u64, count as u64) {
+        Ok(v) => v as isize,
+        Err(e) => e.to_errno() as isize,
     }
 }
 

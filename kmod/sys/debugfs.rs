@@ -15,9 +15,11 @@ unsafe impl Send for Dir {}
 unsafe impl Sync for Dir {}
 
 impl Dir {
-    pub(crate) fn new() -> Self {
+    /// A directory in `parent`, or at the top.
+    pub(crate) fn new(name: &core::ffi::CStr, parent: Option<&Dir>) -> Self {
+        let parent = parent.map_or(core::ptr::null_mut(), |parent| parent.0);
         // SAFETY: The name is a C string. An error pointer is accepted by all other functions of debugfs.
-        Self(unsafe { bindings::dune_debugfs_create_dir(c"dune".as_ptr().cast()) })
+        Self(unsafe { bindings::dune_debugfs_create_dir(name.as_ptr().cast(), parent) })
     }
 
     /// Adds the file `name` that shows `value` in decimal.

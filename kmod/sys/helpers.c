@@ -39,6 +39,11 @@
 #include <asm/msr.h>
 #include <asm/reboot.h>
 #include <asm/tlbflush.h>
+#if __has_include(<linux/entry-virt.h>)
+#include <linux/entry-virt.h>
+#else
+#include <linux/entry-kvm.h>
+#endif
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
 #include <asm/fpu/xcr.h>
 #include <asm/intel_pt.h>
@@ -578,6 +583,22 @@ bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm
 	return READ_ONCE(task->mm) == mm;
 }
 
+/* The thread's struct rseq in user space, or 0. */
+u64 dune_rseq(u32 *signature)
+{
+#ifdef CONFIG_RSEQ
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	*signature = current->rseq_sig;
+	return (unsigned long)current->rseq;
+#else
+	*signature = current->rseq.sig;
+	return (unsigned long)current->rseq.usrptr;
+#endif
+#else
+	return 0;
+#endif
+}
+
 struct pt_regs *dune_current_pt_regs(void)
 {
 	return current_pt_regs();
@@ -596,6 +617,23 @@ bool dune_work_pending(void)
 bool dune_user_work_pending(void)
 {
 	return read_thread_flags() & (EXIT_TO_USER_MODE_WORK & ~_TIF_NEED_RESCHED);
+}
+
+/*
+ * What Linux does for a thread on its way to user mode and, for KVM, on its way to a guest: task work, the limits'
+ * throttling, the CPU's number in struct rseq. Sleeps. Before 6.18 the function wanted a vCPU of KVM's, in which it counts
+ * signals: it gets one that nobody looks at.
+ */
+bool dune_do_user_work(void)
+{
+	static struct kvm_run run;
+	static struct kvm_vcpu vcpu = { .run = &run };
+	typedef int (*with_vcpu)(struct kvm_vcpu *vcpu);
+	typedef int (*without)(void);
+
+	if (__builtin_types_compatible_p(typeof(&xfer_to_guest_mode_handle_work), with_vcpu))
+		return !((with_vcpu)xfer_to_guest_mode_handle_work)(&vcpu);
+	return !((without)(void *)xfer_to_guest_mode_handle_work)();
 }
 
 void dune_cond_resched(void)
@@ -813,9 +851,9 @@ void dune_chrdev_unregister(void)
 
 /* debugfs. */
 
-void *dune_debugfs_create_dir(const char *name)
+void *dune_debugfs_create_dir(const char *name, void *parent)
 {
-	return debugfs_create_dir(name, NULL);
+	return debugfs_create_dir(name, parent);
 }
 
 void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value)

@@ -118,10 +118,13 @@ struct task_struct *dune_get_current(void);
 void dune_put_task(struct task_struct *task);
 bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
+u64 dune_rseq(u32 *signature);
 struct pt_regs *dune_current_pt_regs(void);
 bool dune_signal_pending(void);
 bool dune_work_pending(void);
 bool dune_user_work_pending(void);
+/* False for a signal. */
+bool dune_do_user_work(void);
 void dune_cond_resched(void);
 u32 dune_charged_uid(void);
 bool dune_may_exceed(void);
@@ -166,7 +169,7 @@ const struct module *dune_file_module(const struct file *file);
 int dune_umh_run(const char *path, int (*init)(struct subprocess_info *info, struct cred *new));
 
 /* debugfs. */
-void *dune_debugfs_create_dir(const char *name);
+void *dune_debugfs_create_dir(const char *name, void *parent);
 void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value);
 void dune_debugfs_remove(void *dir);
 

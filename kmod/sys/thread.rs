@@ -105,6 +105,34 @@ pub(crate) fn pending() -> Pending {
     }
 }
 
+/// The thread's registration for restartable sequences.
+pub(crate) struct Rseq {
+    /// Address of the `rseq_cs` field in the thread's `struct rseq`.
+    pub(crate) section: u64,
+    pub(crate) signature: u32,
+}
+
+/// `None` where it has none.
+pub(crate) fn rseq() -> Option<Rseq> {
+    const RSEQ_CS: u64 = 8;
+    let mut signature = 0;
+    // SAFETY: Reads the current task; the address is for user-space copies only.
+    match unsafe { bindings::dune_rseq(&mut signature) } {
+        0 => None,
+        area => Some(Rseq {
+            section: area.wrapping_add(RSEQ_CS),
+            signature,
+        }),
+    }
+}
+
+/// Does what can be done of [`Pending::UserWork`] without going to user mode, all but live patches and uprobes; may sleep.
+/// Whether a signal came is for [`pending`] to tell.
+pub(crate) fn do_user_work() {
+    // SAFETY: Called with interrupts and preemption on.
+    unsafe { bindings::dune_do_user_work() };
+}
+
 /// Lets somebody else run if somebody should; may sleep.
 pub(crate) fn reschedule() {
     // SAFETY: Called with interrupts and preemption on.

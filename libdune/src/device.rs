@@ -61,7 +61,7 @@ impl Device {
             ..Info::default()
         };
         // SAFETY: The request takes a pointer to this structure.
-        unsafe { sys::ioctl(fd.as_raw_fd(), DUNE_GET_INFO, &raw mut info as u64) }
+        unsafe { sys::request(fd.as_raw_fd(), DUNE_GET_INFO, &raw mut info as u64) }
             .map_err(|errno| Error::at("DUNE_GET_INFO", errno.0))?;
         if info.abi_version != ABI_VERSION {
             return Err(Error::AbiMismatch {
@@ -95,7 +95,7 @@ pub(crate) fn create_vcpu(fd: i32) -> core::result::Result<Vcpu, Errno> {
         ..CreateVcpu::default()
     };
     // SAFETY: The request takes a pointer to this structure.
-    unsafe { sys::ioctl(fd, DUNE_CREATE_VCPU, &raw mut create as u64) }?;
+    unsafe { sys::request(fd, DUNE_CREATE_VCPU, &raw mut create as u64) }?;
     let bytes = create.run_bytes as usize;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: Offset and size are the module's own.
@@ -111,7 +111,7 @@ pub(crate) fn create_vcpu(fd: i32) -> core::result::Result<Vcpu, Errno> {
         }),
         Err(errno) => {
             // SAFETY: The vCPU is ours and nothing runs on it.
-            let _ = unsafe { sys::ioctl(fd, DUNE_DESTROY_VCPU, u64::from(create.vcpu)) };
+            let _ = unsafe { sys::request(fd, DUNE_DESTROY_VCPU, u64::from(create.vcpu)) };
             Err(errno)
         }
     }

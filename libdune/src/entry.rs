@@ -210,7 +210,7 @@ impl Drop for Dune {
             }
             if !context.left {
                 // A native signal handler jumped out of the host loop: the vCPU still is there.
-                let _ = sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu);
+                let _ = sys::request(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu);
             }
             let _ = sys::munmap(context.run as u64, dune_abi::RUN_PAGE_BYTES);
             drop(Area {
@@ -310,7 +310,7 @@ fn enter(options: &Builder) -> Result<Dune> {
         (&raw mut (*vcpu.0.run).dirty).write_volatile(DIRTY_RIP | DIRTY_SREGS);
         Block::set_vcpu(block, &vcpu.0);
         (*context).run = vcpu.0.run;
-        (*context).vcpu = vcpu.0.number.into();
+        (*context).set_vcpu(vcpu.0.number);
         (*context).tid = sys::gettid();
     }
     // SAFETY: The alternate stack is given back when the thread leaves; the loop must not run on it. Everything that the
@@ -362,7 +362,7 @@ impl Drop for FirstVcpu {
     fn drop(&mut self) {
         // SAFETY: The vCPU is this thread's and does not run; the page is not used any more.
         unsafe {
-            let _ = sys::ioctl(self.1, dune_abi::DUNE_DESTROY_VCPU, u64::from(self.0.number));
+            let _ = sys::request(self.1, dune_abi::DUNE_DESTROY_VCPU, u64::from(self.0.number));
             let _ = sys::munmap(self.0.run as u64, dune_abi::RUN_PAGE_BYTES);
         }
     }

@@ -9,6 +9,7 @@
 
 use core::arch::asm;
 use core::cell::UnsafeCell;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Relaxed;
@@ -65,15 +66,34 @@ fn check(result: i64) -> Result<u64, Errno> {
     }
 }
 
-/// `ioctl` with a number or a pointer, made again where a signal interrupted it.
+/// Whether a thread may have a seccomp filter: then requests of the device go by read, which filters that let a thread live
+/// allow. Of this process and what it forks, as the filter.
+static BY_READ: AtomicBool = AtomicBool::new(false);
+
+/// Requests of the device go by read from now on.
+pub(crate) fn request_by_read() {
+    BY_READ.store(true, Relaxed);
+}
+
+/// System call and arguments for request `number` of the device.
+pub(crate) fn request_call(number: u32, argument: u64) -> (i64, [u64; 2]) {
+    if BY_READ.load(Relaxed) {
+        (libc::SYS_read, [argument, dune_abi::read_size(number)])
+    } else {
+        (libc::SYS_ioctl, [number.into(), argument])
+    }
+}
+
+/// A request of the device with a number or a pointer, made again where a signal interrupted it.
 ///
 /// # Safety
 ///
-/// `argument` must be what `request` asks for.
-pub(crate) unsafe fn ioctl(fd: i32, request: u32, argument: u64) -> Result<u64, Errno> {
+/// `argument` must be what the request `number` asks for.
+pub(crate) unsafe fn request(fd: i32, number: u32, argument: u64) -> Result<u64, Errno> {
+    let (call, [second, third]) = request_call(number, argument);
     loop {
         // SAFETY: The caller's.
-        match check(unsafe { raw(libc::SYS_ioctl, [fd as u64, request as u64, argument, 0, 0, 0]) }) {
+        match check(unsafe { raw(call, [fd as u64, second, third, 0, 0, 0]) }) {
             Err(Errno(libc::EINTR)) => {}
             result => return result,
         }

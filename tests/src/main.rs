@@ -16,6 +16,7 @@ mod machine;
 mod memory;
 mod mm;
 mod module;
+mod outside;
 mod power;
 mod process;
 #[allow(dead_code)]
@@ -50,6 +51,7 @@ const TOPICS: &[&[Test]] = &[
     sched::TESTS,
     process::TESTS,
     signal::TESTS,
+    outside::TESTS,
     robust::TESTS,
     isolation::TESTS,
     fuzz_guest::TESTS,

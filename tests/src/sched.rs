@@ -19,6 +19,7 @@ use crate::support::EXIT_INTERRUPT;
 use crate::support::EXIT_VMCALL;
 
 pub const TESTS: &[Test] = &[
+    Test::asserting("rseq_sections_are_aborted", rseq_sections_are_aborted),
     Test::asserting("sigkill_ends_guest_loop_at_once", sigkill_ends_guest_loop_at_once),
     Test::asserting("stop_and_continue", stop_and_continue),
     Test::asserting("migrates_between_cpus", migrates_between_cpus)
@@ -206,4 +207,77 @@ fn guest_time_is_user_time() {
         user > 9 * system,
         "{system} µs of system time beside {user} µs of user time"
     );
+}
+
+extern "C" {
+    /// glibc: where the thread's struct rseq lies, from the thread pointer.
+    static __rseq_offset: isize;
+    static __rseq_size: u32;
+}
+
+/// One run of a restartable sequence that takes some 4 M instructions; whether it was aborted.
+fn restartable(area: u64) -> bool {
+    #[repr(align(32))]
+    struct Section([u64; 4]);
+    let mut section = Section([0; 4]);
+    let aborted: u64;
+    // SAFETY: struct rseq is this thread's; the section only counts down.
+    unsafe {
+        std::arch::asm!(
+            "jmp 9f",
+            // Linux wants the signature of glibc's registration before the abort address.
+            ".long 0x53053053",
+            "5:",
+            "mov {aborted:e}, 1",
+            "jmp 6f",
+            "9:",
+            "lea {scratch}, [rip + 3f]",
+            "mov [{section} + 8], {scratch}",
+            "lea rcx, [rip + 4f]",
+            "sub rcx, {scratch}",
+            "mov [{section} + 16], rcx",
+            "lea {scratch}, [rip + 5b]",
+            "mov [{section} + 24], {scratch}",
+            "mov ecx, 2000000",
+            "mov [{area} + 8], {section}",
+            "3:",
+            "dec ecx",
+            "jnz 3b",
+            "4:",
+            "xor {aborted:e}, {aborted:e}",
+            "6:",
+            "mov qword ptr [{area} + 8], 0",
+            area = in(reg) area,
+            section = in(reg) section.0.as_mut_ptr(),
+            scratch = out(reg) _,
+            aborted = out(reg) aborted,
+            out("rcx") _,
+        );
+    }
+    aborted != 0
+}
+
+/// A critical section in which the thread is preempted goes on at its abort address, in Dune mode as outside.
+fn rseq_sections_are_aborted() {
+    let thread_pointer: u64;
+    // SAFETY: reads the word at the thread pointer, which holds its own address.
+    unsafe { std::arch::asm!("mov {}, fs:[0]", out(reg) thread_pointer) };
+    // SAFETY: glibc's constants.
+    let (offset, bytes) = unsafe { (__rseq_offset, __rseq_size) };
+    assert!(bytes > 0, "glibc has registered no struct rseq");
+    let area = thread_pointer.wrapping_add_signed(offset as i64);
+    set_affinity(0, 0);
+    let neighbour = spawn(|| loop {
+        std::hint::spin_loop();
+    });
+    let dune = enter();
+    let aborted = (0..60).filter(|_| restartable(area)).count();
+    println!("{aborted} of 60 sections were aborted");
+    assert!(aborted > 0);
+    assert!(Dune::is_active());
+    // Without a neighbour, and not signalled, sections end.
+    drop(neighbour);
+    let whole = (0..20).filter(|_| !restartable(area)).count();
+    assert!(whole > 0, "every section was aborted");
+    dune.leave();
 }

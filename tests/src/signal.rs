@@ -476,11 +476,11 @@ fn handler_may_jump_out() {
         // SAFETY: spins until the handler jumps behind the loop; everything is clobbered by then.
         unsafe {
             asm!(
-                "lea rax, [rip + 3f]",
                 "push rbx",
-                "lea rcx, [rsp + 8]",
-                "mov [{jump} + 8], rcx",
+                "lea rax, [rsp + 8]",
+                "mov [{jump} + 8], rax",
                 "mov [{jump} + 16], rbp",
+                "lea rax, [rip + 3f]",
                 "mov [{jump}], rax",
                 "2:",
                 "pause",

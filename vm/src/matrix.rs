@@ -179,6 +179,13 @@ const MUTANTS: &[Mutant] = &[
         "dune-tests run --only swapgs_stays_in_the_guest",
         &["not ok swapgs_stays_in_the_guest"],
     ),
+    (
+        "mutant-keeps-rseq-sections",
+        HASWELL,
+        "DUNE_MUTATE=rseq",
+        "dune-tests run --only rseq_sections_are_aborted",
+        &["not ok rseq_sections_are_aborted"],
+    ),
 ];
 
 type SelfTest = (&'static str, u64, &'static str, &'static [&'static str]);

@@ -12,7 +12,6 @@ use core::mem::offset_of;
 
 use dune_abi::Gprs;
 use dune_abi::RunPage;
-use dune_abi::DUNE_RUN;
 
 use super::context::End;
 use super::context::HostContext;
@@ -85,16 +84,15 @@ global_asm!(
     "19:",
     "mov rbx, [rbp + {run}]",
     "mov r13d, [rbp + {fd}]",
-    "mov r14, [rbp + {vcpu}]",
     "mov r15, [rbp + {process}]",
     // Falls through.
     ".balign 16",
     "20:",
     "mov r12d, -1",
-    "mov eax, {sys_ioctl}",
+    "mov eax, [rbp + {run_call}]",
     "mov edi, r13d",
-    "mov esi, {dune_run}",
-    "mov rdx, r14",
+    "mov rsi, [rbp + {run_arguments}]",
+    "mov rdx, [rbp + {run_arguments} + 8]",
     ".globl dune_run_syscall",
     "dune_run_syscall:",
     "syscall",
@@ -259,7 +257,6 @@ global_asm!(
     process = const offset_of!(HostContext, process),
     stack_top = const offset_of!(HostContext, stack_top),
     fd = const offset_of!(HostContext, fd),
-    vcpu = const offset_of!(HostContext, vcpu),
     has_xsave = const offset_of!(HostContext, has_xsave),
     fpu = const offset_of!(HostContext, fpu),
     call = const offset_of!(HostContext, call),
@@ -282,8 +279,8 @@ global_asm!(
     rip = const offset_of!(RunPage, rip),
     rflags = const offset_of!(RunPage, rflags),
     iopl = const IOPL_CPL0,
-    sys_ioctl = const libc::SYS_ioctl,
-    dune_run = const DUNE_RUN,
+    run_call = const offset_of!(HostContext, run_call),
+    run_arguments = const offset_of!(HostContext, run_arguments),
     call_leave = const CALL_LEAVE,
     action_run = const Action::Run as u32,
     action_forward = const Action::Forward as u32,

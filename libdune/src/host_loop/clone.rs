@@ -204,6 +204,8 @@ fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area:
             flags if flags & CLONE_VFORK != 0 => Role::Vfork,
             _ => Role::SharesMemory,
         };
+        // A child has its maker's filter.
+        (*child).is_strict = context.is_strict;
         (*child).actions = context.actions;
         // Linux keeps it for a child of vfork only.
         if (*child).role == Role::Vfork {
@@ -334,7 +336,7 @@ fn begin_fork(context: &mut HostContext) -> Result<(), Errno> {
     }
     process::adopt(process, context.area())?;
     // SAFETY: The request has no argument; the fd is the maker's, which allows just this here.
-    let fd = unsafe { sys::ioctl(process.fd, DUNE_NEW_SPACE, 0) }? as i32;
+    let fd = unsafe { sys::request(process.fd, DUNE_NEW_SPACE, 0) }? as i32;
     let replaced = sys::replace_fd(fd, process.fd);
     sys::close(fd);
     replaced?;
@@ -355,7 +357,7 @@ fn make_vcpu(context: &mut HostContext) -> Result<(), Errno> {
         (&raw mut (*run).sregs).write_volatile((*snapshot).sregs);
         (&raw mut (*run).dirty).write_volatile(DIRTY_RIP | DIRTY_SREGS);
         context.run = run;
-        context.vcpu = vcpu.number.into();
+        context.set_vcpu(vcpu.number);
         Block::set_vcpu(context.block.cast_mut(), &vcpu);
     }
     Ok(())

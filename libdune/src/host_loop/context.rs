@@ -5,11 +5,13 @@
 use core::sync::atomic::AtomicU64;
 
 use dune_abi::RunPage;
+use dune_abi::DUNE_RUN;
 
 use super::upcall::Pending;
 use crate::layout;
 use crate::percpu::Block;
 use crate::process::Process;
+use crate::sys;
 use crate::sys::Actions;
 use crate::sys::AltStack;
 use crate::trap::TrapFrame;
@@ -152,6 +154,11 @@ pub(crate) struct HostContext {
     pub stack_top: u64,
     pub fd: u64,
     pub vcpu: u64,
+    /// How RUN is called: ioctl, or read once the thread may have a seccomp filter.
+    pub run_call: u64,
+    pub run_arguments: [u64; 2],
+    /// Seccomp's strict mode may be on.
+    pub is_strict: bool,
     /// 1: XSAVE, 0: FXSAVE.
     pub has_xsave: u64,
     /// Where the slow path saves the FPU state; aligned to 64.
@@ -224,6 +231,18 @@ impl HostContext {
     pub fn actions(&self) -> &Actions {
         // SAFETY: The process' or our own.
         unsafe { &*self.actions }
+    }
+
+    pub fn set_vcpu(&mut self, vcpu: u32) {
+        self.vcpu = vcpu.into();
+        self.choose_run_call();
+    }
+
+    /// RUN goes as all requests of the device go.
+    pub fn choose_run_call(&mut self) {
+        let (call, arguments) = sys::request_call(DUNE_RUN, self.vcpu);
+        self.run_call = call as u64;
+        self.run_arguments = arguments;
     }
 
     /// Start of the area that this lies in.

@@ -242,7 +242,7 @@ pub(super) fn leave(context: &mut HostContext) {
 /// Destroys the vCPU. Its run page stays mapped, nothing runs on it any more.
 pub(super) fn destroy(context: &mut HostContext) {
     // SAFETY: The vCPU is this thread's.
-    let _ = unsafe { sys::ioctl(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu) };
+    let _ = unsafe { sys::request(context.fd as i32, dune_abi::DUNE_DESTROY_VCPU, context.vcpu) };
     context.left = true;
 }
 

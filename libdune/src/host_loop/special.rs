@@ -8,6 +8,9 @@
 //! | arch_prctl (FS, GS) | the guest's segment bases follow |
 //! | rt_sigaction | the program's actions are kept, Linux has the host loop's handler (`signal`) |
 //! | rt_sigreturn, sigaltstack | of handlers in Dune mode (`upcall`) |
+//! | seccomp, prctl (PR_SET_SECCOMP) | from then on RUN goes by read |
+//! | prctl (PR_SET_SYSCALL_USER_DISPATCH) | refused |
+//! | tgkill to itself, of a signal whose default is a core dump | made outside Dune mode, for good |
 //! | close, close_range, dup2, dup3 | the device's fd is hidden |
 //! | exit, exit_group | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
@@ -43,7 +46,7 @@ use crate::sys;
 use crate::sys::SigAction;
 use crate::trap::TrapFrame;
 
-const CALLS: [i64; 14] = [
+const CALLS: [i64; 17] = [
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_fork,
@@ -52,6 +55,9 @@ const CALLS: [i64; 14] = [
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
+    libc::SYS_seccomp,
+    libc::SYS_tgkill,
+    libc::SYS_prctl,
     libc::SYS_close,
     libc::SYS_close_range,
     libc::SYS_dup2,
@@ -86,6 +92,9 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
         }
         libc::SYS_arch_prctl => arch_prctl(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_rt_sigaction => sigaction(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
+        libc::SYS_tgkill => tgkill(context, &gprs).unwrap_or(Action::Forward),
+        libc::SYS_seccomp => seccomp(context, &gprs),
+        libc::SYS_prctl => prctl(context, &gprs),
         libc::SYS_rt_sigreturn => upcall::sigreturn(context),
         libc::SYS_sigaltstack => upcall::sigaltstack(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_close if gprs.rdi as u32 == context.fd as u32 => fail(context.run, libc::EBADF),
@@ -162,6 +171,10 @@ pub(super) fn leave_with(context: &mut HostContext, registers: impl FnOnce(&Host
 
 /// exit, exit_group: nothing of its Dune mode is left for the threads that live on.
 fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
+    if context.is_strict {
+        // It may do nothing but end. The module reaps the vCPU; the area stays with the process.
+        return Action::Forward;
+    }
     match context.role {
         // The process ends, with all that it has.
         Role::Thread if number == libc::SYS_exit_group => return Action::Forward,
@@ -213,7 +226,7 @@ fn carry_bases(bases: Option<(u64, u64)>) {
 pub(super) fn sync(context: &HostContext) -> Result<RunPage, i32> {
     // SAFETY: The vCPU is this thread's; the run page is alive.
     unsafe {
-        sys::ioctl(context.fd as i32, DUNE_SYNC, context.vcpu).map_err(|errno| errno.0)?;
+        sys::request(context.fd as i32, DUNE_SYNC, context.vcpu).map_err(|errno| errno.0)?;
         Ok(context.run.read_volatile())
     }
 }
@@ -286,6 +299,65 @@ fn sigaction(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
     }
     set_result(context.run, 0);
     Ok(Action::Run)
+}
+
+/// tgkill: abort() and raise() of a signal that ends the process with a core dump. The thread leaves Dune mode first and
+/// makes the call there, so that the core names the function that made it.
+fn tgkill(context: &mut HostContext, gprs: &Gprs) -> Option<Action> {
+    const WITH_CORE: [i32; 8] = [
+        libc::SIGABRT,
+        libc::SIGQUIT,
+        libc::SIGILL,
+        libc::SIGTRAP,
+        libc::SIGFPE,
+        libc::SIGSYS,
+        libc::SIGSEGV,
+        libc::SIGBUS,
+    ];
+    let signal = gprs.rdx as i32;
+    if gprs.rsi as u32 != context.tid || !WITH_CORE.contains(&signal) {
+        return None;
+    }
+    let action = sys::with_signals_blocked(|| context.actions().get(signal));
+    if action.handler != SigAction::DEFAULT_HANDLER {
+        return None;
+    }
+    let state = sync(context).ok()?;
+    let rip = upcall::call_start(&state)?;
+    let registers = Registers::new(&state.gprs, rip, state.gprs.rsp, state.rflags);
+    Some(leave_with(context, |_| registers))
+}
+
+/// seccomp: the filter sees the host loop's calls too. It may forbid ioctl, so RUN goes by read before it stands.
+///
+/// A filter for all threads (TSYNC) must allow the others' ioctl: they are not asked.
+fn seccomp(context: &mut HostContext, gprs: &Gprs) -> Action {
+    const ACTIONS: [u64; 2] = [
+        libc::SECCOMP_SET_MODE_STRICT as u64,
+        libc::SECCOMP_SET_MODE_FILTER as u64,
+    ];
+    if ACTIONS.contains(&(gprs.rdi & 0xffff_ffff)) {
+        sys::request_by_read();
+        context.choose_run_call();
+        context.is_strict |= gprs.rdi as u32 == libc::SECCOMP_SET_MODE_STRICT;
+    }
+    Action::Forward
+}
+
+/// prctl: seccomp's older door; and syscall user dispatch, which would dispatch the host loop's own calls: refused, as by
+/// kernels that do not have it.
+fn prctl(context: &mut HostContext, gprs: &Gprs) -> Action {
+    const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
+    match gprs.rdi as i32 {
+        libc::PR_SET_SECCOMP => {
+            sys::request_by_read();
+            context.choose_run_call();
+            context.is_strict |= gprs.rsi == u64::from(libc::SECCOMP_MODE_STRICT);
+            Action::Forward
+        }
+        PR_SET_SYSCALL_USER_DISPATCH => fail(context.run, libc::EINVAL),
+        _ => Action::Forward,
+    }
 }
 
 /// close_range around the device's fd.

@@ -222,23 +222,27 @@ pub(super) fn take_at_frame(context: &mut HostContext, frame: &TrapFrame) -> Act
     }
 }
 
+/// The instruction that made the call which the vCPU is behind; none where the code is not where Linux has it.
+pub(super) fn call_start(state: &RunPage) -> Option<u64> {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
+    let start = |bytes: u64| state.rip.wrapping_sub(bytes);
+    if state.gprs.rcx == state.rip && touch::read(start(2)).is_ok_and(|code: [u8; 2]| code == SYSCALL) {
+        Some(start(2))
+    } else if touch::read(start(3)).is_ok_and(|code: [u8; 3]| code == VMCALL) {
+        Some(start(3))
+    } else {
+        None
+    }
+}
+
 /// As `take`, before a system call: the vCPU goes back to it.
 pub(super) fn take_before_call(context: &mut HostContext) -> Action {
     let mut state = match sync(context) {
         Ok(state) => state,
         Err(errno) => report::die_of_run(context, errno.into()),
     };
-    const SYSCALL: [u8; 2] = [0x0f, 0x05];
-    const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
-    let start = |bytes: u64| state.rip.wrapping_sub(bytes);
-    let rip = if state.gprs.rcx == state.rip && touch::read(start(2)).is_ok_and(|code: [u8; 2]| code == SYSCALL) {
-        Some(start(2))
-    } else if touch::read(start(3)).is_ok_and(|code: [u8; 3]| code == VMCALL) {
-        Some(start(3))
-    } else {
-        None
-    };
-    match rip {
+    match call_start(&state) {
         Some(rip) => state.rip = rip,
         // The code is not where Linux has it: the call is not made, as if it had been interrupted at once.
         None => state.gprs.rax = -i64::from(libc::EINTR) as u64,

@@ -182,7 +182,7 @@ impl Memory {
             gpa: wanted.unwrap_or(0),
         };
         // SAFETY: The request takes a pointer to this structure.
-        unsafe { sys::ioctl(self.fd, DUNE_MAP_SLOT, &raw mut ask as u64) }.map(|_| ask.gpa)
+        unsafe { sys::request(self.fd, DUNE_MAP_SLOT, &raw mut ask as u64) }.map(|_| ask.gpa)
     }
 }
 

@@ -138,7 +138,7 @@ impl Memory {
         let mut given_back = 0;
         for victim in victims {
             // SAFETY: No page table leads there any more.
-            match unsafe { sys::ioctl(self.fd, DUNE_UNMAP_SLOT, victim.gib << 30) } {
+            match unsafe { sys::request(self.fd, DUNE_UNMAP_SLOT, victim.gib << 30) } {
                 Ok(_) => given_back += 1,
                 // It has a mapping again.
                 Err(_) => self.remember(victim),
@@ -155,7 +155,7 @@ impl Memory {
         };
         while count < AT_ONCE {
             // SAFETY: The request takes a pointer to this structure.
-            if unsafe { sys::ioctl(self.fd, DUNE_UNUSED_SLOT, &raw mut ask as u64) }.is_err() {
+            if unsafe { sys::request(self.fd, DUNE_UNUSED_SLOT, &raw mut ask as u64) }.is_err() {
                 break;
             }
             let victim = Victim {

@@ -53,6 +53,8 @@ pub enum Suite {
     Debug,
     /// Only on machines that cannot run Dune.
     NoVmx,
+    /// Only on the machine that has the distribution's programs.
+    Programs,
     /// Tests that make the harness red on purpose.
     Harness,
     /// What only a real CPU, or the kernel of a distribution, has: no machine of the matrix runs it.
@@ -66,6 +68,7 @@ impl Suite {
             Suite::Long => "long",
             Suite::Debug => "debug",
             Suite::NoVmx => "no-vmx",
+            Suite::Programs => "programs",
             Suite::Harness => "harness",
             Suite::Native => "native",
         }

@@ -19,6 +19,7 @@ mod module;
 mod outside;
 mod power;
 mod process;
+mod programs;
 #[allow(dead_code)]
 mod raw;
 mod robust;
@@ -52,6 +53,7 @@ const TOPICS: &[&[Test]] = &[
     process::TESTS,
     signal::TESTS,
     outside::TESTS,
+    programs::TESTS,
     robust::TESTS,
     isolation::TESTS,
     fuzz_guest::TESTS,

@@ -115,11 +115,36 @@ impl Initramfs {
             let name = program.file_name().unwrap_or_default().to_string_lossy();
             self.add_program(&format!("usr/bin/{name}"), &program)?;
         }
+        let library = paths::target_dir().join("release").join(paths::PRELOAD);
+        if library.is_file() {
+            self.add_program(&format!("usr/lib/{}", paths::PRELOAD), &library)?;
+        }
         let helper = paths::target_dir().join("release").join(paths::KVM_HELPER);
         if helper.is_file() {
             self.add_program(&format!("usr/libexec/{}", paths::KVM_HELPER), &helper)?;
         }
         Ok(())
+    }
+
+    /// Adds what `HOST` or `HOST:GUEST` names: a program with its libraries, or a directory. Without `GUEST` a program goes
+    /// to /usr/bin.
+    pub fn take_along(&mut self, entry: &str) -> Result<()> {
+        let (host, guest) = match entry.split_once(':') {
+            Some((host, guest)) => (PathBuf::from(host), guest.to_string()),
+            None => {
+                let host = PathBuf::from(entry);
+                let Some(name) = host.file_name() else {
+                    bail!("{entry}: no file name");
+                };
+                let guest = format!("usr/bin/{}", name.to_string_lossy());
+                (host, guest)
+            }
+        };
+        if host.is_dir() {
+            self.add_file(&guest, &host)
+        } else {
+            self.add_program(&guest, &host)
+        }
     }
 
     /// Adds a program under `guest_path` with everything it needs to run.

@@ -12,5 +12,6 @@ pub mod ktap;
 pub mod machine;
 pub mod matrix;
 pub mod paths;
+pub mod programs;
 pub mod suite;
 pub mod verdict;

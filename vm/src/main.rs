@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
 use anyhow::Context;
 use anyhow::Result;
 use clap::Args;
@@ -225,24 +224,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
     };
     files.add_built(module.as_deref())?;
     for entry in &arguments.files {
-        let (host, guest) = match entry.split_once(':') {
-            Some((host, guest)) => (PathBuf::from(host), guest.to_string()),
-            None => {
-                let host = PathBuf::from(entry);
-                let Some(name) = host.file_name() else {
-                    bail!("--file {entry}: no file name");
-                };
-                let guest = format!("usr/bin/{}", name.to_string_lossy());
-                (host, guest)
-            }
-        };
-        if host.is_dir() {
-            files.add_file(&guest, &host)?;
-        } else {
-            files
-                .add_program(&guest, &host)
-                .with_context(|| format!("--file {entry}"))?;
-        }
+        files.take_along(entry).with_context(|| format!("--file {entry}"))?;
     }
     let machine = Machine {
         kernel_tree,

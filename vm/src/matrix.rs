@@ -33,6 +33,8 @@ pub struct Row {
     pub command: &'static str,
     /// Of the host's time, which a busy host stretches: for a machine that hangs. A test's own limit is guest time.
     pub timeout_s: u64,
+    /// Whether the programs of `programs.rs` go along.
+    pub debian_programs: bool,
     pub expect: Expect,
 }
 
@@ -78,6 +80,12 @@ pub fn rows(long: bool) -> Vec<Row> {
         ..green("sandy-bridge-36bit", SANDY_BRIDGE, SHORT)
     });
     rows.push(green("no-unrestricted-guest", "corei5_lynnfield_750", SHORT));
+    // Programs that know nothing of Dune.
+    rows.push(Row {
+        cpus: 2,
+        debian_programs: true,
+        ..green("debian-programs", HASWELL, "dune-tests run --suite programs")
+    });
     // Machines on which it does not, and says so.
     for (name, model) in [("no-vmx", "p4_prescott_celeron_336"), ("no-ept", "core2_penryn_t9600")] {
         rows.push(Row {
@@ -257,6 +265,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         load: true,
         command,
         timeout_s: 1800,
+        debian_programs: false,
         expect: Expect::Green,
     }
 }

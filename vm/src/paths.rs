@@ -16,6 +16,9 @@ pub const PROGRAMS: &[&str] = &["hello", "getpid", "pagefault", "wordcount", "du
 /// The program that the module starts where KVM is; goes into `/usr/libexec`.
 pub const KVM_HELPER: &str = "dune-kvm";
 
+/// The library that puts unmodified programs into Dune mode; goes into `/usr/lib`.
+pub const PRELOAD: &str = "libdune_preload.so";
+
 /// The root of the source tree.
 pub fn root() -> PathBuf {
     let vm = Path::new(env!("CARGO_MANIFEST_DIR"));

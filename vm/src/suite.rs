@@ -26,6 +26,7 @@ use crate::matrix;
 use crate::matrix::Expect;
 use crate::matrix::Row;
 use crate::paths;
+use crate::programs;
 use crate::verdict;
 
 /// Sums over everything.
@@ -265,6 +266,11 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     let mut files = Initramfs::base(&kernel_tree)?;
     let module = modules.get(&(row.kernel, row.variant));
     files.add_built(module.map(PathBuf::as_path))?;
+    if row.debian_programs {
+        for entry in programs::entries()? {
+            files.take_along(&entry)?;
+        }
+    }
     let parameters = row.gpa_bits.map(|bits| format!("gpa_bits={bits}"));
     let machine = Machine {
         kernel_tree,

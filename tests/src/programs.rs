@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Programs of the distribution, unmodified, under the preload library: the same output and status as without it.
+//!
+//! Each case runs twice. In Dune mode every dynamic program of its tree must enter (`DUNE_PRELOAD=must`), and the
+//! module's own counters say that vCPUs were made and system calls forwarded; without the library, none.
+
+use std::fs;
+use std::process::Command;
+use std::process::Stdio;
+
+use crate::framework::Body;
+use crate::framework::Suite;
+use crate::framework::Test;
+use crate::framework::User;
+
+const fn program(name: &'static str, run: fn()) -> Test {
+    Test {
+        name,
+        suite: Suite::Programs,
+        run_as: User::Root,
+        timeout_s: 240,
+        needs: &[],
+        body: Body::Asserts(run),
+    }
+}
+
+pub const TESTS: &[Test] = &[
+    program("bash_pipes_jobs_and_traps", bash_pipes_jobs_and_traps),
+    program(
+        "python_threads_subprocess_and_signals",
+        python_threads_subprocess_and_signals,
+    ),
+    program("sqlite_with_a_large_database", sqlite_with_a_large_database),
+    program("gcc_compiles_a_file", gcc_compiles_a_file),
+    program("redis_serves_its_benchmark", redis_serves_its_benchmark),
+    program("stress_ng_families", stress_ng_families),
+];
+
+const PRELOAD: &str = "/usr/lib/libdune_preload.so";
+
+/// Standard output and status of a shell script, and what the module counted meanwhile.
+struct Seen {
+    output: String,
+    status: Option<i32>,
+    vcpus: u64,
+    syscalls: u64,
+}
+
+fn total(name: &str) -> u64 {
+    let text = fs::read_to_string(format!("/sys/kernel/debug/dune/since_load/{name}")).unwrap();
+    text.trim().parse().unwrap()
+}
+
+fn run(script: &str, in_dune_mode: bool) -> Seen {
+    let before = (total("vcpus"), total("syscalls"));
+    let directory = format!("/tmp/programs-{}", std::process::id());
+    fs::create_dir_all(&directory).unwrap();
+    let mut command = Command::new("/bin/bash");
+    command
+        .args(["-c", script])
+        .current_dir(&directory)
+        .env("HOME", &directory)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit());
+    if in_dune_mode {
+        command.env("LD_PRELOAD", PRELOAD).env("DUNE_PRELOAD", "must");
+    }
+    let output = command.stderr(Stdio::inherit()).output().unwrap();
+    fs::remove_dir_all(&directory).unwrap();
+    Seen {
+        output: String::from_utf8_lossy(&output.stdout).into_owned(),
+        status: output.status.code(),
+        vcpus: total("vcpus") - before.0,
+        syscalls: total("syscalls") - before.1,
+    }
+}
+
+/// Runs the script both ways; at least `processes` of it must have been in Dune mode.
+#[track_caller]
+fn same_in_and_out(script: &str, processes: u64) {
+    let outside = run(script, false);
+    assert_eq!((outside.vcpus, outside.syscalls), (0, 0), "without the library");
+    println!("outside: status {:?}\n{}", outside.status, outside.output);
+    let inside = run(script, true);
+    assert_eq!(inside.output, outside.output);
+    assert_eq!(inside.status, outside.status);
+    println!("inside: {} vCPUs, {} system calls", inside.vcpus, inside.syscalls);
+    assert!(
+        inside.vcpus >= processes,
+        "{} vCPUs for {processes} processes",
+        inside.vcpus
+    );
+    assert!(inside.syscalls >= 20 * processes, "{} system calls", inside.syscalls);
+}
+
+fn bash_pipes_jobs_and_traps() {
+    same_in_and_out(
+        r#"
+        echo hello $((6 * 7))
+        for i in 1 2 3; do echo $i; done | tail -n 1
+        (exit 3); echo $?
+        x=$(echo sub | tr a-z A-Z); echo "$x"
+        sleep 0.05 & wait; echo waited
+        trap 'echo trapped' USR1; kill -USR1 $$; echo after
+        trap 'echo child' CHLD; (exit 1); trap - CHLD
+        set -m; sleep 0.1 & jobs | sed 's/Running *//'; fg >/dev/null; echo $?
+        { sleep 10 & kill -STOP $!; kill -CONT $!; kill -TERM $!; wait $!; echo $?; } 2>/dev/null
+        cat <(echo one; echo two) | sort -r
+        seq 1 2000 | while read -r n; do echo $((n * 2)); done | tail -n 1
+        exec 3>file; echo written >&3; exec 3>&-; cat file
+        ulimit -n; umask; type cd
+        exit 7
+        "#,
+        20,
+    );
+}
+
+fn python_threads_subprocess_and_signals() {
+    same_in_and_out(
+        r#"python3 - <<'END'
+import os, signal, subprocess, sys, threading, time, mmap, select
+r = []
+ts = [threading.Thread(target=lambda i=i: r.append(sum(range(i * 1000)))) for i in range(20)]
+[t.start() for t in ts]; [t.join() for t in ts]
+print(sorted(r)[-1], len(r))
+print(subprocess.run(["echo", "sub"], capture_output=True).stdout)
+print(subprocess.check_output("echo $((1 + 1)) | cat", shell=True))
+got = []
+signal.signal(signal.SIGUSR1, lambda s, f: got.append(s))
+for _ in range(5): os.kill(os.getpid(), signal.SIGUSR1)
+print(got)
+signal.signal(signal.SIGALRM, lambda s, f: got.append(s))
+signal.setitimer(signal.ITIMER_REAL, 0.02)
+time.sleep(0.1)
+print(got[-1] == signal.SIGALRM)
+pid = os.fork()
+if pid == 0: os._exit(5)
+print(os.waitpid(pid, 0)[1] >> 8)
+a, b = os.pipe()
+if os.fork() == 0:
+    os.write(b, b"x" * 100000); os._exit(0)
+os.close(b)
+n = 0
+while True:
+    d = os.read(a, 65536)
+    if not d: break
+    n += len(d)
+print(n)
+m = mmap.mmap(-1, 1 << 20); m[:5] = b"hello"; print(m[:5])
+d = {i: str(i) for i in range(100000)}
+print(len(d), sum(len(v) for v in d.values()))
+try:
+    os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
+except KeyboardInterrupt:
+    print("interrupted")
+sys.exit(4)
+END
+"#,
+        20,
+    );
+}
+
+fn sqlite_with_a_large_database() {
+    same_in_and_out(
+        r#"sqlite3 test.db <<'END'
+pragma journal_mode = wal;
+create table t(id integer primary key, a text, b blob);
+with recursive c(x) as (select 1 union all select x + 1 from c where x < 25000)
+    insert into t select x, 'text ' || x, zeroblob(2000) from c;
+create index i on t(a);
+select count(*), sum(id), sum(length(b)) from t;
+begin; update t set a = a || '!' where id % 10 = 0; rollback;
+select count(*) from t where a like '%!';
+delete from t where id % 2 = 0; vacuum;
+select count(*) from t;
+pragma integrity_check;
+END
+stat -c %s test.db"#,
+        2,
+    );
+}
+
+fn gcc_compiles_a_file() {
+    same_in_and_out(
+        r#"{ echo 'int f0(int x) { return x; }'
+for i in $(seq 1 60); do echo "int f$i(int x) { return x * $i + f$((i - 1))(x - 1); }"; done; } >a.c
+gcc -O2 -S a.c -o a.s; echo $?; md5sum a.s
+gcc -O1 -c a.c -o a.o; echo $?; md5sum a.o
+echo 'int f( {' >bad.c; gcc -c bad.c 2>/dev/null; echo $?"#,
+        8,
+    );
+}
+
+fn redis_serves_its_benchmark() {
+    same_in_and_out(
+        r#"ip link set lo up 2>/dev/null || ifconfig lo up
+redis-server --port 7777 --save '' --daemonize no --io-threads 2 --dir . >log 2>&1 &
+server=$!
+for i in $(seq 1 100); do redis-cli -p 7777 ping 2>/dev/null | grep -q PONG && break; sleep 0.05; done
+redis-cli -p 7777 set key value; redis-cli -p 7777 get key
+redis-benchmark -p 7777 -n 500 -c 8 -t set,get,lpush -q --csv | cut -d, -f1
+for i in 1 2 3; do redis-cli -p 7777 incr counter; done
+redis-cli -p 7777 bgsave; sleep 0.3; redis-cli -p 7777 dbsize
+redis-cli -p 7777 shutdown nosave; wait $server; echo $?"#,
+        8,
+    );
+}
+
+fn stress_ng_families() {
+    same_in_and_out(
+        r#"for family in fork:20 vfork:20 clone:20 mmap:2 brk:200 signal:200 sigsegv:30 futex:200 pthread:10 \
+    switch:200 timer:50 sigq:50 mremap:3 madvise:3 msync:3 stack:2 sigfpe:30 sigsuspend:50 nanosleep:50; do
+    stressor=${family%:*}; ops=${family#*:}
+    timeout 60 stress-ng --quiet --$stressor 1 --$stressor-ops $ops --vm-bytes 4m --mmap-bytes 4m >/dev/null 2>&1
+    echo "$stressor $?"
+done"#,
+        60,
+    );
+}

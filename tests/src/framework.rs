@@ -55,6 +55,8 @@ pub enum Suite {
     NoVmx,
     /// Only on the machine that has the distribution's programs.
     Programs,
+    /// More of them, in `make test-long`.
+    ProgramsLong,
     /// Tests that make the harness red on purpose.
     Harness,
     /// What only a real CPU, or the kernel of a distribution, has: no machine of the matrix runs it.
@@ -69,6 +71,7 @@ impl Suite {
             Suite::Debug => "debug",
             Suite::NoVmx => "no-vmx",
             Suite::Programs => "programs",
+            Suite::ProgramsLong => "programs-long",
             Suite::Harness => "harness",
             Suite::Native => "native",
         }

@@ -14,10 +14,10 @@ use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 
-const fn program(name: &'static str, run: fn()) -> Test {
+const fn program(name: &'static str, suite: Suite, run: fn()) -> Test {
     Test {
         name,
-        suite: Suite::Programs,
+        suite,
         run_as: User::Root,
         timeout_s: 240,
         needs: &[],
@@ -26,15 +26,24 @@ const fn program(name: &'static str, run: fn()) -> Test {
 }
 
 pub const TESTS: &[Test] = &[
-    program("bash_pipes_jobs_and_traps", bash_pipes_jobs_and_traps),
+    program("bash_pipes_jobs_and_traps", Suite::Programs, bash_pipes_jobs_and_traps),
     program(
         "python_threads_subprocess_and_signals",
+        Suite::Programs,
         python_threads_subprocess_and_signals,
     ),
-    program("sqlite_with_a_large_database", sqlite_with_a_large_database),
-    program("gcc_compiles_a_file", gcc_compiles_a_file),
-    program("redis_serves_its_benchmark", redis_serves_its_benchmark),
-    program("stress_ng_families", stress_ng_families),
+    program("gcc_compiles_a_file", Suite::Programs, gcc_compiles_a_file),
+    program(
+        "sqlite_with_a_large_database",
+        Suite::ProgramsLong,
+        sqlite_with_a_large_database,
+    ),
+    program(
+        "redis_serves_its_benchmark",
+        Suite::ProgramsLong,
+        redis_serves_its_benchmark,
+    ),
+    program("stress_ng_families", Suite::ProgramsLong, stress_ng_families),
 ];
 
 const PRELOAD: &str = "/usr/lib/libdune_preload.so";

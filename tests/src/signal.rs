@@ -686,6 +686,10 @@ fn faults_become_signals_with_true_siginfo() {
         seen("ud2", libc::SIGILL, 2, None);
         asm!("int3");
         seen("int3", libc::SIGTRAP, 0x80, None);
+        for interrupt in [0u64, 1] {
+            asm!("test {0}, {0}", "jnz 2f", "int 88", "jmp 3f", "2:", "int 0xff", "3:", in(reg) interrupt);
+            seen("int n", libc::SIGSEGV, 0x80, Some(0));
+        }
     }
     dune.leave();
 }

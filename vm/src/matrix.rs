@@ -64,6 +64,13 @@ pub fn rows(long: bool) -> Vec<Row> {
     let mut rows = Vec::new();
     if long {
         rows.extend(full_product());
+        rows.push(Row {
+            when: When::Long,
+            cpus: 2,
+            debian_programs: true,
+            timeout_s: 3600,
+            ..green("long-debian-programs", HASWELL, "dune-tests run --suite programs-long")
+        });
     }
     // Machines on which Dune runs.
     rows.push(Row {
@@ -74,7 +81,6 @@ pub fn rows(long: bool) -> Vec<Row> {
         kernel: "debug",
         ..green("debug-kernel", HASWELL, DEBUG)
     });
-    rows.push(green("haswell", HASWELL, SHORT));
     rows.push(Row {
         gpa_bits: Some(36),
         ..green("sandy-bridge-36bit", SANDY_BRIDGE, SHORT)

@@ -590,6 +590,19 @@ fn signal_of(frame: &TrapFrame) -> Option<(i32, i32, u64)> {
     })
 }
 
+/// `int n` where nobody claimed vector n: outside Dune mode the gate is not there, and the instruction itself faults.
+fn refuse_gate(frame: &mut TrapFrame) {
+    const EXCEPTIONS: u8 = 32;
+    const INT_N_BYTES: u64 = 2;
+    const IN_IDT: u64 = 1 << 1;
+    let Vector(number) = frame.vector();
+    if number >= EXCEPTIONS {
+        frame.rip = frame.rip.wrapping_sub(INT_N_BYTES);
+        frame.error_code = u64::from(number) << 3 | IN_IDT;
+        frame.vector = Vector::GP.0.into();
+    }
+}
+
 /// An exception that no handler of the guest took.
 ///
 /// Where the program has a handler for its signal that runs. Else the thread leaves Dune mode, and the same instruction
@@ -600,6 +613,7 @@ pub(super) fn exception(context: &mut HostContext, mut frame: TrapFrame) -> Resu
     const PRESENT: u64 = 1;
     const SEGV_MAPERR: i32 = 1;
     const SEGV_ACCERR: i32 = 2;
+    refuse_gate(&mut frame);
     let signal = if frame.vector() == Vector::PF && frame.host_refused() {
         match touch::touch(frame.cr2, frame.error_code & WRITE != 0) {
             Err(Refusal { signal, code }) => Some((signal, code, frame.cr2)),

@@ -21,7 +21,7 @@ use crate::support::EXIT_VMCALL;
 pub const TESTS: &[Test] = &[
     Test::asserting("rseq_sections_are_aborted", rseq_sections_are_aborted),
     Test::asserting("sigkill_ends_guest_loop_at_once", sigkill_ends_guest_loop_at_once),
-    Test::asserting("stop_and_continue", stop_and_continue),
+    Test::asserting("stopped_guest_goes_on", stopped_guest_goes_on),
     Test::asserting("migrates_between_cpus", migrates_between_cpus)
         .needs(&[Need::Cpus(2)])
         .timeout_s(60),
@@ -58,7 +58,7 @@ fn sigkill_ends_guest_loop_at_once() {
     }
 }
 
-fn stop_and_continue() {
+fn stopped_guest_goes_on() {
     let shared = Shared::new();
     let child = spawn(|| {
         let dune = enter();

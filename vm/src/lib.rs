@@ -13,5 +13,6 @@ pub mod machine;
 pub mod matrix;
 pub mod paths;
 pub mod programs;
+pub mod results;
 pub mod suite;
 pub mod verdict;

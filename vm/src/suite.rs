@@ -27,6 +27,7 @@ use crate::matrix::Expect;
 use crate::matrix::Row;
 use crate::paths;
 use crate::programs;
+use crate::results;
 use crate::verdict;
 
 /// Sums over everything.
@@ -94,6 +95,7 @@ pub fn run(options: &Options) -> Result<Sum> {
     let mut total = Sum::default();
     let only_rows = !options.rows.is_empty();
     if !only_rows {
+        results::forget()?;
         total.add(part("host tests", host_tests)?);
         total.add(part("check", || command_part("check", Command::new("scripts/check")))?);
     }
@@ -111,7 +113,8 @@ pub fn run(options: &Options) -> Result<Sum> {
             total.add(part(script, run)?);
         }
     }
-    total.add(part("machines", || machines(rows, &modules, options.jobs))?);
+    let whole = (!only_rows).then_some(options.long);
+    total.add(part("machines", || machines(rows, &modules, options.jobs, whole))?);
     Ok(total)
 }
 
@@ -207,7 +210,8 @@ fn build(rows: &[Row], modules: &mut Modules) -> Result<Sum> {
     Ok(Sum::default())
 }
 
-fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize) -> Result<Sum> {
+/// `whole`: these are all rows, with the long ones or without.
+fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize, whole: Option<bool>) -> Result<Sum> {
     let queue = Mutex::new(VecDeque::from(rows));
     let finished: Mutex<Vec<Finished>> = Mutex::new(Vec::new());
     let error: Mutex<Option<anyhow::Error>> = Mutex::new(None);
@@ -239,7 +243,25 @@ fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize) -> Result<Sum> {
         println!("not ok {name}: skipped on every machine");
         sum.failed += 1;
     }
+    if let Some(long) = whole {
+        let ran = finished.iter().flat_map(passed).collect();
+        for name in results::never_ok(&ran, long)? {
+            println!("not ok {name}: docs/tests.md names it, and it ran ok on no machine");
+            // One that failed or was skipped is counted already.
+            let results = || finished.iter().flat_map(|result| &result.report.results);
+            sum.failed += usize::from(!results().any(|test| test.name == name));
+        }
+    }
     Ok(sum)
+}
+
+/// The tests that ran `ok` on a machine that has to be green.
+fn passed(result: &Finished) -> impl Iterator<Item = &str> {
+    let green = result.row.expect == Expect::Green;
+    let results = result.report.results.iter();
+    results
+        .filter(move |test| green && test.status == Status::Passed)
+        .map(|test| test.name.as_str())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -291,7 +313,9 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     let faults = faults(&outcome, &report);
     let (sum, text) = judge(&row, &outcome, &report, &faults);
     print!("{text}");
-    Ok(Finished { row, report, sum })
+    let finished = Finished { row, report, sum };
+    results::write(&finished.row.name, passed(&finished))?;
+    Ok(finished)
 }
 
 /// All that keeps a row from being green.

@@ -2,6 +2,7 @@
 //! Behaviour tests of Dune: what needs `/dev/dune`. `tests/README.md` says how
 //! to add one.
 
+mod compat;
 mod enter;
 mod framework;
 mod fuzz;
@@ -45,6 +46,7 @@ const TOPICS: &[&[Test]] = &[
     machine::TESTS,
     enter::TESTS,
     syscall::TESTS,
+    compat::TESTS,
     trap::TESTS,
     memory::TESTS,
     mm::TESTS,

@@ -395,7 +395,7 @@ fn six_arguments_arrive() {
 }
 
 /// Every fd of the process that is the device.
-fn device_fds() -> Vec<i32> {
+pub fn device_fds() -> Vec<i32> {
     let mut fds = Vec::new();
     for entry in fs::read_dir("/proc/self/fd").unwrap().flatten() {
         if fs::read_link(entry.path()).is_ok_and(|target| target.ends_with("dev/dune")) {

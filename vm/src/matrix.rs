@@ -28,6 +28,8 @@ pub struct Row {
     pub gpa_bits: Option<u32>,
     /// A variable for the module's build, `DUNE_MUTATE=retry`.
     pub variant: Option<&'static str>,
+    /// More of the kernel's command line.
+    pub append: &'static str,
     /// Whether init inserts the module.
     pub load: bool,
     pub command: &'static str,
@@ -57,6 +59,10 @@ const DEBUG: &str = "dune-tests run --suite debug --with hello_enters_and_leaves
      registers_survive_syscall,divide_error_handled,page_fault_handled_without_vm_exit,ept_follows_munmap,\
      ept_follows_mprotect,thp_mapped_as_2m,sigkill_ends_guest_loop_at_once,two_processes_at_once,\
      vm_entry_failure_is_reported,bad_calls_are_refused,counters_are_zero_after_each_end,dune_borrows_vmx_from_kvm";
+/// On a kernel that mitigates nothing and makes no i386 calls.
+const WITHOUT_MITIGATIONS: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,\
+     registers_survive_syscall,raw_guest_runs,host_state_survives_a_hostile_guest,fuzz_guest,\
+     int_0x80_is_what_it_is_natively,int_0x80_with_sigsegv_blocked,faults_become_signals_with_true_siginfo";
 const NO_VMX: &str = "dune-tests run --suite no-vmx";
 
 /// All rows, the slowest first, so that two workers end at about the same time.
@@ -86,6 +92,10 @@ pub fn rows(long: bool) -> Vec<Row> {
         ..green("sandy-bridge-36bit", SANDY_BRIDGE, SHORT)
     });
     rows.push(green("no-unrestricted-guest", "corei5_lynnfield_750", SHORT));
+    rows.push(Row {
+        append: "mitigations=off ia32_emulation=0",
+        ..green("without-mitigations", HASWELL, WITHOUT_MITIGATIONS)
+    });
     // Programs that know nothing of Dune.
     rows.push(Row {
         cpus: 2,
@@ -268,6 +278,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         cpus: 1,
         gpa_bits: None,
         variant: None,
+        append: "",
         load: true,
         command,
         timeout_s: 1800,

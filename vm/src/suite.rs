@@ -300,7 +300,11 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
         cpus: row.cpus,
         memory_mib: 2048,
         ips: machine::default_ips(row.kernel),
-        append: if row.kernel == "debug" { "dune_leaks=1" } else { "" }.to_string(),
+        append: format!(
+            "{} {}",
+            if row.kernel == "debug" { "dune_leaks=1" } else { "" },
+            row.append
+        ),
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
     };
     let job = Job {

@@ -78,6 +78,10 @@ fn is_bad(line: &str) -> bool {
     if HARMLESS.iter().any(|sign| line.contains(sign)) {
         return false;
     }
+    // What Linux says of a program that a fault killed: "traps: NAME[PID] general protection fault ip:… sp:… error:…".
+    if line.contains("traps: ") && line.contains(" ip:") && line.contains(" sp:") {
+        return false;
+    }
     let stall = line.contains("rcu: INFO:") && line.contains("stall") || line.contains("self-detected stall");
     stall || BAD_SIGNS.iter().any(|sign| line.contains(sign))
 }
@@ -174,7 +178,8 @@ mod tests {
     #[test]
     fn ordinary_lines_are_not_bad() {
         let log = "Linux version 6.12\nkasan: KernelAddressSanitizer initialized\n\
-                   rcu: Preemptible hierarchical RCU implementation.\ndune: loaded\n";
+                   rcu: Preemptible hierarchical RCU implementation.\ndune: loaded\n\
+                   traps: dune-tests[84] general protection fault ip:55f2d8f4d603 sp:7fff32f06d30 error:402 in x[a7603]\n";
         assert_eq!(bad_lines(log), Vec::<String>::new());
     }
 

@@ -17,6 +17,7 @@
 
 mod asm;
 mod clone;
+mod compat;
 mod context;
 mod report;
 mod signal;

@@ -15,6 +15,7 @@
 use core::arch::global_asm;
 
 use super::asm;
+use super::compat;
 use super::context::HostContext;
 use super::slow::Action;
 use super::touch;
@@ -147,11 +148,16 @@ fn context_at(rsp: u64) -> Option<*mut HostContext> {
     Some((area + layout::HOST as u64) as *mut HostContext)
 }
 
+/// Where to go on when an instruction of the host loop's that may fail got a signal.
+fn recovery(rip: u64) -> Option<u64> {
+    touch::recovery(rip).or_else(|| compat::recovery(rip))
+}
+
 unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut SigInfo, ucontext: *mut libc::ucontext_t) {
     // SAFETY: Linux passes a siginfo and a ucontext; a context that RSP leads to is the calling thread's.
     unsafe {
         let registers = &mut (*ucontext).uc_mcontext.gregs;
-        if let Some(recovery) = touch::recovery(registers[libc::REG_RIP as usize] as u64) {
+        if let Some(recovery) = recovery(registers[libc::REG_RIP as usize] as u64) {
             if (*info).code() > 0 && OWN.contains(&signal) {
                 let refusal = Refusal {
                     signal,
@@ -167,8 +173,8 @@ unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut SigInfo, ucontext:
             Some(context) if !(*context).left => {
                 note(&mut *context, signal, info, ucontext);
                 let registers = &mut (*ucontext).uc_mcontext.gregs;
-                // A wait for memory (userfaultfd) ends, as it does for an ordinary thread.
-                if let Some(recovery) = touch::recovery(registers[libc::REG_RIP as usize] as u64) {
+                // A wait for memory (userfaultfd) ends, as it does for an ordinary thread; an i386 call is made later.
+                if let Some(recovery) = recovery(registers[libc::REG_RIP as usize] as u64) {
                     registers[libc::REG_RCX as usize] = Refusal::INTERRUPTED.pack() as i64;
                     registers[libc::REG_RIP as usize] = recovery as i64;
                 }

@@ -86,19 +86,24 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
     if number >= u64::from(PRIVATE_CALLS) || number & X32 != 0 {
         return private(context, number, &gprs);
     }
-    match number as i64 {
+    decide(context, number as i64, &gprs)
+}
+
+/// Handles a system call that has a number here; the others are Linux'.
+pub(super) fn decide(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
+    match number {
         libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork => {
-            clone::handle(context, number as i64, &gprs).unwrap_or_else(|errno| fail(context.run, errno))
+            clone::handle(context, number, gprs).unwrap_or_else(|errno| fail(context.run, errno))
         }
-        libc::SYS_arch_prctl => arch_prctl(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
-        libc::SYS_rt_sigaction => sigaction(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
-        libc::SYS_tgkill => tgkill(context, &gprs).unwrap_or(Action::Forward),
-        libc::SYS_seccomp => seccomp(context, &gprs),
-        libc::SYS_prctl => prctl(context, &gprs),
+        libc::SYS_arch_prctl => arch_prctl(context, gprs).unwrap_or_else(|errno| fail(context.run, errno)),
+        libc::SYS_rt_sigaction => sigaction(context, gprs).unwrap_or_else(|errno| fail(context.run, errno)),
+        libc::SYS_tgkill => tgkill(context, gprs).unwrap_or(Action::Forward),
+        libc::SYS_seccomp => seccomp(context, gprs),
+        libc::SYS_prctl => prctl(context, gprs),
         libc::SYS_rt_sigreturn => upcall::sigreturn(context),
-        libc::SYS_sigaltstack => upcall::sigaltstack(context, &gprs).unwrap_or_else(|errno| fail(context.run, errno)),
+        libc::SYS_sigaltstack => upcall::sigaltstack(context, gprs).unwrap_or_else(|errno| fail(context.run, errno)),
         libc::SYS_close if gprs.rdi as u32 == context.fd as u32 => fail(context.run, libc::EBADF),
-        libc::SYS_close_range => close_range(context, &gprs),
+        libc::SYS_close_range => close_range(context, gprs),
         libc::SYS_dup2 | libc::SYS_dup3 => {
             if gprs.rdi as u32 == context.fd as u32 {
                 fail(context.run, libc::EBADF)
@@ -108,7 +113,7 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
                 Action::Forward
             }
         }
-        libc::SYS_exit | libc::SYS_exit_group => exit(context, number as i64, &gprs),
+        libc::SYS_exit | libc::SYS_exit_group => exit(context, number, gprs),
         _ => Action::Forward,
     }
 }

@@ -83,7 +83,7 @@ pub(super) fn recovery(rip: u64) -> Option<u64> {
     known.then_some(dune_touch_failed as *const () as u64)
 }
 
-const SIGNALS: u64 = sys::signal_bit(libc::SIGSEGV) | sys::signal_bit(libc::SIGBUS);
+pub(super) const SIGNALS: u64 = sys::signal_bit(libc::SIGSEGV) | sys::signal_bit(libc::SIGBUS);
 
 /// Reads or writes the byte at `address`, if Linux allows it.
 ///

@@ -34,6 +34,7 @@ use dune_abi::Sregs;
 use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 
+use super::compat;
 use super::context::HostContext;
 use super::report;
 use super::signal;
@@ -279,7 +280,7 @@ fn write_sregs(context: &HostContext, sregs: &Sregs) {
 }
 
 /// The program goes on where an exception interrupted it.
-fn go_on(context: &mut HostContext, frame: &TrapFrame) -> Action {
+pub(super) fn go_on(context: &mut HostContext, frame: &TrapFrame) -> Action {
     write_place(context, &frame.gprs(), frame.rip, frame.rflags);
     if frame.is_cpl3() {
         if let Ok(state) = sync(context) {
@@ -613,6 +614,11 @@ pub(super) fn exception(context: &mut HostContext, mut frame: TrapFrame) -> Resu
     const PRESENT: u64 = 1;
     const SEGV_MAPERR: i32 = 1;
     const SEGV_ACCERR: i32 = 2;
+    if frame.vector() == Vector(compat::GATE) {
+        if let Some(action) = compat::handle(context, &frame) {
+            return Ok(action);
+        }
+    }
     refuse_gate(&mut frame);
     let signal = if frame.vector() == Vector::PF && frame.host_refused() {
         match touch::touch(frame.cr2, frame.error_code & WRITE != 0) {

@@ -47,7 +47,8 @@ impl FileOps for Space {
             | abi::DUNE_SYNC
             | abi::DUNE_MAP_SLOT
             | abi::DUNE_UNUSED_SLOT
-            | abi::DUNE_UNMAP_SLOT => {}
+            | abi::DUNE_UNMAP_SLOT
+            | abi::DUNE_FLUSH => {}
             _ => return Err(ENOTTY),
         }
         self.check_mm()?;
@@ -83,6 +84,8 @@ impl FileOps for Space {
                 user::write(arg, &ask)?;
             }
             abi::DUNE_UNMAP_SLOT => self.unmap_slot(arg)?,
+            // INVEPT drops what was made with the EPT, and that is every translation of a guest's own tables.
+            abi::DUNE_FLUSH => self.ept.translations.invalidate(),
             abi::DUNE_SYNC => self.with_vcpu(arg, |vcpu| vcpu.sync())?,
             _ => {
                 let mut ask: abi::MapSlot = user::read(arg)?;
@@ -98,7 +101,7 @@ impl FileOps for Space {
     }
 
     fn read(&self, buffer: u64, size: u64) -> Result<u64> {
-        const REQUESTS: [u32; 9] = [
+        const REQUESTS: [u32; 10] = [
             abi::DUNE_RUN,
             abi::DUNE_GET_INFO,
             abi::DUNE_CREATE_VCPU,
@@ -108,6 +111,7 @@ impl FileOps for Space {
             abi::DUNE_NEW_SPACE,
             abi::DUNE_UNUSED_SLOT,
             abi::DUNE_UNMAP_SLOT,
+            abi::DUNE_FLUSH,
         ];
         match REQUESTS.iter().find(|request| abi::read_size(**request) == size) {
             Some(request) => self.ioctl(*request, buffer),

@@ -54,6 +54,8 @@ pub const DUNE_NEW_SPACE: u32 = ioc(IOC_NONE, 6, 0);
 pub const DUNE_UNUSED_SLOT: u32 = ioc(IOC_READ_WRITE, 7, size_of::<UnusedSlot>());
 /// Gives back the slot of a 1 GiB that has no mapping in the process; argument: any address in it.
 pub const DUNE_UNMAP_SLOT: u32 = ioc(IOC_NONE, 8, 0);
+/// Makes every vCPU of the process forget what it cached of page tables, before it runs another instruction; no argument.
+pub const DUNE_FLUSH: u32 = ioc(IOC_NONE, 9, 0);
 /// Gives the module a virtual machine of KVM; argument: its fd. Only on the standard input of the program that the module
 /// starts to make one (its parameter `kvm_helper`).
 pub const DUNE_KVM_LEND: u32 = ioc(IOC_NONE, 32, 0);

@@ -95,6 +95,7 @@ const CALLS: &[(&str, &[i32])] = &[
         "UNMAP_SLOT",
         &[libc::EXDEV, libc::EINVAL, libc::ENOENT, libc::EBUSY, libc::EINTR],
     ),
+    ("FLUSH", &[libc::EXDEV]),
 ];
 const OPEN: usize = 0;
 const GET_INFO: usize = 1;
@@ -108,6 +109,7 @@ const MMAP: usize = 8;
 const OTHER: usize = 9;
 const UNUSED_SLOT: usize = 10;
 const UNMAP_SLOT: usize = 11;
+const FLUSH: usize = 12;
 
 /// Errnos that a fuzzer can bring about; the tests named in docs/abi.md's rows bring about the rest (EACCES, EBUSY, ENODEV
 /// need another user or KVM; ENOMEM fault injection).
@@ -152,6 +154,7 @@ const SEEN: &[(usize, i32)] = &[
     (UNMAP_SLOT, libc::EINVAL),
     (UNMAP_SLOT, libc::ENOENT),
     (UNMAP_SLOT, libc::EBUSY),
+    (FLUSH, libc::EXDEV),
 ];
 
 /// Word of the tally for a call's answer: its successes first, then its errnos in the table's order.
@@ -386,6 +389,7 @@ fn one(file: &mut File, random: &mut Random, tally: &Tally<'_>) {
                 dune_abi::DUNE_NEW_SPACE,
                 dune_abi::DUNE_UNUSED_SLOT,
                 dune_abi::DUNE_UNMAP_SLOT,
+                dune_abi::DUNE_FLUSH,
                 dune_abi::DUNE_KVM_LEND,
             ];
             if !known.contains(&request) {
@@ -408,6 +412,10 @@ fn one(file: &mut File, random: &mut Random, tally: &Tally<'_>) {
             };
             let to = pointer(&raw mut slot as usize, random);
             note(tally, UNUSED_SLOT, file.device.call(dune_abi::DUNE_UNUSED_SLOT, to));
+        }
+        13 if random.percent(20) => {
+            let argument = random.odd() as usize;
+            note(tally, FLUSH, file.device.call(dune_abi::DUNE_FLUSH, argument));
         }
         13 => {
             let hva = match random.below(10) {

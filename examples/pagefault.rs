@@ -112,7 +112,6 @@ fn main() {
         mean(total)
     );
     let value = page.0[123];
-    drop(space);
     dune.leave();
     let good = faults == options.faults && value == options.faults && own_exits(&before, &after) == 0;
     if !good || ADDRESS.load(Relaxed) != word as u64 {

@@ -43,7 +43,10 @@ use crate::host_loop::HostContext;
 use crate::layout;
 use crate::paging;
 use crate::paging::is_cpl0;
+use crate::paging::tables::DEFAULT;
 use crate::paging::AddressSpace;
+use crate::paging::PageTable;
+use crate::paging::PagingError;
 use crate::percpu;
 use crate::percpu::Block;
 use crate::percpu::Gdt;
@@ -175,6 +178,25 @@ impl Dune {
         self.thread().address_space()
     }
 
+    /// See [`Thread::new_page_table`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn new_page_table(&self) -> core::result::Result<PageTable, PagingError> {
+        self.thread().new_page_table()
+    }
+
+    /// See [`Thread::load`].
+    ///
+    /// # Safety
+    ///
+    /// As there.
+    pub unsafe fn load(&self, table: &AddressSpace<'_>) {
+        // SAFETY: The caller's.
+        unsafe { self.thread().load(table) };
+    }
+
     /// See [`Thread::set_exception_handler`].
     pub fn set_exception_handler(&self, vector: Vector, handler: Handler) -> Option<Handler> {
         self.thread().set_exception_handler(vector, handler)
@@ -185,7 +207,8 @@ impl Dune {
         self.thread().clear_exception_handler(vector)
     }
 
-    fn thread(&self) -> Thread<'_> {
+    /// The calling thread as a handler sees it: what a function needs that does something privileged.
+    pub fn thread(&self) -> Thread<'_> {
         // SAFETY: The block lives as long as this.
         unsafe { Thread::new((*self.context).block) }
     }
@@ -252,6 +275,7 @@ impl Drop for Area {
     fn drop(&mut self) {
         // SAFETY: The area's thread is outside Dune mode, and counted in.
         unsafe {
+            paging::forget_thread(&*self.process, &(*(self.start as *const Block)).here);
             (*self.process).give_area(self.start);
             leave_process(self.process);
         }
@@ -263,7 +287,7 @@ impl Drop for Area {
 /// # Safety
 ///
 /// It must be counted in, and use nothing of the arena.
-unsafe fn leave_process(process: *const Process) {
+pub(crate) unsafe fn leave_process(process: *const Process) {
     // SAFETY: The caller's; the last one unmaps.
     unsafe {
         let start = (*process).start;
@@ -291,7 +315,7 @@ fn enter(options: &Builder) -> Result<Dune> {
     // SAFETY: A fresh area.
     let (block, context) = unsafe {
         (
-            Block::write(area.start, area.process, None),
+            Block::write(area.start, area.process, DEFAULT, None),
             HostContext::write(area.start, area.process),
         )
     };
@@ -432,30 +456,42 @@ fn build_process(arena: u64, options: &Builder) -> Result<()> {
     // SAFETY: A fresh arena, that lives as long as what is built here.
     let process = unsafe {
         let process = Process::write(arena, device.fd(), device.info, fpu, special);
-        (*process).root = paging::new_root(&(*process).memory)?;
+        let number = (*process).tables().add(|| paging::new_root(&(*process).memory))?;
+        debug_assert_eq!(number, DEFAULT);
+        (*process).essential = essential(arena);
         &*process
     };
     process.inherit_threads.store(options.threads, Relaxed);
     process.inherit_children.store(options.children, Relaxed);
-    premap(process, arena)?;
-    // What trap entry and handlers run on: libdune's code and data, and what the compiler calls behind our back.
-    let memory_functions: [*const (); 3] = [
-        libc::memcpy as *const (),
-        libc::memset as *const (),
-        libc::memmove as *const (),
-    ];
-    let anchors = [trap::ANCHOR, trap::stubs().0 as *const (), HostContext::anchor()];
-    for anchor in anchors.into_iter().chain(memory_functions) {
-        premap(process, (anchor as u64).saturating_sub(SURROUNDINGS))?;
-        premap(process, (anchor as u64).saturating_add(SURROUNDINGS))?;
+    for address in process.essential {
+        premap(process, address)?;
     }
     device.into_fd();
     Ok(())
 }
 
+/// What trap entry and handlers run on: the arena, libdune's code and data, and what the compiler calls behind our back.
+fn essential(arena: u64) -> [u64; process::ESSENTIAL] {
+    let anchors: [*const (); 6] = [
+        trap::ANCHOR,
+        trap::stubs().0 as *const (),
+        HostContext::anchor(),
+        libc::memcpy as *const (),
+        libc::memset as *const (),
+        libc::memmove as *const (),
+    ];
+    let mut essential = [arena; process::ESSENTIAL];
+    for (pair, anchor) in essential[1..].chunks_exact_mut(2).zip(anchors) {
+        pair[0] = (anchor as u64).saturating_sub(SURROUNDINGS);
+        pair[1] = (anchor as u64).saturating_add(SURROUNDINGS);
+    }
+    essential
+}
+
 fn premap(process: &Process, address: u64) -> Result<()> {
+    let root = process.tables().get(DEFAULT).root();
     if let Some(gva) = Gva::new(address) {
-        paging::fill(&process.memory, process.root, gva)?;
+        paging::fill(&process.memory, root, gva)?;
     }
     Ok(())
 }
@@ -480,8 +516,8 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
     };
     Ok(percpu::at_cpl0(Sregs {
         cr0: info.cr0,
-        cr3: process.root.as_u64(),
-        cr4: info.cr4,
+        cr3: process.tables().get(DEFAULT).cr3(DEFAULT, process.has_pcid, false),
+        cr4: info.cr4 | info.cr4_guest_owned & (process::CR4_PCIDE | process::CR4_PKE),
         efer: info.efer,
         es: unusable,
         ds: unusable,

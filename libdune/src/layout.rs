@@ -8,12 +8,14 @@
 //! ARENA  +0           Process (process.rs)
 //!        +FORWARD     HVA's GiB -> slot, u32 each
 //!        +REVERSE     slot -> HVA's GiB + 1, u32 each
+//!        +TABLES      a record per page table
 //!        +AREAS       one area per Dune thread, AREA_BYTES apart
 //!        +POOL        pages for page tables; inaccessible beyond what is in use
 //!
 //! area   +0           Block (percpu.rs): what assembly and handlers find by masking RSP
 //!        +IST         stack of every vector but #DF            (guard page below each stack)
 //!        +DOUBLE      stack of #DF
+//!        +SEEN        by page table: the generation that this thread flushed its TLB for
 //!        +REPORT      stack on which a fault without a way out is reported
 //!        +HOST        HostContext (host_loop/context.rs)
 //!        +SNAPSHOT    registers of a child that is being made, as a run page
@@ -41,6 +43,13 @@ pub const FORWARD: usize = 0x1_0000;
 /// Table from slot to GiB.
 pub const REVERSE: usize = FORWARD + GIBS * 4;
 
+/// Records of page tables.
+pub const TABLES: usize = REVERSE + SLOTS * 4;
+/// Bytes of a record.
+pub const TABLE_BYTES: usize = 64;
+/// Most page tables of a process: as many as there are PCIDs.
+pub const TABLE_COUNT: usize = 4096;
+
 /// First area.
 pub const AREAS: usize = 2 << 20;
 /// Number of areas: most Dune threads that a process can have.
@@ -60,6 +69,9 @@ pub const IST: usize = IST_TOP - 0x4000;
 pub const DOUBLE_TOP: usize = IST_TOP + 0x5000;
 /// Lowest byte of that stack.
 pub const DOUBLE: usize = DOUBLE_TOP - 0x4000;
+
+/// Generations seen, 8 bytes per page table.
+pub const SEEN: usize = DOUBLE_TOP;
 
 /// Top of the stack for reports.
 pub const REPORT_TOP: usize = 0x4_0000;
@@ -108,7 +120,9 @@ pub const GUARDS: [usize; 4 + LEVELS] = {
 const _: () = {
     assert!(AREA_BYTES.is_power_of_two() && ARENA_BYTES.is_power_of_two());
     assert!(ARENA_BYTES == dune_abi::SLOT_BYTES as usize);
-    assert!(REVERSE + SLOTS * 4 <= AREAS && AREAS % AREA_BYTES == 0 && POOL < ARENA_BYTES);
+    assert!(TABLES + TABLE_COUNT * TABLE_BYTES <= AREAS && TABLES % TABLE_BYTES == 0);
+    assert!(SEEN + TABLE_COUNT * 8 <= REPORT - PAGE);
+    assert!(AREAS % AREA_BYTES == 0 && POOL < ARENA_BYTES);
     assert!(DOUBLE - PAGE >= IST_TOP && REPORT - PAGE >= DOUBLE_TOP && FPU + FPU_MAX <= HOST_GUARD);
     assert!(HOST_STACK_TOP - HOST_STACK >= 0x2_0000);
     assert!(POOL % POOL_STEP == 0 && ARENA_BYTES % POOL_STEP == 0);

@@ -9,7 +9,6 @@
 //!
 //! # What it does not do
 //!
-//! - A change of a page table is flushed from the TLB of the calling thread only.
 //! - An exception for which there is neither a handler nor a signal handler is given to Linux from outside Dune mode.
 //! - CPL3 inside Dune mode has no API.
 #![deny(unsafe_op_in_unsafe_fn)]
@@ -46,6 +45,8 @@ pub use entry::Dune;
 pub use error::Error;
 pub use error::Result;
 pub use paging::AddressSpace;
+pub use paging::FramePool;
+pub use paging::PageTable;
 pub use paging::PagingError;
 pub use paging::Permissions;
 pub use trap::Outcome;

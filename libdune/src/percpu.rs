@@ -13,6 +13,8 @@ use dune_abi::Sregs;
 
 use crate::device::Vcpu;
 use crate::layout;
+use crate::paging;
+use crate::paging::Here;
 use crate::process::Process;
 use crate::trap;
 
@@ -110,6 +112,8 @@ pub(crate) struct Block {
     /// Number of the vCPU.
     pub vcpu: AtomicU32,
     pub process: *const Process,
+    /// The page table that the thread has.
+    pub here: Here,
     /// Handlers by vector, `trap::Handler` or 0.
     pub handlers: [AtomicUsize; 256],
     pub gdt: Gdt,
@@ -120,12 +124,18 @@ pub(crate) struct Block {
 const _: () = assert!(size_of::<Block>() <= layout::IST - layout::PAGE);
 
 impl Block {
-    /// Writes the block of a fresh area. `handlers` are those of the thread that made this one.
+    /// Writes the block of a fresh area, for a thread that starts with page table `table`. `handlers` are those of the
+    /// thread that made this one.
     ///
     /// # Safety
     ///
     /// `area` must be a fresh area of `process`.
-    pub unsafe fn write(area: u64, process: *const Process, handlers: Option<&[AtomicUsize; 256]>) -> *mut Self {
+    pub unsafe fn write(
+        area: u64,
+        process: *const Process,
+        table: u16,
+        handlers: Option<&[AtomicUsize; 256]>,
+    ) -> *mut Self {
         let block = area as *mut Self;
         // SAFETY: The caller's; the area is zeroed, which is a value of every field, and nobody else sees it.
         unsafe {
@@ -133,6 +143,7 @@ impl Block {
             (*block).fpu_bytes = fpu.bytes;
             (*block).has_xsave = fpu.has_xsave.into();
             (*block).process = process;
+            (&raw mut (*block).here).write(paging::start_thread(&*process, table));
             if let Some(handlers) = handlers {
                 for (new, old) in (*block).handlers.iter().zip(handlers) {
                     new.store(old.load(Relaxed), Relaxed);

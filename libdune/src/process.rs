@@ -26,9 +26,11 @@ use core::sync::atomic::Ordering::Release;
 
 use dune_abi::Info;
 
-use crate::addr::Gpa;
 use crate::layout;
+use crate::paging;
 use crate::paging::memory::Memory;
+use crate::paging::tables::Tables;
+use crate::percpu::Block;
 use crate::sys;
 use crate::sys::Actions;
 use crate::sys::Errno;
@@ -52,7 +54,7 @@ pub(crate) struct Process {
     pub special: [u8; 512],
     /// Address of the arena.
     pub start: u64,
-    /// Threads that hold an area.
+    /// Threads that hold an area, and handles of page tables.
     pub threads: AtomicU32,
     /// Threads made in Dune mode are in Dune mode.
     pub inherit_threads: AtomicBool,
@@ -63,8 +65,14 @@ pub(crate) struct Process {
     pub fpu: Fpu,
     pub info: Info,
     pub memory: Memory,
-    /// The default page table.
-    pub root: Gpa,
+    /// Handles of page tables, each of which counts in `threads` too.
+    handles: AtomicU32,
+    /// CR4.PCIDE is set in the guest: page tables have PCIDs.
+    pub has_pcid: bool,
+    /// CR4.PKE is set in the guest.
+    pub has_keys: bool,
+    /// Addresses in the GiBs that every page table must map.
+    pub essential: [u64; ESSENTIAL],
     /// Areas in use, by bits.
     used: [AtomicU64; WORDS],
     /// Areas whose memory is accessible and whose guards are in place.
@@ -72,6 +80,13 @@ pub(crate) struct Process {
     /// The program's actions for the signals that libdune takes.
     pub actions: Actions,
 }
+
+/// Addresses of `Process::essential`.
+pub(crate) const ESSENTIAL: usize = 16;
+
+/// CR4 (SDM, "Control Registers").
+pub(crate) const CR4_PCIDE: u64 = 1 << 17;
+pub(crate) const CR4_PKE: u64 = 1 << 22;
 
 const WORDS: usize = layout::AREA_COUNT.div_ceil(64);
 
@@ -196,13 +211,17 @@ pub(crate) unsafe fn part(process: *const Process, end: impl FnOnce(&Process)) -
 
 /// In the child of a fork by a Dune thread: its copy of the arena is what it has, and the calling thread is alone.
 pub(crate) fn adopt(process: &Process, own_area: u64) -> Result<(), Errno> {
-    process.threads.store(1, Release);
+    process.threads.store(1 + process.handles.load(Relaxed), Release);
     let own = process.index(own_area);
     for (index, word) in process.used.iter().enumerate() {
         let keep = if index == own / 64 { 1 << (own % 64) } else { 0 };
         let mut gone = word.swap(keep, AcqRel) & !keep;
         while gone != 0 {
             let area = process.area(index * 64 + gone.trailing_zeros() as usize);
+            if process.is_ready(area) {
+                // SAFETY: Accessible, and a block or zeroes.
+                paging::forget_thread(process, unsafe { &(*(area as *const Block)).here });
+            }
             // SAFETY: The copy of the area of a thread that this process does not have.
             let _ = unsafe { sys::forget(area, layout::AREA_BYTES) };
             gone &= gone - 1;
@@ -257,13 +276,63 @@ impl Process {
                 fpu,
                 info,
                 memory: Memory::new(fd, has_1g, start),
-                root: Gpa::default(),
+                handles: AtomicU32::new(0),
+                has_pcid: info.cr4_guest_owned & CR4_PCIDE != 0,
+                has_keys: info.cr4_guest_owned & CR4_PKE != 0,
+                essential: [start; ESSENTIAL],
                 used: [const { AtomicU64::new(0) }; WORDS],
                 ready: [const { AtomicU64::new(0) }; WORDS],
                 actions: Actions::default(),
             });
         }
         process
+    }
+
+    /// The page tables.
+    pub fn tables(&self) -> Tables<'_> {
+        Tables::new(&self.memory)
+    }
+
+    /// Counts a handle of a page table in.
+    pub fn add_handle(&self) {
+        self.handles.fetch_add(1, Relaxed);
+        self.threads.fetch_add(1, AcqRel);
+    }
+
+    /// Counts a handle out, with a Dune thread still there.
+    pub fn drop_handle(&self) {
+        self.handles.fetch_sub(1, Relaxed);
+        self.threads.fetch_sub(1, AcqRel);
+    }
+
+    /// Counts a handle out, but for its part in `threads`.
+    pub fn forget_handle(&self) {
+        self.handles.fetch_sub(1, Relaxed);
+    }
+
+    /// Whether a Dune thread other than that of `own` may use a page table; without a number: any.
+    pub fn others_use(&self, number: Option<u16>, own: Option<u64>) -> bool {
+        for (word, (used, ready)) in self.used.iter().zip(&self.ready).enumerate() {
+            let mut areas = used.load(Acquire) & ready.load(Acquire);
+            while areas != 0 {
+                let area = self.area(word * 64 + areas.trailing_zeros() as usize);
+                areas &= areas - 1;
+                if Some(area) == own {
+                    continue;
+                }
+                // SAFETY: Accessible; a block, or zeroes where there is none yet or no more.
+                let here = unsafe { &(*(area as *const Block)).here };
+                if number.is_none_or(|number| here.may_use(number)) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    fn is_ready(&self, area: u64) -> bool {
+        let index = self.index(area);
+        self.ready[index / 64].load(Acquire) >> (index % 64) & 1 != 0
     }
 
     fn area(&self, index: usize) -> u64 {

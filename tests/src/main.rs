@@ -8,7 +8,6 @@ mod framework;
 mod fuzz;
 mod fuzz_abi;
 mod fuzz_guest;
-mod governed;
 mod harness;
 mod helpers;
 mod isolation;
@@ -19,6 +18,7 @@ mod memory;
 mod mm;
 mod module;
 mod outside;
+mod paging;
 mod power;
 mod process;
 mod programs;
@@ -51,12 +51,12 @@ const TOPICS: &[&[Test]] = &[
     trap::TESTS,
     memory::TESTS,
     mm::TESTS,
+    paging::TESTS,
     spaces::TESTS,
     sched::TESTS,
     process::TESTS,
     signal::TESTS,
     outside::TESTS,
-    governed::TESTS,
     programs::TESTS,
     robust::TESTS,
     isolation::TESTS,

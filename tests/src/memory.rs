@@ -771,7 +771,6 @@ fn own_page_table_maps_pages_elsewhere() {
         (FETCH, false),
         "{fault:x?}"
     );
-    drop(space);
     dune.leave();
 }
 
@@ -789,7 +788,7 @@ fn second_address_space_is_apart() {
     assert_eq!(store(map.page(1), 2), Ok(()));
     for round in 0..20 {
         // SAFETY: a duplicate with one page of ours read-only.
-        unsafe { second.load() };
+        unsafe { dune.load(&second) };
         assert!(second.is_loaded());
         let fault = store(map.page(1), 99).unwrap_err();
         assert_eq!((fault.error_code & 3, fault.host_refused), (3, false));
@@ -797,12 +796,11 @@ fn second_address_space_is_apart() {
         // A system call from here works as well.
         assert_ne!(std::process::id(), 0);
         // SAFETY: the table that the thread started with.
-        unsafe { first.load() };
+        unsafe { dune.load(&first) };
         assert_eq!(store(map.page(1), round + 3), Ok(()));
     }
     drop(second);
     assert_eq!(load(map.page(1)), Ok(22));
-    drop(first);
     dune.leave();
 }
 

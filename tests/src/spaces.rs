@@ -390,6 +390,5 @@ fn recycled_gib_starts_anew() {
         assert_eq!((home.read(PAGE), other.read(0)), (10, 9));
         assert_eq!(home.read(2 << 20), 0);
     }
-    drop(space);
     dune.leave();
 }

@@ -133,7 +133,6 @@ fn page_fault_handled_without_vm_exit() {
         .flush();
     let fault = load(page).unwrap_err();
     assert_eq!((fault.error_code & 7, fault.host_refused), (0, false), "{fault:x?}");
-    drop(space);
     dune.leave();
     assert_eq!(map.read(PAGE), 3);
 }
@@ -272,7 +271,8 @@ fn nesting_handler(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
         unsafe { next.write_volatile(100 + depth as u64) };
     }
     let page = Gva::new(frame.cr2 & !(PAGE as u64 - 1)).unwrap();
-    let Ok(flush) = thread.address_space().protect(page, PAGE as u64, Permissions::WRITE) else {
+    let space = thread.address_space();
+    let Ok(flush) = space.protect(page, PAGE as u64, Permissions::WRITE) else {
         return Outcome::Unhandled;
     };
     flush.flush();

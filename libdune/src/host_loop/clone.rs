@@ -39,6 +39,7 @@ use super::touch;
 use super::upcall;
 use crate::device;
 use crate::layout;
+use crate::paging;
 use crate::percpu::Block;
 use crate::process;
 use crate::sys;
@@ -188,7 +189,9 @@ fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area:
     adapt(&mut state, request);
     // SAFETY: A fresh area; what is built in it nobody uses before the call.
     let child = unsafe {
-        let block = Block::write(area, context.process, Some(&(*context.block).handlers));
+        let maker = &*context.block;
+        let table = maker.here.number().unwrap_or(paging::tables::DEFAULT);
+        let block = Block::write(area, context.process, table, Some(&maker.handlers));
         if state.sregs.gdtr_base == (*context.block).gdt_address() {
             state.sregs.gdtr_base = (*block).gdt_address();
         }
@@ -291,6 +294,7 @@ unsafe fn discard(child: *mut HostContext) {
         if !(*child).run.is_null() {
             let _ = sys::munmap((*child).run as u64, dune_abi::RUN_PAGE_BYTES);
         }
+        paging::forget_thread(process, &(*(*child).block).here);
         process.give_area((*child).area());
         // Never the last: the maker is counted too.
         process.threads.fetch_sub(1, AcqRel);

@@ -15,8 +15,6 @@
 //! | exit, exit_group | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
 
-use core::sync::atomic::Ordering::Acquire;
-
 use dune_abi::Gprs;
 use dune_abi::RunPage;
 use dune_abi::DIRTY_SREGS;
@@ -43,6 +41,7 @@ use crate::abi::CALL_SIGNAL;
 use crate::abi::PRIVATE_CALLS;
 use crate::entry;
 use crate::layout;
+use crate::paging;
 use crate::process;
 use crate::sys;
 use crate::sys::SigAction;
@@ -183,11 +182,8 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
         return Action::Forward;
     }
     match context.role {
-        // The process ends, with all that it has. The last Dune thread gives its space back before: Linux waits for a
-        // grace period where an address space ends that still has a notifier.
-        Role::Thread if number == libc::SYS_exit_group && context.process().threads.load(Acquire) > 1 => {
-            return Action::Forward;
-        }
+        // The process ends, with all that it has.
+        Role::Thread if number == libc::SYS_exit_group => return Action::Forward,
         Role::Vfork => {
             slow::destroy(context);
             return Action::Forward;
@@ -199,6 +195,8 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
     // SAFETY: The vCPU is gone and the program never sees its run page again.
     let _ = unsafe { sys::munmap(context.run as u64, dune_abi::RUN_PAGE_BYTES) };
     let process = context.process();
+    // SAFETY: The block is alive.
+    paging::forget_thread(process, unsafe { &(*context.block).here });
     context.end = End {
         number: number as u64,
         status: gprs.rdi,

@@ -17,6 +17,14 @@ const LARGE: u64 = 1 << 7;
 const HELD: u64 = 1 << 9;
 /// Software bit: unmapped on purpose; not to be filled in on a page fault.
 const GONE: u64 = 1 << 10;
+/// Software bit of a leaf: somebody else maps the frame too, and a write gets a copy. The CPU's write bit is clear.
+const SHARED: u64 = 1 << 52;
+/// Software bit of a leaf: it counts as a user of a frame of a pool.
+const OWNED: u64 = 1 << 53;
+/// Software bit of a shared leaf: writing is allowed, to a copy.
+const COPY: u64 = 1 << 54;
+const KEY_SHIFT: u32 = 59;
+const KEY: u64 = 0xf << KEY_SHIFT;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -142,7 +150,7 @@ impl Entry {
             return Permissions::NONE;
         }
         let mut bits = 1;
-        if self.0 & WRITABLE != 0 {
+        if self.0 & WRITABLE != 0 || self.is_copied_on_write() {
             bits |= 2;
         }
         if self.0 & NO_EXECUTE == 0 {
@@ -162,9 +170,79 @@ impl Entry {
         self.0 & DIRTY != 0
     }
 
-    /// The same leaf with other permissions.
+    /// The same leaf with other permissions. A shared one stays so.
     pub const fn with_permissions(self, permissions: Permissions) -> Self {
-        Self(self.0 & !(PRESENT | WRITABLE | USER | HELD | NO_EXECUTE) | permissions.bits())
+        let kept = self.0 & !(PRESENT | WRITABLE | USER | HELD | COPY | NO_EXECUTE);
+        Self(kept | permissions.bits()).with_write_bits()
+    }
+
+    /// Of a shared leaf: turns the CPU's write bit into the software's.
+    const fn with_write_bits(self) -> Self {
+        if self.0 & SHARED != 0 && self.0 & WRITABLE != 0 {
+            Self(self.0 & !WRITABLE | COPY)
+        } else {
+            self
+        }
+    }
+
+    /// The same leaf, of which a write gets a copy.
+    pub const fn with_sharing(self) -> Self {
+        Self(self.0 | SHARED).with_write_bits()
+    }
+
+    /// The same leaf after sharing ended: its frame is nobody else's.
+    pub const fn without_sharing(self) -> Self {
+        let write = if self.0 & COPY != 0 { WRITABLE } else { 0 };
+        Self(self.0 & !(SHARED | COPY) | write)
+    }
+
+    /// The same 4 KiB leaf for a frame of its own, written to.
+    pub const fn with_own_frame(self, frame: Gpa) -> Self {
+        let flags = self.without_sharing().0 & !ADDRESS;
+        Self(flags | frame.as_u64() | OWNED | ACCESSED | DIRTY)
+    }
+
+    /// Whether a write is allowed and gets a copy.
+    pub const fn is_copied_on_write(self) -> bool {
+        self.0 & (SHARED | COPY) == SHARED | COPY
+    }
+
+    /// Whether it counts as a user of a frame of a pool.
+    pub const fn is_owner(self) -> bool {
+        self.refers() && self.0 & OWNED != 0
+    }
+
+    /// Protection key, 0 to 15.
+    pub const fn key(self) -> u8 {
+        ((self.0 & KEY) >> KEY_SHIFT) as u8
+    }
+
+    /// The same leaf with this protection key, of which the lower four bits count.
+    pub const fn with_key(self, key: u8) -> Self {
+        Self(self.0 & !KEY | (key as u64) << KEY_SHIFT & KEY)
+    }
+
+    /// The leaf of `level` + 1 that these 512 entries of `level` are the pieces of, with `accessed` and `dirty` of any.
+    pub fn whole(pieces: impl Iterator<Item = Self>, level: u32) -> Option<Self> {
+        let mut pieces = pieces.enumerate();
+        let (_, first) = pieces.next()?;
+        if first.kind(level) != Kind::Leaf || first.0 & OWNED != 0 || first.address() % leaf_bytes(level + 1) != 0 {
+            return None;
+        }
+        let mut used = first.0 & (ACCESSED | DIRTY);
+        for (index, piece) in pieces {
+            used |= piece.0 & (ACCESSED | DIRTY);
+            let expected = first.0 + index as u64 * leaf_bytes(level);
+            if (piece.0 ^ expected) & !(ACCESSED | DIRTY) != 0 {
+                return None;
+            }
+        }
+        Some(Self(first.0 | used | LARGE))
+    }
+
+    /// The bits that the CPU sets, as they are in an entry.
+    pub const fn used_mask(accessed: bool, dirty: bool) -> u64 {
+        (if accessed { ACCESSED } else { 0 }) | (if dirty { DIRTY } else { 0 })
     }
 
     /// The same leaf for CPL3 too, or for CPL0 only. A leaf without permissions stays so.

@@ -19,7 +19,9 @@ use dune_abi::MapSlot;
 use dune_abi::DUNE_MAP_SLOT;
 use dune_abi::MAP_SLOT_AT;
 
+use super::pool::Header;
 use super::tree::Frames;
+use super::tree::Retired;
 use super::tree::Table;
 use super::PagingError;
 use crate::addr::Gpa;
@@ -101,6 +103,18 @@ impl Memory {
             0 => None,
             gib => Hva::new((u64::from(gib - 1) << 30) | (gpa.as_u64() & 0x3fff_ffff)),
         }
+    }
+
+    /// Start of the arena.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Calls `f` with the pool of a frame that a table owns.
+    fn with_pool<R>(&self, frame: Gpa, f: impl FnOnce(&Header, Hva) -> R) -> Option<R> {
+        let frame = self.hva(frame)?;
+        // SAFETY: Only frames of a table's pool are entered as owned, and the table holds its pool.
+        Some(f(unsafe { Header::of(frame) }, frame))
     }
 
     fn take_free(&self) -> Option<u64> {
@@ -238,5 +252,17 @@ unsafe impl Frames for Memory {
 
     fn has_1g(&self) -> bool {
         self.has_1g
+    }
+
+    fn keep(&self, frame: Gpa) -> bool {
+        self.with_pool(frame, |pool, frame| pool.keep(frame)).unwrap_or(false)
+    }
+
+    fn release(&self, frame: Gpa) {
+        self.with_pool(frame, |pool, frame| pool.release(frame));
+    }
+
+    fn retire(&self, frame: Gpa, retired: &Retired) {
+        self.with_pool(frame, |pool, frame| pool.retire(frame, retired));
     }
 }

@@ -10,20 +10,40 @@
 //! one at a time.
 
 mod entry;
+mod pool;
+mod protocol;
 mod space;
 mod tree;
 
 pub(crate) mod memory;
+pub(crate) mod tables;
+
+/// Atomics of the protocol: loom's, where it is tested.
+mod sync {
+    pub use core::sync::atomic::fence;
+    pub use core::sync::atomic::AtomicU32;
+    pub use core::sync::atomic::AtomicU64;
+    pub use core::sync::atomic::Ordering;
+}
 
 pub use entry::Permissions;
-pub use space::flush_all;
-pub use space::flush_page;
+pub use pool::FramePool;
 pub use space::AddressSpace;
 pub use space::Flush;
+pub use space::PageTable;
+pub use space::UsedPage;
 pub use tree::Mapping;
+pub use tree::Used;
 
+pub(crate) use protocol::Here;
+pub(crate) use space::flush_all;
+pub(crate) use space::flush_page;
+pub(crate) use space::forget_thread;
 pub(crate) use space::is_cpl0;
-pub(crate) use space::read_cr3;
+pub(crate) use space::loaded_root;
+pub(crate) use space::settle_write;
+pub(crate) use space::start_thread;
+pub(crate) use space::switch;
 
 use crate::addr::Gpa;
 use crate::addr::Gva;
@@ -34,12 +54,20 @@ pub(crate) fn new_root(memory: &memory::Memory) -> Result<Gpa, PagingError> {
     tree::Tree::new(memory).map(|tree| tree.root)
 }
 
+/// Gives back a tree that was never used.
+pub(crate) fn free(memory: &memory::Memory, root: Gpa) {
+    tree::Tree { frames: memory, root }.free();
+}
+
 /// Maps the GiB of `gva` to itself in the tree at `root`, if nothing decided about it yet; says whether it did.
 pub(crate) fn fill(memory: &memory::Memory, root: Gpa, gva: Gva) -> Result<bool, PagingError> {
     let tree = tree::Tree { frames: memory, root };
     // This is on the way of every page fault.
-    if tree.is_decided(gva) {
-        return Ok(false);
+    {
+        let _using = memory.begin();
+        if tree.is_decided(gva) {
+            return Ok(false);
+        }
     }
     memory::recycle::with_slots(memory, || tree.fill(gva))
 }
@@ -81,6 +109,32 @@ pub enum PagingError {
     /// The range has an address that was never mapped, or was unmapped.
     #[error("nothing is mapped at {0}")]
     NotMapped(Gva),
+    /// All page tables that a process can have are in use.
+    #[error(
+        "this process has all {} page tables that it can have: drop some",
+        crate::layout::TABLE_COUNT
+    )]
+    OutOfTables,
+    /// A pool has no frame left.
+    #[error("all frames of the pool are in use: give some back, or drop page tables that have copies")]
+    OutOfFrames,
+    /// The table has copies from another pool.
+    #[error("the page table has another pool: use that one")]
+    OtherPool,
+    /// The table is not one that libdune made.
+    #[error("the page table in CR3 is none of libdune's")]
+    Foreign,
+    /// There are no protection keys.
+    #[error("no protection keys: the CPU has none (`pku` in /proc/cpuinfo), or Linux does not use them (`ospke`)")]
+    NoProtectionKeys,
+    /// Protection keys are 0 to 15.
+    #[error("protection key {0} is above 15")]
+    NoSuchKey(u8),
+    /// Another change of page tables does not end.
+    #[error(
+        "a change of a page table that was interrupted does not end: do not merge in a handler that interrupted one"
+    )]
+    Busy,
     /// A table lies at a GPA that is in no slot.
     #[error("the page table refers to GPA {0:#x}, which is in no slot")]
     Corrupt(u64),

@@ -2,6 +2,7 @@
 
 //! Walking and changing a tree of tables, over any source of table pages.
 
+use core::cell::Cell;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Relaxed;
@@ -37,6 +38,47 @@ pub(crate) unsafe trait Frames {
     fn gpa(&self, hva: Hva) -> Result<Gpa, PagingError>;
     /// Whether leaves of 1 GiB may be used.
     fn has_1g(&self) -> bool;
+    /// Counts one more entry that owns a frame of a pool; false where nobody owns it any more.
+    fn keep(&self, frame: Gpa) -> bool;
+    /// One less: at once, where no CPU can have a translation to it.
+    fn release(&self, frame: Gpa);
+    /// One less, as soon as `retired` is flushed.
+    fn retire(&self, frame: Gpa, retired: &Retired);
+}
+
+/// Frames that go back to their pool when the TLBs are flushed: the head of a list that the pool links.
+#[derive(Debug, Default)]
+pub(crate) struct Retired(pub Cell<u64>);
+
+/// Which of the bits that the CPU sets are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Used {
+    /// The page was used.
+    Accessed,
+    /// The page was written to.
+    Dirty,
+    /// Both bits.
+    Both,
+}
+
+impl Used {
+    const fn mask(self) -> u64 {
+        Entry::used_mask(!matches!(self, Self::Dirty), !matches!(self, Self::Accessed))
+    }
+}
+
+/// Pages of one table whose bits were read.
+pub(crate) struct Batch {
+    /// Address of the first page.
+    pub start: Gva,
+    /// Bytes of each page.
+    pub page_bytes: u64,
+    /// A bit per page that had one of the bits that were asked for.
+    pub used: [u64; 8],
+    /// Of those, the ones that were dirty.
+    pub dirty: [u64; 8],
+    /// Bytes from the start of the range to where to go on.
+    pub done: u64,
 }
 
 /// What an address is mapped to.
@@ -52,6 +94,28 @@ pub struct Mapping {
     pub accessed: bool,
     /// The CPU wrote to the page since this was cleared.
     pub dirty: bool,
+    /// The first write gets a copy of the page.
+    pub copied_on_write: bool,
+    /// Protection key of a page that CPL3 may use, 0 to 15.
+    pub key: u8,
+}
+
+impl Mapping {
+    fn new(entry: Entry, level: u32, gva: Gva) -> Option<Self> {
+        if entry.kind(level) != Kind::Leaf {
+            return None;
+        }
+        let bytes = leaf_bytes(level);
+        Some(Self {
+            gpa: Gpa::new((entry.address() & !(bytes - 1)) + (gva.as_u64() & (bytes - 1)))?,
+            page_bytes: bytes,
+            permissions: entry.permissions(),
+            accessed: entry.is_accessed(),
+            dirty: entry.is_dirty(),
+            copied_on_write: entry.is_copied_on_write(),
+            key: entry.key(),
+        })
+    }
 }
 
 /// A tree of tables and where its pages come from.
@@ -102,18 +166,21 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// What `gva` is mapped to, with `Permissions::NONE` where the page is kept but not accessible.
     pub fn look_up(&self, gva: Gva) -> Option<Mapping> {
         let (level, slot) = self.find(gva).ok()?;
-        let entry = Entry(slot.load(Relaxed));
-        if entry.kind(level) != Kind::Leaf {
-            return None;
+        Mapping::new(Entry(slot.load(Relaxed)), level, gva)
+    }
+
+    /// The first page at or behind `start` and before `start` + `bytes`: where it begins, or `start` inside it.
+    pub fn next(&self, start: Gva, bytes: u64) -> Option<(Gva, Mapping)> {
+        let mut done = 0;
+        while done < bytes {
+            let at = start.checked_add(done)?;
+            let (level, slot) = self.find(at).ok()?;
+            if let Some(mapping) = Mapping::new(Entry(slot.load(Relaxed)), level, at) {
+                return Some((at, mapping));
+            }
+            done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
         }
-        let bytes = leaf_bytes(level);
-        Some(Mapping {
-            gpa: Gpa::new((entry.address() & !(bytes - 1)) + (gva.as_u64() & (bytes - 1)))?,
-            page_bytes: bytes,
-            permissions: entry.permissions(),
-            accessed: entry.is_accessed(),
-            dirty: entry.is_dirty(),
-        })
+        None
     }
 
     /// Replaces the gap or leaf in `slot` by a table that means the same.
@@ -198,7 +265,13 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// Replaces every leaf of the range by what `change` makes of it, splitting those that reach beyond it.
     ///
     /// Memory of the process that was not used yet is filled in first, so that the range is what it looks like.
-    fn change(&self, start: Gva, bytes: u64, change: impl Fn(Entry, u32) -> Entry) -> Result<(), PagingError> {
+    fn change(
+        &self,
+        start: Gva,
+        bytes: u64,
+        retired: &Retired,
+        change: impl Fn(Entry, u32) -> Entry,
+    ) -> Result<(), PagingError> {
         let mut done = 0;
         while done < bytes {
             let at = start
@@ -210,6 +283,11 @@ impl<'f, F: Frames> Tree<'f, F> {
                 if entry.kind(level) == Kind::Empty && self.fill(at)? {
                     continue;
                 }
+                if entry == Entry::GONE && change(entry, level) == Entry::GONE {
+                    // Unmapped already.
+                    done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
+                    continue;
+                }
                 return Err(PagingError::NotMapped(at));
             }
             let size = leaf_bytes(level);
@@ -217,6 +295,7 @@ impl<'f, F: Frames> Tree<'f, F> {
                 // Where the CPU set a bit, or another thread was first, it is looked at again.
                 let changed = change(entry, level).0;
                 if slot.compare_exchange(entry.0, changed, AcqRel, Relaxed).is_ok() {
+                    self.retire(entry, Entry(changed), retired);
                     done += size;
                 }
             } else {
@@ -229,13 +308,75 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// Gives the pages of the range other permissions.
     pub fn protect(&self, start: Gva, bytes: u64, permissions: Permissions) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, |entry, _| entry.with_permissions(permissions))
+        self.change(start, bytes, &Retired::default(), |entry, _| {
+            entry.with_permissions(permissions)
+        })
     }
 
     /// Gives the pages of the range to CPL3 too, or takes them away.
     pub fn set_user(&self, start: Gva, bytes: u64, user: bool) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, |entry, _| entry.with_user(user))
+        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_user(user))
+    }
+
+    /// Gives the pages of the range a protection key.
+    pub fn set_key(&self, start: Gva, bytes: u64, key: u8) -> Result<(), PagingError> {
+        check_range(start, bytes)?;
+        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_key(key))
+    }
+
+    /// From now on the first write to a page of the range gets a copy.
+    pub fn share(&self, start: Gva, bytes: u64) -> Result<(), PagingError> {
+        check_range(start, bytes)?;
+        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_sharing())
+    }
+
+    /// Settles a write to a shared page: what it maps is copied by `copy`, which gives the copy's frame.
+    ///
+    /// `is_last` says whether an owned frame has no other user. Returns whether the write can be done now, and the frame
+    /// that is not mapped any more.
+    pub fn unshare(
+        &self,
+        gva: Gva,
+        is_last: impl Fn(Gpa) -> bool,
+        copy: impl Fn() -> Result<Gpa, PagingError>,
+    ) -> Result<Unshared, PagingError> {
+        loop {
+            let (level, slot) = self.find(gva)?;
+            let entry = Entry(slot.load(Relaxed));
+            if entry.kind(level) != Kind::Leaf || !entry.is_copied_on_write() {
+                return Ok(Unshared::NotShared);
+            }
+            if level > 1 {
+                self.split(level, slot)?;
+                continue;
+            }
+            let old = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
+            if entry.is_owner() && is_last(old) {
+                let alone = entry.without_sharing();
+                if slot.compare_exchange(entry.0, alone.0, AcqRel, Relaxed).is_ok() {
+                    return Ok(Unshared::Alone);
+                }
+                continue;
+            }
+            let frame = copy()?;
+            let own = entry.with_own_frame(frame);
+            if slot.compare_exchange(entry.0, own.0, AcqRel, Relaxed).is_ok() {
+                return Ok(Unshared::Copied {
+                    released: entry.is_owner().then_some(old),
+                });
+            }
+            // Nobody has seen the copy.
+            self.frames.release(frame);
+        }
+    }
+
+    fn retire(&self, old: Entry, new: Entry, retired: &Retired) {
+        if old.is_owner() && !(new.is_owner() && new.address() == old.address()) {
+            if let Some(frame) = Gpa::new(old.address()) {
+                self.frames.retire(frame, retired);
+            }
+        }
     }
 
     /// Clears accessed and dirty of the pages of the range, after splitting them to 4 KiB.
@@ -245,19 +386,85 @@ impl<'f, F: Frames> Tree<'f, F> {
             let at = start
                 .checked_add(page * PAGE_BYTES)
                 .ok_or(PagingError::OutOfRange { start, bytes })?;
-            self.change(at, PAGE_BYTES, |entry, _| entry.with_accessed_dirty_clear())?;
+            self.change(at, PAGE_BYTES, &Retired::default(), |entry, _| {
+                entry.with_accessed_dirty_clear()
+            })?;
         }
         Ok(())
     }
 
-    /// Takes the range out of the table. What lies there in the process stays as it is.
-    pub fn unmap(&self, start: Gva, bytes: u64) -> Result<(), PagingError> {
-        check_range(start, bytes)?;
-        self.change(start, bytes, |_, _| Entry::GONE)
+    /// Reads bits that the CPU set in the pages behind `start` + `done`, and clears them if `clear`: of those in one table
+    /// at most. Nothing is split: a large page is one page.
+    pub fn take_used(
+        &self,
+        start: Gva,
+        bytes: u64,
+        done: u64,
+        used: Used,
+        clear: bool,
+    ) -> Result<Option<Batch>, PagingError> {
+        let mut done = done;
+        while done < bytes {
+            let at = start
+                .checked_add(done)
+                .ok_or(PagingError::OutOfRange { start, bytes })?;
+            let (level, slot) = self.find(at)?;
+            let size = leaf_bytes(level);
+            if level > 3 || Entry(slot.load(Relaxed)).kind(level) != Kind::Leaf {
+                done += size - at.as_u64() % size;
+                continue;
+            }
+            let first = at.index(level);
+            let end = (first as u64 + (bytes - done + at.as_u64() % size).div_ceil(size)).min(512) as usize;
+            let mut batch = Batch {
+                start: at.align_down(size),
+                page_bytes: size,
+                used: [0; 8],
+                dirty: [0; 8],
+                done: done + (end - first) as u64 * size - at.as_u64() % size,
+            };
+            // SAFETY: `find` gives entry `at.index(level)` of its table of 512.
+            let slots = unsafe { core::slice::from_raw_parts(slot, end - first) };
+            let mask = used.mask();
+            for (index, slot) in slots.iter().enumerate() {
+                let mut entry = Entry(slot.load(Relaxed));
+                if entry.0 & mask == 0 || entry.kind(level) != Kind::Leaf {
+                    continue;
+                }
+                if clear {
+                    entry = Entry(slot.fetch_and(!mask, AcqRel));
+                    if entry.kind(level) != Kind::Leaf {
+                        // Replaced in between by a table, whose entries look used: it says so too.
+                        slot.fetch_or(entry.0 & mask, AcqRel);
+                        continue;
+                    }
+                }
+                batch.used[index / 64] |= 1 << (index % 64);
+                if entry.is_dirty() {
+                    batch.dirty[index / 64] |= 1 << (index % 64);
+                }
+            }
+            return Ok(Some(batch));
+        }
+        Ok(None)
     }
 
-    /// Maps the range to the memory of the process at `to`, in pages of 4 KiB, whatever was there before.
-    pub fn map(&self, start: Gva, bytes: u64, to: Hva, permissions: Permissions) -> Result<(), PagingError> {
+    /// Takes the range out of the table. What lies there in the process stays as it is.
+    pub fn unmap(&self, start: Gva, bytes: u64, retired: &Retired) -> Result<(), PagingError> {
+        check_range(start, bytes)?;
+        self.change(start, bytes, retired, |_, _| Entry::GONE)
+    }
+
+    /// Maps the range to the memory of the process at `to`, whatever was there before, by the largest leaves that its
+    /// alignment and the tables that there are allow.
+    pub fn map(
+        &self,
+        start: Gva,
+        bytes: u64,
+        to: Hva,
+        permissions: Permissions,
+        retired: &Retired,
+    ) -> Result<(), PagingError> {
         check_range(start, bytes)?;
         if !to.is_aligned(PAGE_BYTES) {
             return Err(PagingError::Unaligned { start, bytes });
@@ -268,11 +475,85 @@ impl<'f, F: Frames> Tree<'f, F> {
             let at = start.checked_add(done).ok_or(out_of_range)?;
             let page = self.frames.gpa(to.checked_add(done).ok_or(out_of_range)?)?;
             let (level, slot) = self.find(at)?;
-            if level == 1 {
-                slot.store(Entry::leaf(page, 1, permissions).0, Relaxed);
-                done += PAGE_BYTES;
-            } else if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty || !self.fill(at)? {
+            let old = Entry(slot.load(Relaxed));
+            let size = leaf_bytes(level);
+            let fits = level <= self.largest()
+                && at.is_aligned(size)
+                && page.is_aligned(size)
+                && bytes - done >= size
+                && !(level > 1 && old.kind(level) == Kind::Table);
+            if fits {
+                let new = Entry::leaf(page, level, permissions);
+                if slot.compare_exchange(old.0, new.0, AcqRel, Relaxed).is_ok() {
+                    self.retire(old, new, retired);
+                    done += size;
+                }
+            } else if old.kind(level) != Kind::Empty || !self.fill(at)? {
                 self.split(level, slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Highest level that may have leaves.
+    fn largest(&self) -> u32 {
+        if self.frames.has_1g() {
+            3
+        } else {
+            2
+        }
+    }
+
+    /// Replaces the table of `level` that `at` lies in by one leaf, if it maps what a leaf of `level` + 1 can.
+    ///
+    /// The CPU may go on using the table until it is flushed; `Merged` is what is to be done then.
+    pub fn merge(&self, at: Gva, level: u32) -> Result<Option<Merged<'f>>, PagingError> {
+        if level >= self.largest() {
+            return Ok(None);
+        }
+        let (found, slot) = self.find_down_to(level + 1, at)?;
+        let old = Entry(slot.load(Relaxed));
+        if found != level + 1 || old.kind(found) != Kind::Table {
+            return Ok(None);
+        }
+        let table = self.table_of(old)?;
+        let pieces = table.0.iter().map(|piece| Entry(piece.load(Relaxed)));
+        let Some(whole) = Entry::whole(pieces, level) else {
+            return Ok(None);
+        };
+        if slot.compare_exchange(old.0, whole.0, AcqRel, Relaxed).is_err() {
+            return Ok(None);
+        }
+        let gpa = Gpa::new(old.address()).ok_or(PagingError::Corrupt(old.address()))?;
+        Ok(Some(Merged { slot, table, gpa }))
+    }
+
+    /// Gives the table of a merged leaf back, with no CPU using it any more.
+    pub fn finish_merge(&self, merged: &Merged<'_>) {
+        let used = merged.table.0.iter().fold(0, |used, piece| used | piece.load(Relaxed));
+        // What the CPU noted in the table until the flush.
+        merged.slot.fetch_or(used & Used::Both.mask(), AcqRel);
+        self.frames.free(merged.gpa);
+    }
+
+    /// Makes every GiB of the lower half that nothing decided about yet one that is unmapped on purpose.
+    pub fn seal(&self) -> Result<(), PagingError> {
+        self.seal_table(self.root, 4)
+    }
+
+    fn seal_table(&self, gpa: Gpa, level: u32) -> Result<(), PagingError> {
+        let entries = if level == 4 { 256 } else { 512 };
+        for slot in &self.table(gpa)?.0[..entries] {
+            let entry = Entry(slot.load(Relaxed));
+            match entry.kind(level) {
+                Kind::Empty => {
+                    let _ = slot.compare_exchange(entry.0, Entry::GONE.0, AcqRel, Relaxed);
+                }
+                Kind::Table => {
+                    let below = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
+                    self.seal_table(below, level - 1)?;
+                }
+                Kind::Leaf | Kind::Gone => {}
             }
         }
         Ok(())
@@ -302,10 +583,27 @@ impl<'f, F: Frames> Tree<'f, F> {
                     }
                 }
             } else {
-                new.store(entry.0, Relaxed);
+                new.store(self.keep(slot, entry).0, Relaxed);
             }
         }
         Ok(copy)
+    }
+
+    /// What an entry that is no table holds now, its frame counted once more.
+    fn keep(&self, slot: &AtomicU64, mut entry: Entry) -> Entry {
+        while entry.is_owner() {
+            let Some(frame) = Gpa::new(entry.address()) else { break };
+            let kept = self.frames.keep(frame);
+            let now = Entry(slot.load(Relaxed));
+            if kept && now.is_owner() && now.address() == entry.address() {
+                return now;
+            }
+            if kept {
+                self.frames.release(frame);
+            }
+            entry = now;
+        }
+        entry
     }
 
     /// Gives all tables back. The tree must not be used afterwards, by the CPU or by us.
@@ -321,6 +619,8 @@ impl<'f, F: Frames> Tree<'f, F> {
                     if let Some(below) = Gpa::new(entry.address()) {
                         self.free_table(below, level - 1);
                     }
+                } else if let (true, Some(frame)) = (entry.is_owner(), Gpa::new(entry.address())) {
+                    self.frames.release(frame);
                 }
             }
         }
@@ -328,8 +628,27 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 }
 
+/// What came of a write to a page that may be shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unshared {
+    /// The page is not one of which a write gets a copy.
+    NotShared,
+    /// The frame was nobody else's any more: it may be written to.
+    Alone,
+    /// A copy is mapped now; the frame of a pool that was mapped before, if it was one, is to be released when no CPU has
+    /// it any more.
+    Copied { released: Option<Gpa> },
+}
+
+/// A table that a leaf took the place of.
+pub(crate) struct Merged<'f> {
+    slot: &'f AtomicU64,
+    table: &'f Table,
+    gpa: Gpa,
+}
+
 /// Checks that a range is whole pages inside one half of the address space.
-fn check_range(start: Gva, bytes: u64) -> Result<(), PagingError> {
+pub(super) fn check_range(start: Gva, bytes: u64) -> Result<(), PagingError> {
     if !start.is_aligned(PAGE_BYTES) || bytes % PAGE_BYTES != 0 {
         return Err(PagingError::Unaligned { start, bytes });
     }

@@ -16,6 +16,8 @@ struct Fake {
     next: Cell<u64>,
     limit: u64,
     live: Cell<u64>,
+    /// Users of frames of a pool.
+    frames: RefCell<HashMap<u64, u32>>,
     slot_limit: u64,
     has_1g: bool,
 }
@@ -28,6 +30,7 @@ impl Fake {
             next: Cell::new(0),
             limit: u64::MAX,
             live: Cell::new(0),
+            frames: RefCell::default(),
             slot_limit: u64::MAX,
             has_1g,
         }
@@ -72,6 +75,24 @@ unsafe impl Frames for Fake {
 
     fn has_1g(&self) -> bool {
         self.has_1g
+    }
+
+    fn keep(&self, frame: Gpa) -> bool {
+        let mut frames = self.frames.borrow_mut();
+        frames.get_mut(&frame.as_u64()).map(|users| *users += 1).is_some()
+    }
+
+    fn release(&self, frame: Gpa) {
+        let mut frames = self.frames.borrow_mut();
+        let users = frames.get_mut(&frame.as_u64()).expect("released twice");
+        *users -= 1;
+        if *users == 0 {
+            frames.remove(&frame.as_u64());
+        }
+    }
+
+    fn retire(&self, frame: Gpa, _: &Retired) {
+        self.release(frame);
     }
 }
 
@@ -171,7 +192,7 @@ fn whole_leaves_are_not_split() {
 fn unmapped_is_not_filled_again() {
     both(|fake| {
         let tree = Tree::new(fake).unwrap();
-        tree.unmap(gva(GIB * 7), GIB).unwrap();
+        tree.unmap(gva(GIB * 7), GIB, &Retired::default()).unwrap();
         assert_eq!(tree.look_up(gva(GIB * 7)), None);
         assert_eq!(tree.fill(gva(GIB * 7)), Ok(false));
         assert_eq!(
@@ -184,6 +205,7 @@ fn unmapped_is_not_filled_again() {
             0x1000,
             Hva::new(GIB * 9).unwrap(),
             Permissions::READ,
+            &Retired::default(),
         )
         .unwrap();
         assert_eq!(tree.look_up(gva(GIB * 7)), None);
@@ -200,8 +222,14 @@ fn map_in_the_upper_half_and_alias() {
     both(|fake| {
         let tree = Tree::new(fake).unwrap();
         let high = gva(0xffff_ffff_ff60_0000);
-        tree.map(high, 0x2000, Hva::new(GIB * 3 + 0x5000).unwrap(), Permissions::WRITE)
-            .unwrap();
+        tree.map(
+            high,
+            0x2000,
+            Hva::new(GIB * 3 + 0x5000).unwrap(),
+            Permissions::WRITE,
+            &Retired::default(),
+        )
+        .unwrap();
         assert_eq!(tree.look_up(high).unwrap().gpa.as_u64(), GIB + 0x5000);
         assert_eq!(
             tree.look_up(gva(0xffff_ffff_ff60_1fff)).unwrap().gpa.as_u64(),
@@ -215,8 +243,14 @@ fn map_in_the_upper_half_and_alias() {
 fn map_keeps_the_rest_of_an_unused_gib() {
     both(|fake| {
         let tree = Tree::new(fake).unwrap();
-        tree.map(gva(GIB * 3), 0x1000, Hva::new(GIB * 8).unwrap(), Permissions::READ)
-            .unwrap();
+        tree.map(
+            gva(GIB * 3),
+            0x1000,
+            Hva::new(GIB * 8).unwrap(),
+            Permissions::READ,
+            &Retired::default(),
+        )
+        .unwrap();
         assert_eq!(
             tree.look_up(gva(GIB * 3 + 0x1000)).unwrap().permissions,
             Permissions::ALL
@@ -234,7 +268,7 @@ fn a_duplicate_is_independent_and_all_tables_come_back() {
         assert_eq!(copy.look_up(gva(GIB * 3)), tree.look_up(gva(GIB * 3)));
         assert_eq!(fake.live.get(), 2 * before);
         copy.protect(gva(GIB * 3), 0x1000, Permissions::NONE).unwrap();
-        copy.unmap(gva(GIB * 3 + 0x1000), 0x1000).unwrap();
+        copy.unmap(gva(GIB * 3 + 0x1000), 0x1000, &Retired::default()).unwrap();
         assert_eq!(tree.look_up(gva(GIB * 3)).unwrap().permissions, Permissions::READ);
         assert_eq!(
             tree.look_up(gva(GIB * 3 + 0x1000)).unwrap().permissions,

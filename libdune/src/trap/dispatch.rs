@@ -21,12 +21,19 @@ use crate::abi::CALL_SIGNAL;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
-use crate::addr::PAGE_BYTES;
 use crate::addr::USER_END;
 use crate::paging::fill;
+use crate::paging::flush_all;
+use crate::paging::flush_page;
+use crate::paging::free;
 use crate::paging::is_cpl0;
-use crate::paging::read_cr3;
+use crate::paging::loaded_root;
+use crate::paging::new_root;
+use crate::paging::settle_write;
+use crate::paging::switch;
+use crate::paging::tables::DEFAULT;
 use crate::paging::AddressSpace;
+use crate::paging::PageTable;
 use crate::paging::PagingError;
 use crate::percpu::Block;
 use crate::sys;
@@ -79,17 +86,81 @@ impl<'a> Thread<'a> {
 
     /// The default page table of the process, with which its first Dune thread started.
     pub fn address_space(&self) -> AddressSpace<'a> {
-        let process = self.block().process();
-        // SAFETY: The process' root is a tree in its memory.
-        unsafe { AddressSpace::borrowed(&process.memory, process.root) }
+        // SAFETY: The process has it as long as a Dune thread.
+        unsafe { AddressSpace::borrowed(self.block().process, DEFAULT) }
     }
 
     /// The page table that CR3 holds.
     pub fn current_address_space(&self) -> AddressSpace<'a> {
-        let process = self.block().process();
-        let root = Gpa::new(read_cr3() & !(PAGE_BYTES - 1)).unwrap_or(process.root);
-        // SAFETY: What is loaded is a tree in the process' memory.
-        unsafe { AddressSpace::borrowed(&process.memory, root) }
+        let block = self.block();
+        let number = block.here.number().unwrap_or(DEFAULT);
+        let root = block.process().tables().get(number).root();
+        let loaded = if is_cpl0() { loaded_root() } else { root.as_u64() };
+        // SAFETY: What is loaded is a tree in the process' memory, and the thread is one of its users.
+        unsafe {
+            match Gpa::new(loaded) {
+                Some(loaded) if loaded != root => AddressSpace::foreign(block.process, loaded),
+                _ => AddressSpace::borrowed(block.process, number),
+            }
+        }
+    }
+
+    /// A page table that maps what the default one did at first: every GVA to the HVA of the same number, filled in as
+    /// GiBs are used, with what libdune and the calling thread's stack need filled in already. To have nothing else
+    /// mapped by itself, [`AddressSpace::seal`] it.
+    ///
+    /// # Errors
+    ///
+    /// [`PagingError::OutOfTables`], [`PagingError::OutOfMemory`] and what getting more memory can give.
+    pub fn new_page_table(&self) -> Result<PageTable, PagingError> {
+        let block = self.block();
+        let process = block.process();
+        let here = 0u8;
+        let stack = &raw const here as u64;
+        // SAFETY: The process is alive, and the tree fresh.
+        unsafe {
+            PageTable::new(block.process, || {
+                let root = new_root(&process.memory)?;
+                let own = [stack, stack.saturating_sub(1 << 20), block.run as u64];
+                for address in process.essential.into_iter().chain(own) {
+                    if let Some(gva) = Gva::new(address) {
+                        fill(&process.memory, root, gva).inspect_err(|_| free(&process.memory, root))?;
+                    }
+                }
+                Ok(root)
+            })
+        }
+    }
+
+    /// Makes the calling thread use a page table. Threads that it makes from then on start with it. Where the CPU has
+    /// PCIDs the TLB keeps what it has of both tables. Does nothing outside Dune mode.
+    ///
+    /// # Panics
+    ///
+    /// If the table is another process' (a child's of fork).
+    ///
+    /// # Safety
+    ///
+    /// The table must map the code that runs, its stack, libdune and what libdune keeps for the thread, as the default
+    /// table and its duplicates do unless that was taken out.
+    pub unsafe fn load(&self, table: &AddressSpace<'_>) {
+        let block = self.block();
+        assert!(table.is_of(block.process), "a page table of another process");
+        if let (true, Some(number)) = (is_cpl0(), table.number()) {
+            // SAFETY: At CPL0; the borrow keeps the table; the rest is the caller's.
+            unsafe { switch(block.process(), self.block as u64, &block.here, number) };
+        }
+    }
+
+    /// Forgets what the calling thread's TLB has of one page of the loaded table. [`Flush`](crate::paging::Flush) is what
+    /// changes need; this is for entries that the program writes itself.
+    pub fn flush_page(&self, gva: Gva) {
+        flush_page(gva);
+    }
+
+    /// Forgets what the calling thread's TLB has of the loaded table.
+    pub fn flush_all(&self) {
+        flush_all();
     }
 
     /// Calls `f` with the calling thread as a Dune thread; `None` outside Dune mode. Costs one exit.
@@ -168,7 +239,7 @@ impl Fatal {
             Self::DoubleFault => "double fault: the IDT, GDT or interrupt stack was damaged or unmapped",
             Self::PageTable => "page fault that only the guest's own page table caused, and no handler took it: set a #PF handler or give the page its permissions back",
             Self::OutOfSlots => "no GPA slot is left for the 1 GiB at this address: the process uses more 1 GiB pieces than the GPA width has slots",
-            Self::OutOfMemory => "no memory for a page-table page",
+            Self::OutOfMemory => "no memory for a page-table page, or no frame for the copy of a page",
             Self::Vector => "no handler for this vector, and Linux has no signal for it",
             Self::HandlerFault => "exception inside a handler, and no handler took it",
         }
@@ -207,14 +278,14 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
         return fatal(Fatal::Window);
     }
     if frame.vector() == Vector::PF {
-        match fill_leaf(frame, block) {
+        match fill_leaf(frame, block).and_then(|filled| Ok(filled || copied_on_write(frame, block)?)) {
             Ok(true) => return 0,
             Ok(false) if vsyscall(frame) => return 0,
             Ok(false) => {}
             Err(error) => {
                 let reason = match error {
                     PagingError::OutOfSlots(_) => Fatal::OutOfSlots,
-                    PagingError::OutOfMemory(_) => Fatal::OutOfMemory,
+                    PagingError::OutOfMemory(_) | PagingError::OutOfFrames => Fatal::OutOfMemory,
                     _ => Fatal::PageTable,
                 };
                 return fatal(reason);
@@ -240,10 +311,22 @@ fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
     if frame.error_code & (PRESENT | PAGE_FAULT_HOST_REFUSED) != 0 || frame.cr2 >= USER_END {
         return Ok(false);
     }
-    let (Some(gva), Some(root)) = (Gva::new(frame.cr2), Gpa::new(read_cr3() & !(PAGE_BYTES - 1))) else {
+    let (Some(gva), Some(root)) = (Gva::new(frame.cr2), Gpa::new(loaded_root())) else {
         return Ok(false);
     };
     fill(&block.process().memory, root, gva)
+}
+
+/// Settles a write to a page that is copied on write.
+fn copied_on_write(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
+    const PRESENT_WRITE: u64 = 3;
+    const USER: u64 = 4;
+    match Gva::new(frame.cr2) {
+        Some(gva) if frame.error_code & !USER == PRESENT_WRITE => {
+            settle_write(block.process(), &block.here, gva, frame.error_code & USER != 0)
+        }
+        _ => Ok(false),
+    }
 }
 
 /// Makes the call where the program has called into the vsyscall page, which Linux emulates for ordinary processes.

@@ -116,14 +116,33 @@ impl Memory {
             }
             return true;
         }
+        self.alone(|| self.give_back()).is_some_and(|given_back| given_back > 0)
+    }
+
+    /// Calls `f` when nobody uses slots any more, and then lets others go on; `None` where somebody does not end. The
+    /// caller has set `RECYCLING`.
+    fn alone<R>(&self, f: impl FnOnce() -> R) -> Option<R> {
         let mut patience = PATIENCE;
         while self.users.load(Acquire) != RECYCLING && patience > 0 {
             patience -= 1;
             wait();
         }
-        let given_back = if patience > 0 { self.give_back() } else { 0 };
+        let result = (patience > 0).then(f);
         self.users.fetch_and(!RECYCLING, Release);
-        given_back > 0
+        result
+    }
+
+    /// Calls `f` while nobody else walks or changes a page table; `None` where somebody does not end.
+    pub(in crate::paging) fn exclusively<R>(&self, f: impl FnOnce() -> R) -> Option<R> {
+        let mask = sys::sigprocmask(libc::SIG_BLOCK, !0);
+        let mut patience = PATIENCE;
+        while self.users.fetch_or(RECYCLING, AcqRel) & RECYCLING != 0 && patience > 0 {
+            patience -= 1;
+            wait();
+        }
+        let result = if patience > 0 { self.alone(f) } else { None };
+        sys::sigprocmask(libc::SIG_SETMASK, mask);
+        result
     }
 
     fn give_back(&self) -> usize {

@@ -8,6 +8,7 @@ mod framework;
 mod fuzz;
 mod fuzz_abi;
 mod fuzz_guest;
+mod governed;
 mod harness;
 mod helpers;
 mod isolation;
@@ -57,6 +58,7 @@ const TOPICS: &[&[Test]] = &[
     process::TESTS,
     signal::TESTS,
     outside::TESTS,
+    governed::TESTS,
     programs::TESTS,
     robust::TESTS,
     isolation::TESTS,

@@ -15,6 +15,8 @@
 //! | exit, exit_group | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
 
+use core::sync::atomic::Ordering::Acquire;
+
 use dune_abi::Gprs;
 use dune_abi::RunPage;
 use dune_abi::DIRTY_SREGS;
@@ -182,8 +184,11 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
         return Action::Forward;
     }
     match context.role {
-        // The process ends, with all that it has.
-        Role::Thread if number == libc::SYS_exit_group => return Action::Forward,
+        // The process ends, with all that it has. The last Dune thread gives its space back before: Linux waits for a
+        // grace period where an address space ends that still has a notifier.
+        Role::Thread if number == libc::SYS_exit_group && context.process().threads.load(Acquire) > 1 => {
+            return Action::Forward;
+        }
         Role::Vfork => {
             slow::destroy(context);
             return Action::Forward;

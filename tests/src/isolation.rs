@@ -59,10 +59,8 @@ pub const TESTS: &[Test] = &[
         blocking_ends_with_an_emulated_instruction,
     ),
     Test::asserting("selectors_are_refused_not_lost", selectors_are_refused_not_lost),
-    Test::new("ldt_survives_an_exit", ldt_survives_an_exit).suite(Suite::Native),
-    Test::new("port_permission_survives_an_exit", port_permission_survives_an_exit)
-        .suite(Suite::Native)
-        .run_as(User::Root),
+    Test::new("ldt_survives_an_exit", ldt_survives_an_exit),
+    Test::new("port_permission_survives_an_exit", port_permission_survives_an_exit).run_as(User::Root),
     Test::asserting("debug_registers_survive_an_exit", debug_registers_survive_an_exit),
     Test::asserting(
         "host_state_survives_a_hostile_guest",

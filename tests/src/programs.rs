@@ -6,13 +6,23 @@
 //! module's own counters say that vCPUs were made and system calls forwarded; without the library, none.
 
 use std::fs;
+use std::io::Read;
+use std::io::Write;
+use std::os::fd::FromRawFd;
 use std::process::Command;
 use std::process::Stdio;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use libdune::Dune;
 
 use crate::framework::Body;
 use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
+use crate::support::enter;
+use crate::support::spawn;
+use crate::support::Shared;
 
 const fn program(name: &'static str, suite: Suite, run: fn()) -> Test {
     Test {
@@ -33,6 +43,7 @@ pub const TESTS: &[Test] = &[
         python_threads_subprocess_and_signals,
     ),
     program("gcc_compiles_a_file", Suite::Programs, gcc_compiles_a_file),
+    program("gdb_shows_the_guest", Suite::ProgramsLong, gdb_shows_the_guest),
     program(
         "sqlite_with_a_large_database",
         Suite::ProgramsLong,
@@ -45,6 +56,91 @@ pub const TESTS: &[Test] = &[
     ),
     program("stress_ng_families", Suite::ProgramsLong, stress_ng_families),
 ];
+
+#[no_mangle]
+#[inline(never)]
+extern "C" fn dune_test_gdb_inner(shared: &Shared) -> u64 {
+    while shared.word(1).load(SeqCst) == 0 {
+        shared.word(0).fetch_add(1, SeqCst);
+    }
+    shared.word(0).load(SeqCst)
+}
+
+#[no_mangle]
+#[inline(never)]
+extern "C" fn dune_test_gdb_outer(shared: &Shared) -> u64 {
+    dune_test_gdb_inner(shared) + 1
+}
+
+#[no_mangle]
+#[inline(never)]
+extern "C" fn dune_test_gdb_waits(file: &mut fs::File) -> u8 {
+    let mut byte = [0];
+    file.read_exact(&mut byte).unwrap();
+    byte[0] + 1
+}
+
+/// The shipped script shows what a Dune thread does in its guest, of a spinning one and of one that waits in a call; both go
+/// on in Dune mode.
+fn gdb_shows_the_guest() {
+    let shared = Shared::new();
+    let mut pipe = [0; 2];
+    // SAFETY: two fds into an array of two, owned by nobody else.
+    let (reader, mut writer) = unsafe {
+        assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
+        (fs::File::from_raw_fd(pipe[0]), fs::File::from_raw_fd(pipe[1]))
+    };
+    let child = spawn(|| {
+        let dune = enter();
+        let mut reader = reader;
+        let waits = std::thread::spawn(move || {
+            assert_eq!(dune_test_gdb_waits(&mut reader), 8);
+            assert!(Dune::is_active());
+        });
+        assert!(dune_test_gdb_outer(&shared) > 1);
+        waits.join().unwrap();
+        assert!(Dune::is_active());
+        dune.leave();
+    });
+    while shared.word(0).load(SeqCst) < 1000 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let output = Command::new("/usr/bin/gdb")
+        .args(["-nx", "-batch", "-p", &child.pid.to_string()])
+        .args(["-ex", "source /usr/share/dune/gdb/dune.py", "-ex", "dune threads"])
+        .args([
+            "-ex",
+            "dune bt",
+            "-ex",
+            "dune registers",
+            "-ex",
+            "thread 2",
+            "-ex",
+            "dune bt",
+            "-ex",
+            "bt 3",
+        ])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let lines = |words: &[&str]| {
+        let mut rest = text.lines();
+        words.iter().all(|word| rest.any(|line| line.contains(word)))
+    };
+    assert!(lines(&["vCPU 0, "]) && lines(&["vCPU 1, "]));
+    let outer = [" in dune_", "dune_test_gdb_inner", "dune_test_gdb_outer"];
+    assert!(
+        lines(&[&outer[..], &[" in dune_", "dune_test_gdb_waits"]].concat()),
+        "the guest's frames"
+    );
+    let count = shared.word(0).load(SeqCst);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(shared.word(0).load(SeqCst) > count, "it does not go on");
+    shared.word(1).store(1, SeqCst);
+    writer.write_all(&[7]).unwrap();
+    child.wait().assert_success();
+}
 
 const PRELOAD: &str = "/usr/lib/libdune_preload.so";
 

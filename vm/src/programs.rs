@@ -17,6 +17,7 @@ const PROGRAMS: &[&str] = &[
     "/usr/bin/redis-benchmark",
     "/usr/bin/gcc",
     "/usr/bin/as",
+    "/usr/bin/gdb",
 ];
 
 /// What goes along, in the form of [`crate::image::Initramfs::take_along`].
@@ -31,6 +32,9 @@ pub fn entries() -> Result<Vec<String>> {
     let library = Path::new("/usr/lib").join(python.file_name().unwrap_or_default());
     entries.push(format!("{}:/usr/bin/python3", python.display()));
     entries.push(format!("{0}:{0}", library.display()));
+    entries.push("/usr/share/gdb:/usr/share/gdb".to_string());
+    let script = crate::paths::root().join("libdune/gdb/dune.py");
+    entries.push(format!("{}:/usr/share/dune/gdb/dune.py", script.display()));
     // The compiler proper stands in a directory of its version.
     let compiler = newest(Path::new("/usr/lib/gcc/x86_64-linux-gnu"))?.join("cc1");
     entries.push(format!("{0}:{0}", compiler.display()));

@@ -260,3 +260,42 @@ impl HostContext {
         (&raw const ANCHOR).cast()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::mem::offset_of;
+
+    use dune_abi::read_size;
+    use dune_abi::Counters;
+    use dune_abi::RunPage;
+    use dune_abi::DUNE_SYNC;
+
+    use super::HostContext;
+    use crate::layout;
+
+    /// gdb/dune.py cannot ask the compiler.
+    #[test]
+    fn the_script_for_gdb_knows_the_layout() {
+        let script = include_str!("../../gdb/dune.py");
+        for (name, value) in [
+            ("AREA_BYTES", layout::AREA_BYTES),
+            ("HOST", layout::HOST),
+            ("HOST_STACK_TOP", layout::HOST_STACK_TOP),
+            ("CONTEXT_RUN", offset_of!(HostContext, run)),
+            ("CONTEXT_BLOCK", offset_of!(HostContext, block)),
+            ("CONTEXT_STACK_TOP", offset_of!(HostContext, stack_top)),
+            ("CONTEXT_FD", offset_of!(HostContext, fd)),
+            ("CONTEXT_VCPU", offset_of!(HostContext, vcpu)),
+            ("RUN_RIP", offset_of!(RunPage, rip)),
+            ("RUN_RFLAGS", offset_of!(RunPage, rflags)),
+            (
+                "RUN_ENTRIES",
+                offset_of!(RunPage, counters) + offset_of!(Counters, entries),
+            ),
+            ("SYNC_BY_READ", read_size(DUNE_SYNC) as usize),
+        ] {
+            let line = |line: &str| line == format!("{name} = {value}") || line == format!("{name} = {value:#x}");
+            assert!(script.lines().any(line), "{name} is {value} = {value:#x}");
+        }
+    }
+}

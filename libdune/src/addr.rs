@@ -150,4 +150,49 @@ mod tests {
         let gva = Gva::new(0x7f80_4020_1000).unwrap();
         assert_eq!([4, 3, 2, 1].map(|level| gva.index(level)), [255, 1, 1, 1]);
     }
+
+    /// Every index at every level, with all others 0 and all others 511.
+    #[test]
+    fn index_is_exhaustive() {
+        for level in 1..=4u32 {
+            let shift = 12 + 9 * (level - 1);
+            for index in 0..512u64 {
+                for others in [0u64, 0x0000_ffff_ffff_ffff] {
+                    let low = others & !(0x1ff << shift) | index << shift;
+                    let address = if low >> 47 & 1 != 0 { low | 0xffff << 48 } else { low };
+                    let gva = Gva::new(address).unwrap();
+                    assert_eq!(gva.index(level), index as usize);
+                    for other in (1..=4).filter(|other| *other != level) {
+                        assert_eq!(gva.index(other), if others == 0 { 0 } else { 511 });
+                    }
+                    let back = (1..=4).fold(0, |sum, level| {
+                        sum | (gva.index(level) as u64) << (12 + 9 * (level - 1))
+                    });
+                    assert_eq!(back, low & 0x0000_ffff_ffff_f000);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_sum_leaves_its_half() {
+        let edges = [0, 1, 0x7fff_ffff_ffff, 0xffff_8000_0000_0000, u64::MAX];
+        for start in edges {
+            for bytes in [
+                0,
+                1,
+                0xfff,
+                1 << 30,
+                1 << 47,
+                u64::MAX - 0xffff_8000_0000_0000,
+                u64::MAX,
+            ] {
+                let sum = Gva::new(start).unwrap().checked_add(bytes);
+                let expected = start
+                    .checked_add(bytes)
+                    .filter(|sum| (sum >> 47) == 0 || (sum >> 47) == 0x1_ffff);
+                assert_eq!(sum.map(Gva::as_u64), expected, "{start:#x} + {bytes:#x}");
+            }
+        }
+    }
 }

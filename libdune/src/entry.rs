@@ -19,7 +19,6 @@
 
 use core::arch::x86_64::__cpuid;
 use core::arch::x86_64::__cpuid_count;
-use core::marker::PhantomData;
 use core::mem;
 use core::ptr;
 use core::sync::atomic::Ordering::Relaxed;
@@ -114,11 +113,11 @@ impl Builder {
 /// [`Dune::is_active`] says so, and all methods are harmless then.
 #[derive(Debug)]
 pub struct Dune {
+    /// Also what keeps it from being `Send` and `Sync`.
     context: *mut HostContext,
     /// The process' in whose memory `context` lies.
     process: *const Process,
     info: Info,
-    _not_send: PhantomData<*mut ()>,
 }
 
 impl Dune {
@@ -363,7 +362,6 @@ fn enter(options: &Builder) -> Result<Dune> {
         context,
         process,
         info: shared.info,
-        _not_send: PhantomData,
     })
 }
 

@@ -333,4 +333,83 @@ mod tests {
         assert!(user.permissions().contains(Permissions::USER));
         assert!(!user.with_user(false).permissions().contains(Permissions::USER));
     }
+
+    #[test]
+    fn whole_undoes_piece_at_every_level() {
+        let page = Gpa::new(0x8000_0000).unwrap();
+        for level in 2..=3 {
+            for permissions in every_permission() {
+                for change in [
+                    |entry: Entry| entry,
+                    Entry::with_sharing,
+                    |entry: Entry| entry.with_key(9),
+                ] {
+                    let entry = change(Entry::leaf(page, level, permissions));
+                    let pieces = || (0..512).map(|index| entry.piece(level, index));
+                    assert_eq!(Entry::whole(pieces(), level - 1), Some(Entry(entry.0 | LARGE)));
+                    let clean = pieces().map(Entry::with_accessed_dirty_clear);
+                    let whole = Entry::whole(clean, level - 1).unwrap();
+                    assert!(!whole.is_accessed() && !whole.is_dirty());
+                }
+            }
+        }
+    }
+
+    /// Every bit of every piece but accessed and dirty, one at a time.
+    #[test]
+    fn whole_wants_all_pieces_alike() {
+        let entry = Entry::leaf(Gpa::new(0x8000_0000).unwrap(), 2, Permissions::WRITE).with_accessed_dirty_clear();
+        let mut pieces: Vec<Entry> = (0..512).map(|index| entry.piece(2, index)).collect();
+        for index in 0..512 {
+            for bit in 0..64 {
+                pieces[index].0 ^= 1 << bit;
+                let whole = Entry::whole(pieces.iter().copied(), 1);
+                if (1u64 << bit) & (ACCESSED | DIRTY) != 0 {
+                    assert_eq!(whole.unwrap().0, entry.0 | 1 << bit);
+                } else {
+                    assert_eq!(whole, None, "piece {index}, bit {bit}");
+                }
+                pieces[index].0 ^= 1 << bit;
+            }
+        }
+        // Alike, but where no large page can begin.
+        let shifted = (1..=512).map(|index| Entry(entry.piece(2, 0).0 + index * PAGE));
+        assert_eq!(Entry::whole(shifted, 1), None);
+    }
+
+    const PAGE: u64 = 4096;
+
+    #[test]
+    fn a_shared_leaf_is_never_writable_for_the_cpu() {
+        for level in 1..=3 {
+            for first in every_permission() {
+                for second in every_permission() {
+                    let page = Gpa::new(0x4000_0000).unwrap();
+                    let shared = Entry::leaf(page, level, first).with_sharing();
+                    assert_eq!(shared.permissions(), first);
+                    let changed = shared.with_permissions(second);
+                    assert_eq!(changed.permissions(), second);
+                    assert_eq!(changed.0 & WRITABLE, 0);
+                    assert_eq!(changed.is_copied_on_write(), second.contains(Permissions::WRITE));
+                    assert_eq!(changed.without_sharing(), Entry::leaf(page, level, second));
+                    let own = changed.with_own_frame(Gpa::new(0x7000).unwrap());
+                    assert_eq!(own.permissions(), second);
+                    assert!(!own.is_copied_on_write());
+                    assert_eq!(own.is_owner(), second != Permissions::NONE || own.refers());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_round_trip_and_touch_nothing_else() {
+        let entry = Entry::leaf(Gpa::new(0x4000_0000).unwrap(), 1, Permissions::ALL);
+        for key in 0..16 {
+            let keyed = entry.with_key(key);
+            assert_eq!(keyed.key(), key);
+            assert_eq!(keyed.address(), entry.address());
+            assert_eq!(keyed.permissions(), entry.permissions());
+            assert_eq!(keyed.with_key(0), entry);
+        }
+    }
 }

@@ -86,7 +86,8 @@ impl Here {
             // missed: `here` read before it came, `going` after it has set out.
             self.going.store(name(number), Release);
             fence(SeqCst);
-            let current = generation.load(Relaxed);
+            // Acquire: with this generation come the entries that it is about.
+            let current = generation.load(Acquire);
             load(seen.load(Relaxed) == current);
             seen.store(current, Relaxed);
             let after = (before >> 32).wrapping_add(1) << 32 | u64::from(name(number));

@@ -256,7 +256,7 @@ pub struct Flush<'t> {
     start: Gva,
     pages: u64,
     retired: Retired,
-    _table: PhantomData<&'t AddressSpace<'t>>,
+    _table: PhantomData<&'t ()>,
 }
 
 impl fmt::Debug for Flush<'_> {
@@ -321,7 +321,7 @@ pub struct AddressSpace<'d> {
     process: *const Process,
     number: Option<u16>,
     root: Gpa,
-    _dune: PhantomData<&'d Memory>,
+    _dune: PhantomData<&'d ()>,
 }
 
 impl fmt::Debug for AddressSpace<'_> {

@@ -272,6 +272,18 @@ impl<'f, F: Frames> Tree<'f, F> {
         retired: &Retired,
         change: impl Fn(Entry, u32) -> Entry,
     ) -> Result<(), PagingError> {
+        self.change_all(start, bytes, retired, false, change)
+    }
+
+    /// The same; `skip_gone` passes over what is unmapped already.
+    fn change_all(
+        &self,
+        start: Gva,
+        bytes: u64,
+        retired: &Retired,
+        skip_gone: bool,
+        change: impl Fn(Entry, u32) -> Entry,
+    ) -> Result<(), PagingError> {
         let mut done = 0;
         while done < bytes {
             let at = start
@@ -283,8 +295,7 @@ impl<'f, F: Frames> Tree<'f, F> {
                 if entry.kind(level) == Kind::Empty && self.fill(at)? {
                     continue;
                 }
-                if entry == Entry::GONE && change(entry, level) == Entry::GONE {
-                    // Unmapped already.
+                if entry.kind(level) == Kind::Gone && skip_gone {
                     done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
                     continue;
                 }
@@ -452,7 +463,7 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// Takes the range out of the table. What lies there in the process stays as it is.
     pub fn unmap(&self, start: Gva, bytes: u64, retired: &Retired) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, retired, |_, _| Entry::GONE)
+        self.change_all(start, bytes, retired, true, |_, _| Entry::GONE)
     }
 
     /// Maps the range to the memory of the process at `to`, whatever was there before, by the largest leaves that its
@@ -666,3 +677,7 @@ pub(super) fn check_range(start: Gva, bytes: u64) -> Result<(), PagingError> {
 #[cfg(test)]
 #[path = "tree_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "tree_model.rs"]
+mod model;

@@ -10,20 +10,20 @@ use super::*;
 
 const GIB: u64 = 1 << 30;
 
-struct Fake {
+pub(super) struct Fake {
     tables: RefCell<HashMap<u64, &'static Table>>,
     slots: RefCell<HashMap<u64, u64>>,
     next: Cell<u64>,
     limit: u64,
-    live: Cell<u64>,
+    pub live: Cell<u64>,
     /// Users of frames of a pool.
-    frames: RefCell<HashMap<u64, u32>>,
+    pub frames: RefCell<HashMap<u64, u32>>,
     slot_limit: u64,
     has_1g: bool,
 }
 
 impl Fake {
-    fn new(has_1g: bool) -> Self {
+    pub fn new(has_1g: bool) -> Self {
         Self {
             tables: RefCell::default(),
             slots: RefCell::default(),

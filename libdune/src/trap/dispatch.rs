@@ -65,7 +65,8 @@ pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 /// The Dune thread as a handler sees it.
 pub struct Thread<'a> {
     block: *const Block,
-    _block: PhantomData<&'a Block>,
+    /// Not `Send`, nor `Sync`, because of the pointer.
+    _block: PhantomData<&'a ()>,
 }
 
 impl<'a> Thread<'a> {

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+fn main() {
+    let dune = libdune::Dune::enter().unwrap();
+    let token = dune.thread();
+    dune.leave();
+    token.flush_all();
+}

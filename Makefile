@@ -18,7 +18,7 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 	$$(((($$(date +%s%N) - start) / 100000000) % 10))
 
 .DEFAULT_GOAL := all
-.PHONY: all run test test-long bench shell check doc load unload install uninstall setup kernel clean help \
+.PHONY: all run test test-long bench bench-compare shell check doc load unload install uninstall setup kernel clean help \
 	programs vm-tool
 
 all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
@@ -37,11 +37,11 @@ test: ## host tests, checks, the short matrix of machines; ends with a count
 test-long: ## the full matrix and the long suites
 	@scripts/setup --quiet && scripts/run-tests --long
 
-bench: ## what the basic operations cost, on the smallest kernel; the second table counts heavy operations
-	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \
-	$(RELEASE)/dune-vm boot --native --kernel bench --timeout 600 --user tester -- dune-bench && \
-	module=$$(scripts/module bench DUNE_COUNT_OPS=y | tail -n 1) && \
-	$(RELEASE)/dune-vm boot --kernel bench --module "$$module" --timeout 600 --user tester -- dune-bench
+bench: ## what the operations cost, beside Linux' and KVM's: a table, target/bench/results.json and report.html
+	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench
+
+bench-compare: ## ratios of two runs: make bench-compare OLD=results.json [NEW=results.json]
+	@$(RELEASE)/dune-vm bench-compare $(OLD) $(NEW)
 
 shell: ## an interactive root shell in the emulated machine, module loaded
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \

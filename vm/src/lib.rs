@@ -5,6 +5,7 @@
 //! collects what the guest sends, [`verdict`] and [`ktap`] judge it, [`matrix`]
 //! is the table of machines that `make test` goes through.
 
+pub mod bench;
 pub mod elf;
 pub mod host;
 pub mod image;

@@ -2,6 +2,7 @@
 //! Command line of the emulated machine; see `vm/README.md`.
 
 use std::io::Write;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,6 +12,8 @@ use anyhow::Result;
 use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
+use dune_vm::bench;
+use dune_vm::bench::Results;
 use dune_vm::host;
 use dune_vm::image::Initramfs;
 use dune_vm::machine;
@@ -48,6 +51,17 @@ enum Action {
         #[arg(long, default_value_t = 2)]
         jobs: usize,
     },
+    /// What the operations cost: a table, target/bench/results.json and report.html.
+    Bench {
+        /// Only rows whose name holds this.
+        #[arg(long)]
+        only: Option<String>,
+        /// The first machine only, no counting of heavy operations, no report: what `make test` compares.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Print the ratios of two results.json; the new one is the last run's unless given.
+    BenchCompare { old: PathBuf, new: Option<PathBuf> },
     /// List the machines of the matrix.
     Rows,
     /// Boot into an interactive root shell on this terminal.
@@ -118,6 +132,8 @@ fn main() -> ExitCode {
         Action::Boot(arguments) => boot(&arguments),
         Action::Shell(arguments) => shell(&arguments),
         Action::Test { long, rows, jobs } => test(&Options { long, rows, jobs }),
+        Action::Bench { only, quick } => bench::run(&bench::Options { only, quick }).map(|_| 0),
+        Action::BenchCompare { old, new } => bench_compare(&old, new),
         Action::Rows => {
             for row in matrix::rows(true) {
                 println!(
@@ -188,6 +204,16 @@ fn test(options: &Options) -> Result<u8> {
     let sum = suite::run(options)?;
     println!("{}", sum.line());
     Ok(u8::from(sum.failed != 0 || sum.passed == 0))
+}
+
+fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
+    let read = |path: &Path| -> Result<Results> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        serde_json::from_str(&text).with_context(|| path.display().to_string())
+    };
+    let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
+    bench::compare(&read(old)?, &read(&new)?);
+    Ok(0)
 }
 
 fn shell(arguments: &MachineArgs) -> Result<u8> {

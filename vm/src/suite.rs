@@ -14,6 +14,7 @@ use anyhow::bail;
 use anyhow::Context;
 use anyhow::Result;
 
+use crate::bench;
 use crate::host;
 use crate::image::Initramfs;
 use crate::ktap::Report;
@@ -115,7 +116,21 @@ pub fn run(options: &Options) -> Result<Sum> {
     }
     let whole = (!only_rows).then_some(options.long);
     total.add(part("machines", || machines(rows, &modules, options.jobs, whole))?);
+    if !only_rows {
+        total.add(part("bench", costs)?);
+    }
     Ok(total)
+}
+
+/// Compares what the operations cost with the committed figures.
+fn costs() -> Result<Sum> {
+    let holds = bench::check_baseline()?;
+    println!("{} costs_are_as_committed", if holds { "ok" } else { "not ok" });
+    Ok(Sum {
+        passed: usize::from(holds),
+        failed: usize::from(!holds),
+        skipped: 0,
+    })
 }
 
 /// Runs a part, prints its name and its time.

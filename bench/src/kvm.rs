@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The same exits in a guest of KVM: answered in the kernel, and handed to user space and back.
+
+use std::arch::global_asm;
+use std::slice;
+
+use dune_examples::ticks;
+use kvm_bindings::kvm_segment;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::Kvm;
+use kvm_ioctls::VcpuExit;
+use kvm_ioctls::VcpuFd;
+use kvm_ioctls::VmFd;
+
+use crate::measure::System;
+use crate::pages::Memory;
+use crate::pages::PAGE;
+
+type Error = Box<dyn std::error::Error>;
+
+const CODE: usize = 0x8000;
+/// Where the guest puts the ticks of each operation, 32 bits each.
+const RESULTS: usize = 0x10_0000;
+/// Pages that the host has and the guest's EPT has not.
+const PAGES_AT: usize = 0x20_0000;
+const COUNT: usize = 1000;
+/// Pages that are far enough from each other that one fault does not bring the next.
+const STEP: usize = 16 * PAGE;
+const BYTES: usize = PAGES_AT + (COUNT + 1) * STEP;
+
+/// Done before the operations count.
+const WARM_UP: usize = 16;
+
+// In 32-bit mode without paging. EBP = operation, ESI = how often, EDI = where the results go, EBX = page to write.
+global_asm!(
+    ".pushsection .rodata.dune_bench_kvm, \"a\", @progbits",
+    ".globl dune_bench_kvm_guest, dune_bench_kvm_guest_end",
+    ".code32",
+    "dune_bench_kvm_guest:",
+    "2:",
+    "cmp ebp, 1",
+    "je 3f",
+    "cmp ebp, 2",
+    "je 4f",
+    "cmp ebp, 3",
+    "je 5f",
+    // 0: nothing.
+    "rdtsc",
+    "mov [edi], eax",
+    "rdtsc",
+    "sub eax, [edi]",
+    "jmp 6f",
+    // 1: a hypercall that KVM does not know.
+    "3: rdtsc",
+    "mov [edi], eax",
+    "mov eax, 0x7fffffff",
+    "vmcall",
+    "rdtsc",
+    "sub eax, [edi]",
+    "jmp 6f",
+    // 2: CPUID.
+    "4: push ebx",
+    "rdtsc",
+    "mov [edi], eax",
+    "xor eax, eax",
+    "xor ecx, ecx",
+    "cpuid",
+    "rdtsc",
+    "sub eax, [edi]",
+    "pop ebx",
+    "jmp 6f",
+    // 3: a page that the EPT lacks.
+    "5: rdtsc",
+    "mov [edi], eax",
+    "mov byte ptr [ebx], 1",
+    "rdtsc",
+    "sub eax, [edi]",
+    "add ebx, {step}",
+    "6: mov [edi], eax",
+    "add edi, 4",
+    "dec esi",
+    "jnz 2b",
+    // For ever: each OUT goes to user space.
+    "7: out 0x10, al",
+    "jmp 7b",
+    "dune_bench_kvm_guest_end:",
+    ".code64",
+    ".popsection",
+    step = const STEP,
+);
+
+extern "C" {
+    static dune_bench_kvm_guest: u8;
+    static dune_bench_kvm_guest_end: u8;
+}
+
+pub fn measure(system: &System<'_>) -> Result<(), Error> {
+    if !system.wants(&["getpid", "bare_exit", "ept_violation"]) {
+        return Ok(());
+    }
+    let kvm = Kvm::new()?;
+    let empty = {
+        let mut ticks = Guest::new(&kvm)?.run(0)?;
+        ticks.sort_unstable();
+        ticks[ticks.len() / 2]
+    };
+    for (bench, operation) in [("getpid", 1), ("bare_exit", 2), ("ept_violation", 3)] {
+        let mut ticks = Guest::new(&kvm)?.run(operation)?;
+        ticks.iter_mut().for_each(|ticks| *ticks = ticks.saturating_sub(empty));
+        system.given(bench, &mut ticks);
+    }
+    let mut guest = Guest::new(&kvm)?;
+    guest.run(0)?;
+    let mut round_trips = Vec::with_capacity(COUNT);
+    for _ in 0..COUNT {
+        let start = ticks();
+        guest.run_to_out()?;
+        round_trips.push(ticks() - start);
+    }
+    system.named("kvm to user space").given("getpid", &mut round_trips);
+    Ok(())
+}
+
+struct Guest {
+    // Field order is teardown order.
+    vcpu: VcpuFd,
+    _vm: VmFd,
+    memory: Memory,
+}
+
+impl Guest {
+    fn new(kvm: &Kvm) -> Result<Self, Error> {
+        let memory = Memory::new(BYTES).small().populated();
+        // SAFETY: Between the two symbols lies the code, which fits.
+        unsafe {
+            let code = &raw const dune_bench_kvm_guest;
+            let bytes = (&raw const dune_bench_kvm_guest_end).offset_from(code) as usize;
+            core::ptr::copy_nonoverlapping(code, memory.at(CODE), bytes);
+        }
+        let vm = kvm.create_vm()?;
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: BYTES as u64,
+            userspace_addr: memory.start() as u64,
+        };
+        // SAFETY: The memory outlives the machine.
+        unsafe { vm.set_user_memory_region(region)? };
+        let vcpu = vm.create_vcpu(0)?;
+        vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
+        let mut sregs = vcpu.get_sregs()?;
+        let flat = |kind| kvm_segment {
+            limit: 0xffff_ffff,
+            selector: 8,
+            type_: kind,
+            present: 1,
+            db: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        sregs.cs = flat(0xb);
+        for segment in [
+            &mut sregs.ds,
+            &mut sregs.es,
+            &mut sregs.ss,
+            &mut sregs.fs,
+            &mut sregs.gs,
+        ] {
+            *segment = flat(3);
+        }
+        sregs.cr0 |= 1;
+        vcpu.set_sregs(&sregs)?;
+        Ok(Self { vcpu, _vm: vm, memory })
+    }
+
+    /// Does `operation` again and again; the ticks of each time.
+    fn run(&mut self, operation: u64) -> Result<Vec<u64>, Error> {
+        let mut regs = self.vcpu.get_regs()?;
+        regs.rip = CODE as u64;
+        regs.rflags = 2;
+        regs.rsp = CODE as u64;
+        regs.rbp = operation;
+        regs.rsi = COUNT as u64;
+        regs.rdi = RESULTS as u64;
+        regs.rbx = PAGES_AT as u64;
+        self.vcpu.set_regs(&regs)?;
+        self.run_to_out()?;
+        // SAFETY: The guest wrote them and does not run.
+        let results = unsafe { slice::from_raw_parts(self.memory.at(RESULTS).cast::<u32>(), COUNT) };
+        let ticks: Vec<u64> = results[WARM_UP..].iter().map(|ticks| u64::from(*ticks)).collect();
+        if operation == 3 && self.memory.read(PAGES_AT + (COUNT - 1) * STEP) != 1 {
+            return Err("the guest's write is not there".into());
+        }
+        Ok(ticks)
+    }
+
+    fn run_to_out(&mut self) -> Result<(), Error> {
+        match self.vcpu.run()? {
+            VcpuExit::IoOut(0x10, _) => Ok(()),
+            other => Err(format!("unexpected exit: {other:?}").into()),
+        }
+    }
+}

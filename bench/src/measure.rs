@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Ticks, VM exits and heavy operations of one operation, and the rows that they become.
+//!
+//! Every figure is the median over single operations, so that interrupts do not show, less the median of measuring
+//! nothing; mean and maximum stand beside it. Heavy operations are there only where the module was built to count them
+//! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
+
+use dune_examples::ticks;
+use libdune::abi::Counters;
+use libdune::abi::CAP_COUNT_OPS;
+use libdune::Dune;
+use serde::Serialize;
+
+/// Starts the lines that `dune-vm bench` collects.
+pub const MARK: &str = "@bench ";
+
+/// One figure of the report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub bench: &'static str,
+    pub system: String,
+    /// Ticks of one operation: the median.
+    pub value: u64,
+    pub mean: u64,
+    pub max: u64,
+    pub n: usize,
+    /// VM exits of one operation, where a vCPU says it.
+    pub vm_exits: Option<u64>,
+    pub heavy: Option<Heavy>,
+}
+
+/// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Heavy {
+    pub vmread: u64,
+    pub vmwrite: u64,
+    pub rdmsr: u64,
+    pub wrmsr: u64,
+}
+
+/// One system under measurement.
+pub struct System<'d> {
+    pub name: &'static str,
+    pub dune: Option<&'d Dune>,
+    /// Part of the names of the rows to measure.
+    pub only: Option<String>,
+}
+
+/// How often an operation that can be repeated is done before it counts.
+const WARM_UP: usize = 16;
+
+impl System<'_> {
+    fn is_wanted(&self, bench: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| bench.contains(only))
+    }
+
+    /// Measures what is the same each time, after a few times that do not count. `action` gives its ticks.
+    pub fn repeated(&self, bench: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) {
+        if self.is_wanted(bench) {
+            for i in 0..WARM_UP {
+                action(i);
+            }
+            self.once(bench, count, action);
+        }
+    }
+
+    /// Measures `action` for each of `0..count`; it gives its ticks.
+    pub fn once(&self, bench: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) {
+        if !self.is_wanted(bench) {
+            return;
+        }
+        let empty = empty();
+        let mut columns: [Vec<u64>; 6] = core::array::from_fn(|_| Vec::with_capacity(count));
+        for i in 0..count {
+            let before = self.dune.map(Dune::counters);
+            columns[0].push(action(i).saturating_sub(empty));
+            if let (Some(before), Some(dune)) = (before, self.dune) {
+                for (column, n) in columns[1..].iter_mut().zip(done(&before, &dune.counters())) {
+                    column.push(n);
+                }
+            }
+        }
+        let [mut ticks, rest @ ..] = columns;
+        let mut row = row(bench, self.name, &mut ticks);
+        if let Some(dune) = self.dune {
+            let [exits, vmread, vmwrite, rdmsr, wrmsr] = rest.map(|mut column| median(&mut column));
+            row.vm_exits = Some(exits);
+            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(Heavy {
+                vmread,
+                vmwrite,
+                rdmsr,
+                wrmsr,
+            });
+        }
+        emit(&row);
+    }
+
+    /// A way of another kind to do the same, with a name of its own.
+    pub fn named(&self, name: &'static str) -> Self {
+        Self {
+            name,
+            dune: self.dune,
+            only: self.only.clone(),
+        }
+    }
+
+    /// Tells ticks that were measured elsewhere.
+    pub fn given(&self, bench: &'static str, ticks: &mut [u64]) {
+        if self.is_wanted(bench) {
+            emit(&row(bench, self.name, ticks));
+        }
+    }
+
+    /// Whether the rest of a family need be done at all.
+    pub fn wants(&self, benches: &[&str]) -> bool {
+        benches.iter().any(|bench| self.is_wanted(bench))
+    }
+}
+
+fn row(bench: &'static str, system: &str, ticks: &mut [u64]) -> Row {
+    Row {
+        bench,
+        system: system.to_string(),
+        value: median(ticks),
+        mean: ticks.iter().sum::<u64>() / ticks.len() as u64,
+        max: ticks.iter().copied().max().unwrap_or(0),
+        n: ticks.len(),
+        vm_exits: None,
+        heavy: None,
+    }
+}
+
+fn emit(row: &Row) {
+    let json = serde_json::to_string(row).expect("a row is plain data");
+    println!("{MARK}{json}");
+}
+
+/// Exits and heavy operations between two readings.
+fn done(before: &Counters, after: &Counters) -> [u64; 5] {
+    let exits = |counters: &Counters| counters.exits.iter().sum::<u64>();
+    [
+        exits(after) - exits(before),
+        after.vmreads - before.vmreads,
+        after.vmwrites - before.vmwrites,
+        after.rdmsrs - before.rdmsrs,
+        after.wrmsrs - before.wrmsrs,
+    ]
+}
+
+fn median(values: &mut [u64]) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+/// What measuring nothing costs.
+fn empty() -> u64 {
+    let mut times: Vec<u64> = (0..201).map(|_| timed(|| ())).collect();
+    median(&mut times)
+}
+
+#[inline(always)]
+pub fn timed<T>(action: impl FnOnce() -> T) -> u64 {
+    let start = ticks();
+    core::hint::black_box(action());
+    ticks() - start
+}

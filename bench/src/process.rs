@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Threads, children, programs, signals; entering and leaving.
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
+use std::process::Command;
+
+use libdune::Dune;
+
+use crate::measure::timed;
+use crate::measure::System;
+
+/// First argument of a program that ends at once, and of one that enters before.
+pub const NOTHING: &str = "do-nothing";
+pub const ENTER: &str = "do-enter";
+
+pub fn measure(system: &System<'_>) {
+    system.repeated("thread", 50, |_| {
+        timed(|| std::thread::spawn(|| ()).join().expect("the thread ends"))
+    });
+    system.repeated("fork", 30, |_| timed(fork_and_wait));
+    signal(system);
+}
+
+fn fork_and_wait() {
+    // SAFETY: The child ends at once.
+    unsafe {
+        let pid = libc::fork();
+        assert!(pid >= 0, "fork");
+        if pid == 0 {
+            libc::_exit(i32::from(false));
+        }
+        let mut status = 1;
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+        assert_eq!(status, 0);
+    }
+}
+
+static SIGNALS: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn count(_: i32) {
+    SIGNALS.fetch_add(1, Relaxed);
+}
+
+fn signal(system: &System<'_>) {
+    // SAFETY: The handler only counts.
+    unsafe {
+        let old = libc::signal(libc::SIGUSR1, count as *const () as libc::sighandler_t);
+        let before = SIGNALS.load(Relaxed);
+        let mut sent = 0;
+        system.repeated("signal", 500, |_| {
+            sent += 1;
+            timed(|| libc::raise(libc::SIGUSR1))
+        });
+        assert_eq!(SIGNALS.load(Relaxed) - before, sent);
+        libc::signal(libc::SIGUSR1, old);
+    }
+}
+
+/// What a program costs that does nothing, and one that enters Dune mode; and entering and leaving again and again.
+pub fn measure_programs(linux: &System<'_>, dune: &System<'_>) {
+    let program = |argument: &str| {
+        let status = Command::new("/proc/self/exe").arg(argument).status();
+        assert!(status.expect("the program starts").success(), "{argument}");
+    };
+    linux.repeated("process", 10, |_| timed(|| program(NOTHING)));
+    dune.repeated("process", 10, |_| timed(|| program(ENTER)));
+    if dune.wants(&["enter", "leave"]) {
+        let (mut enter, mut leave) = (Vec::new(), Vec::new());
+        for _ in 0..30 {
+            let mut inside = None;
+            enter.push(timed(|| inside = Some(Dune::enter().expect("entering"))));
+            assert!(Dune::is_active());
+            leave.push(timed(|| drop(inside)));
+            assert!(!Dune::is_active());
+        }
+        dune.given("enter", &mut enter);
+        dune.given("leave", &mut leave);
+    }
+}

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! userfaultfd: a missing page filled by another thread or by a SIGBUS handler, a write-protected one, and writes that
+//! are only noted (WP_ASYNC) and collected by PAGEMAP_SCAN. Structures: include/uapi/linux/userfaultfd.h, fs.h.
+
+use core::sync::atomic::AtomicI32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
+use std::thread;
+
+use crate::measure::timed;
+use crate::measure::System;
+use crate::pages::Memory;
+use crate::pages::PAGE;
+
+const PAGES: usize = 200;
+/// Pages of a scan.
+const SCANNED: usize = 1000;
+
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+
+const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 2;
+const FEATURE_SIGBUS: u64 = 1 << 7;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct WriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+/// `struct uffd_msg` of a page fault.
+#[repr(C)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    thread: u64,
+}
+
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+struct Uffd(i32);
+
+impl Uffd {
+    fn new(features: u64) -> Option<Self> {
+        // SAFETY: A fresh fd; the structure is as Linux has it.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32;
+            if fd < 0 {
+                return None;
+            }
+            let uffd = Self(fd);
+            let mut api = Api {
+                api: 0xaa,
+                features,
+                ioctls: 0,
+            };
+            (libc::ioctl(fd, UFFDIO_API, &raw mut api) == 0).then_some(uffd)
+        }
+    }
+
+    fn register(&self, memory: &Memory, bytes: usize, mode: u64) {
+        let mut ask = Register {
+            start: memory.start() as u64,
+            len: bytes as u64,
+            mode,
+            ioctls: 0,
+        };
+        // SAFETY: The structure is as Linux has it; the memory is ours.
+        assert_eq!(unsafe { libc::ioctl(self.0, UFFDIO_REGISTER, &raw mut ask) }, 0);
+    }
+
+    fn protect(&self, start: u64, bytes: usize, on: bool) {
+        let mut ask = WriteProtect {
+            start,
+            len: bytes as u64,
+            mode: on.into(),
+        };
+        // SAFETY: As above.
+        assert_eq!(unsafe { libc::ioctl(self.0, UFFDIO_WRITEPROTECT, &raw mut ask) }, 0);
+    }
+
+    /// Handles `count` faults in another thread.
+    fn serve(&self, count: usize, handle: impl Fn(i32, u64) + Send + 'static) -> thread::JoinHandle<()> {
+        let fd = self.0;
+        thread::spawn(move || {
+            for _ in 0..count {
+                // SAFETY: A message into a structure of its size.
+                let message = unsafe {
+                    let mut message: Message = core::mem::zeroed();
+                    let bytes = size_of::<Message>();
+                    assert_eq!(libc::read(fd, (&raw mut message).cast(), bytes), bytes as isize);
+                    message
+                };
+                handle(fd, message.address & !(PAGE as u64 - 1));
+            }
+        })
+    }
+}
+
+impl Drop for Uffd {
+    fn drop(&mut self) {
+        // SAFETY: Ours.
+        unsafe { libc::close(self.0) };
+    }
+}
+
+/// Fills a page with sevens.
+fn fill(fd: i32, page: u64) -> bool {
+    static SEVENS: [u8; PAGE] = [7; PAGE];
+    let mut ask = Copy {
+        dst: page,
+        src: SEVENS.as_ptr() as u64,
+        len: PAGE as u64,
+        mode: 0,
+        copy: 0,
+    };
+    // SAFETY: The structure is as Linux has it.
+    unsafe { libc::ioctl(fd, UFFDIO_COPY, &raw mut ask) == 0 }
+}
+
+pub fn measure(linux: &System<'_>) {
+    if linux.wants(&["page_fault"]) {
+        missing(&linux.named("userfaultfd"));
+        sigbus(&linux.named("userfaultfd SIGBUS"));
+    }
+    if linux.wants(&["trap_fix"]) {
+        write_protected(&linux.named("userfaultfd"));
+    }
+    if linux.wants(&["dirty_scan", "dirty_write"]) {
+        noted(&linux.named("userfaultfd WP_ASYNC"));
+    }
+}
+
+fn missing(system: &System<'_>) {
+    let Some(uffd) = Uffd::new(0) else { return };
+    let memory = Memory::new(PAGES * PAGE).small();
+    uffd.register(&memory, PAGES * PAGE, MODE_MISSING);
+    let server = uffd.serve(PAGES, |fd, page| assert!(fill(fd, page)));
+    system.once("page_fault", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
+    assert!((0..PAGES).all(|i| memory.read(i * PAGE + 1) == 7));
+    server.join().expect("all faults were handled");
+}
+
+static SIGBUS_FD: AtomicI32 = AtomicI32::new(-1);
+static SIGBUS_COUNT: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    SIGBUS_COUNT.fetch_add(1, Relaxed);
+    // SAFETY: Linux' own siginfo.
+    let address = unsafe { (*info).si_addr() } as u64;
+    if !fill(SIGBUS_FD.load(Relaxed), address & !(PAGE as u64 - 1)) {
+        // SAFETY: Ends the process.
+        unsafe { libc::abort() };
+    }
+}
+
+fn sigbus(system: &System<'_>) {
+    let Some(uffd) = Uffd::new(FEATURE_SIGBUS) else { return };
+    SIGBUS_FD.store(uffd.0, Relaxed);
+    // SAFETY: A handler of the right type.
+    unsafe {
+        let mut action: libc::sigaction = core::mem::zeroed();
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        assert_eq!(libc::sigaction(libc::SIGBUS, &action, core::ptr::null_mut()), 0);
+    }
+    let memory = Memory::new(PAGES * PAGE).small();
+    uffd.register(&memory, PAGES * PAGE, MODE_MISSING);
+    system.once("page_fault", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
+    assert_eq!(SIGBUS_COUNT.load(Relaxed), PAGES);
+    // SAFETY: The default again.
+    unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+fn write_protected(system: &System<'_>) {
+    let Some(uffd) = Uffd::new(0) else { return };
+    let memory = Memory::new(PAGES * PAGE).small().populated();
+    uffd.register(&memory, PAGES * PAGE, MODE_WP);
+    uffd.protect(memory.start() as u64, PAGES * PAGE, true);
+    let fd = uffd.0;
+    let server = uffd.serve(PAGES, move |_, page| {
+        let again = core::mem::ManuallyDrop::new(Uffd(fd));
+        again.protect(page, PAGE, false);
+    });
+    system.once("trap_fix", PAGES, |i| timed(|| memory.write(i * PAGE, i as u8)));
+    assert!((0..PAGES).all(|i| memory.read(i * PAGE) == i as u8));
+    server.join().expect("all faults were handled");
+}
+
+/// Linux notes the writes; the price of a write, and that of asking for 1,000 pages.
+fn noted(system: &System<'_>) {
+    const PAGE_IS_WRITTEN: u64 = 1 << 1;
+    const SCAN_WP_MATCHING: u64 = 1;
+    const SCAN_CHECK_WPASYNC: u64 = 2;
+    let Some(uffd) = Uffd::new(FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED) else {
+        return;
+    };
+    let memory = Memory::new(SCANNED * PAGE).small().populated();
+    uffd.register(&memory, SCANNED * PAGE, MODE_WP);
+    uffd.protect(memory.start() as u64, SCANNED * PAGE, true);
+    system.once("dirty_write", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
+    // SAFETY: A file of the process' own.
+    let pagemap = unsafe { libc::open(c"/proc/self/pagemap".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    if pagemap < 0 {
+        return;
+    }
+    let seen = AtomicU64::new(0);
+    let mut regions = [Region {
+        start: 0,
+        end: 0,
+        categories: 0,
+    }; 8];
+    system.once("dirty_scan", 20, |_| {
+        (0..SCANNED).for_each(|i| memory.write(i * PAGE, 2));
+        let mut ask = Scan {
+            size: size_of::<Scan>() as u64,
+            flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+            start: memory.start() as u64,
+            end: memory.start() as u64 + (SCANNED * PAGE) as u64,
+            walk_end: 0,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: PAGE_IS_WRITTEN,
+            category_anyof_mask: 0,
+            return_mask: PAGE_IS_WRITTEN,
+        };
+        let mut found = 0;
+        // SAFETY: The structure is as Linux has it; the regions are where it says.
+        let ticks = timed(|| found = unsafe { libc::ioctl(pagemap, PAGEMAP_SCAN, &raw mut ask) });
+        assert_eq!(found, 1, "one region was written");
+        seen.fetch_add((regions[0].end - regions[0].start) / PAGE as u64, Relaxed);
+        ticks
+    });
+    if system.wants(&["dirty_scan"]) {
+        assert_eq!(seen.load(Relaxed), 20 * SCANNED as u64);
+    }
+    // SAFETY: Ours.
+    unsafe { libc::close(pagemap) };
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Two runs beside each other.
+
+use super::results::Results;
+use super::results::Row;
+
+/// Below so many a figure must be the same to the digit.
+const EXACT_BELOW: u64 = 10_000;
+/// What a figure may grow on the same kernel and compilers.
+const SAME_PERCENT: f64 = 3.0;
+/// What the ratio to Linux' own figure of the same run may grow elsewhere.
+const RATIO_PERCENT: f64 = 15.0;
+
+fn pairs<'a>(old: &'a Results, new: &'a Results) -> impl Iterator<Item = (&'a Row, &'a Row)> {
+    new.rows.iter().filter(|row| !row.recorded).filter_map(|row| {
+        let same =
+            |other: &&Row| (&other.bench, &other.system, &other.column) == (&row.bench, &row.system, &row.column);
+        Some((old.rows.iter().find(same)?, row))
+    })
+}
+
+/// Prints the ratios of two runs.
+pub fn compare(old: &Results, new: &Results) {
+    println!(
+        "{:<24} {:<24} {:<20} {:>12} {:>12} {:>8}",
+        "bench", "system", "machine", "old", "new", "new/old"
+    );
+    for (before, after) in pairs(old, new) {
+        let ratio = after.value as f64 / before.value.max(1) as f64;
+        let changed = if before.value < EXACT_BELOW {
+            before.value != after.value
+        } else {
+            (ratio - 1.0).abs() > 0.01
+        };
+        println!(
+            "{:<24} {:<24} {:<20} {:>12} {:>12} {:>8.3}{}",
+            after.bench,
+            after.system,
+            after.column,
+            before.value,
+            after.value,
+            ratio,
+            if changed { " *" } else { "" }
+        );
+    }
+    if old.environment != new.environment {
+        println!(
+            "not made with the same: {:?} and {:?}",
+            old.environment, new.environment
+        );
+    }
+}
+
+/// Says which of Dune's figures grew; whether none did.
+pub fn against_baseline(old: &Results, new: &Results) -> bool {
+    let is_same = old.environment == new.environment;
+    let mut worse = 0;
+    for (before, after) in pairs(old, new).filter(|(_, row)| row.system.starts_with("dune")) {
+        let growth = if is_same {
+            percent(before.value as f64, after.value as f64)
+        } else {
+            let (Some(old_linux), Some(new_linux)) =
+                (old.find(&before.bench, "linux"), new.find(&after.bench, "linux"))
+            else {
+                continue;
+            };
+            percent(
+                before.value as f64 / old_linux.value.max(1) as f64,
+                after.value as f64 / new_linux.value.max(1) as f64,
+            )
+        };
+        let limit = if is_same { SAME_PERCENT } else { RATIO_PERCENT };
+        // Rounding is no growth.
+        if growth > limit + 1e-6 {
+            worse += 1;
+            println!(
+                "not ok {} ({}): {} where the baseline has {}: +{growth:.1} %, limit {limit} %",
+                after.bench, after.system, after.value, before.value
+            );
+        }
+    }
+    if worse > 0 {
+        println!("bench/baseline.json is refreshed by: dune-vm bench --quick && cp target/bench/results.json bench/baseline.json");
+    } else if !is_same {
+        println!("not the baseline's kernel and compilers: the ratios to Linux' own figures were compared");
+    }
+    worse == 0
+}
+
+fn percent(old: f64, new: f64) -> f64 {
+    (new / old - 1.0) * 100.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::results::Environment;
+
+    fn results(kernel: &str, figures: &[(&str, &str, u64)]) -> Results {
+        let mut results = Results::new(Environment {
+            kernel: kernel.to_string(),
+            kernel_arguments: String::new(),
+            cpu_model: String::new(),
+            rustc: String::new(),
+            gcc: String::new(),
+        });
+        for (bench, system, value) in figures {
+            let line = format!(
+                r#"{{"bench":"{bench}","system":"{system}","value":{value},"mean":1,"max":1,"n":1,"vm_exits":null,"heavy":null}}"#
+            );
+            results.push(serde_json::from_str(&line).unwrap(), "");
+        }
+        results
+    }
+
+    #[test]
+    fn three_percent_on_the_same_kernel() {
+        let old = results("a", &[("getpid", "linux", 200), ("getpid", "dune", 1000)]);
+        let with = |value| results("a", &[("getpid", "linux", 999), ("getpid", "dune", value)]);
+        assert!(against_baseline(&old, &with(1030)));
+        assert!(!against_baseline(&old, &with(1031)));
+    }
+
+    #[test]
+    fn ratios_elsewhere() {
+        let old = results("a", &[("getpid", "linux", 200), ("getpid", "dune", 1000)]);
+        let with = |linux, dune| results("b", &[("getpid", "linux", linux), ("getpid", "dune", dune)]);
+        assert!(against_baseline(&old, &with(400, 2200)));
+        assert!(!against_baseline(&old, &with(200, 1151)));
+    }
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `results.json`.
+
+use std::fs;
+
+use anyhow::Context;
+use anyhow::Result;
+use serde::Deserialize;
+use serde::Serialize;
+
+use super::version;
+use crate::paths;
+
+/// What a run was made with.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Environment {
+    /// Version, name and configuration hash, as the cache names its tree; natively the release.
+    pub kernel: String,
+    pub kernel_arguments: String,
+    pub cpu_model: String,
+    pub rustc: String,
+    pub gcc: String,
+}
+
+impl Environment {
+    pub fn emulated(kernel: &str, cpu_model: &str, append: &str) -> Result<Self> {
+        let tree = paths::kernel_tree(kernel)?;
+        let name = tree.file_name().context("a kernel's tree has a name")?;
+        Ok(Self {
+            kernel: name.to_string_lossy().into_owned(),
+            kernel_arguments: append.to_string(),
+            cpu_model: cpu_model.to_string(),
+            rustc: version("rustc"),
+            gcc: version("gcc"),
+        })
+    }
+
+    pub fn native() -> Result<Self> {
+        let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_string());
+        let model = read("/proc/cpuinfo")?
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1).map(str::to_string))
+            .unwrap_or_default();
+        Ok(Self {
+            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_string(),
+            kernel_arguments: read("/proc/cmdline")?.trim().to_string(),
+            cpu_model: model,
+            rustc: version("rustc"),
+            gcc: version("gcc"),
+        })
+    }
+}
+
+/// A row as dune-bench tells it.
+#[derive(Debug, Deserialize)]
+pub struct Line {
+    bench: String,
+    system: String,
+    value: u64,
+    mean: u64,
+    max: u64,
+    n: usize,
+    vm_exits: Option<u64>,
+    heavy: Option<Heavy>,
+}
+
+/// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Heavy {
+    pub vmread: u64,
+    pub vmwrite: u64,
+    pub rdmsr: u64,
+    pub wrmsr: u64,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Row {
+    pub bench: String,
+    pub system: String,
+    /// Median.
+    pub value: u64,
+    pub mean: u64,
+    pub max: u64,
+    pub unit: String,
+    pub n: usize,
+    pub vm_exits: Option<u64>,
+    pub heavy: Option<Heavy>,
+    /// The machine, where it is not the first one.
+    pub column: String,
+    /// What the figure is to be at most, where it is Dune's.
+    pub target: Option<u64>,
+    pub met: Option<bool>,
+    /// Recorded elsewhere, not measured in this run.
+    pub recorded: bool,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Results {
+    /// For whoever keeps the file.
+    pub license: String,
+    pub environment: Environment,
+    pub unit: String,
+    pub rows: Vec<Row>,
+}
+
+impl Results {
+    pub fn new(environment: Environment) -> Self {
+        Self {
+            license: concat!("SPDX-License", "-Identifier: MIT OR Apache-2.0").to_string(),
+            environment,
+            unit: String::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    pub fn push(&mut self, line: Line, column: &str) {
+        self.rows.push(Row {
+            bench: line.bench,
+            system: line.system,
+            value: line.value,
+            mean: line.mean,
+            max: line.max,
+            unit: self.unit.clone(),
+            n: line.n,
+            vm_exits: line.vm_exits,
+            heavy: line.heavy,
+            column: column.to_string(),
+            target: None,
+            met: None,
+            recorded: false,
+        });
+    }
+
+    /// The row of the first machine.
+    pub fn find(&self, bench: &str, system: &str) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.bench == bench && row.system == system && row.column.is_empty())
+    }
+
+    /// Takes the heavy operations of another run of the same.
+    pub fn take_heavy(&mut self, counted: &Self) {
+        for row in &mut self.rows {
+            if let Some(other) = counted.find(&row.bench, &row.system) {
+                row.heavy = other.heavy;
+            }
+        }
+    }
+}

@@ -175,7 +175,7 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, or `interrupt_request`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
+    /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, `interrupt_request` or `deadline`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
     /// taken away.
     pub(crate) fn run(&mut self, space: &Space) -> Result<u64> {
         // A VM exit would load null there.
@@ -207,7 +207,7 @@ impl Vcpu {
                     continue;
                 }
             }
-            if self.is_interrupt_requested() {
+            if self.is_interrupt_requested() || self.is_time_over() {
                 return Err(EINTR);
             }
             self.vmcs.clear_elsewhere();

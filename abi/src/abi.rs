@@ -12,7 +12,7 @@ use core::mem::offset_of;
 use core::mem::size_of;
 
 /// Version of this contract; [`Info::abi_version`] must equal it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Path of the device node.
 pub const DEVICE_PATH: &str = "/dev/dune";
@@ -348,6 +348,9 @@ pub struct RunPage {
     pub exit: Exit,
     pub sregs: Sregs,
     pub counters: Counters,
+    /// Nonzero: RUN returns EINTR once the TSC, as user space reads it, is not below this: at the next interrupt or other
+    /// exit that user space does not see.
+    pub deadline: u64,
 }
 
 // The layout is ABI: nothing moves without a new ABI_VERSION.
@@ -367,6 +370,7 @@ const _: () = {
     assert!(size_of::<Segment>() == 24);
     assert!(size_of::<Sregs>() == 264);
     assert!(offset_of!(RunPage, counters) == 504);
+    assert!(offset_of!(RunPage, deadline) == 1256);
     assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 14));
     assert!(size_of::<Info>() == 72);
     assert!(size_of::<CreateVcpu>() == 32);

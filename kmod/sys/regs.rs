@@ -82,6 +82,14 @@ pub(crate) fn cr3(_: &IrqOff) -> u64 {
     unsafe { bindings::dune_read_cr3() as u64 }
 }
 
+/// The TSC, as user space reads it too.
+pub(crate) fn ticks() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: Reads a counter.
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
 pub(crate) fn cr4() -> u64 {
     // SAFETY: Reads a register.
     unsafe { bindings::dune_read_cr4() as u64 }

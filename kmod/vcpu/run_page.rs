@@ -9,6 +9,7 @@ use super::Vcpu;
 use crate::abi;
 use crate::abi::RunPage;
 use crate::sys::mem::Page;
+use crate::sys::regs;
 use crate::sys::thread;
 use core::mem::size_of;
 use core::ptr::addr_of;
@@ -66,6 +67,13 @@ impl Vcpu {
     pub(super) fn is_interrupt_requested(&self) -> bool {
         // SAFETY: The page is there.
         unsafe { addr_of!((*self.run_ptr()).interrupt_request).read_volatile() != 0 }
+    }
+
+    /// Whether `deadline` is set and over.
+    pub(super) fn is_time_over(&self) -> bool {
+        // SAFETY: The page is there.
+        let deadline = unsafe { addr_of!((*self.run_ptr()).deadline).read_volatile() };
+        deadline != 0 && regs::ticks() >= deadline
     }
 
     /// Hands a result to user space that is no system call.

@@ -32,6 +32,7 @@ use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 
 use crate::addr::Gva;
+use crate::cpl3;
 use crate::device;
 use crate::device::Device;
 use crate::device::Vcpu;
@@ -56,7 +57,6 @@ use crate::process::Process;
 use crate::sys;
 use crate::sys::AltStack;
 use crate::sys::Errno;
-use crate::syscall;
 use crate::trap;
 use crate::trap::Handler;
 use crate::trap::Thread;
@@ -515,7 +515,7 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
     Ok(percpu::at_cpl0(Sregs {
         cr0: info.cr0,
         cr3: process.tables().get(DEFAULT).cr3(DEFAULT, process.has_pcid, false),
-        cr4: info.cr4 | info.cr4_guest_owned & (process::CR4_PCIDE | process::CR4_PKE),
+        cr4: process.cr4,
         efer: info.efer,
         es: unusable,
         ds: unusable,
@@ -527,8 +527,8 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
         idtr_base: ptr::from_ref(&block.idt) as u64,
         gdtr_limit: size_of::<Gdt>() as u32 - 1,
         idtr_limit: size_of::<Idt>() as u32 - 1,
-        lstar: syscall::entry(),
-        syscall_vmcall: syscall::vmcall(),
+        lstar: block.syscall_entry(),
+        syscall_vmcall: cpl3::vmcall(block.syscall_entry()),
         ..Sregs::default()
     }))
 }

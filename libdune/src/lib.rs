@@ -10,7 +10,6 @@
 //! # What it does not do
 //!
 //! - An exception for which there is neither a handler nor a signal handler is given to Linux from outside Dune mode.
-//! - CPL3 inside Dune mode has no API.
 #![deny(unsafe_op_in_unsafe_fn)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -31,11 +30,13 @@ mod process;
 mod percpu;
 pub mod trap;
 
-mod syscall;
+mod cpl3;
 
 mod host_loop;
 
 mod entry;
+
+pub mod user;
 
 pub use addr::Gpa;
 pub use addr::Gva;

@@ -2,19 +2,23 @@
 
 //! The per-thread block: descriptor tables, and what assembly finds by masking RSP.
 
+use core::ptr;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering::Relaxed;
 
+use dune_abi::Info;
 use dune_abi::RunPage;
 use dune_abi::Segment;
 use dune_abi::Sregs;
 
+use crate::cpl3;
 use crate::device::Vcpu;
 use crate::layout;
 use crate::paging;
 use crate::paging::Here;
+use crate::process;
 use crate::process::Process;
 use crate::trap;
 
@@ -64,6 +68,17 @@ pub(crate) fn at_cpl3(sregs: Sregs) -> Sregs {
     }
 }
 
+const CR4_UMIP: u64 = 1 << 11;
+const CR4_FSGSBASE: u64 = 1 << 16;
+const CR4_SMEP: u64 = 1 << 20;
+const CR4_SMAP: u64 = 1 << 21;
+
+/// CR4 with which Dune threads start: what protects CPL0 from CPL3 is on where the CPU has it.
+pub(crate) fn cr4(info: &Info) -> u64 {
+    const WANTED: u64 = CR4_UMIP | CR4_SMEP | CR4_SMAP | process::CR4_PCIDE | process::CR4_PKE;
+    info.cr4 | info.cr4_guest_owned & WANTED
+}
+
 /// Last byte of a 64-bit TSS (SDM, "TSS Descriptor in 64-bit mode").
 pub(crate) const TSS_LIMIT: u32 = 0x67;
 
@@ -80,6 +95,9 @@ const SEGMENTS: [u64; 7] = [
 
 /// Entries of the GDT: the segments, a free one, the TSS' two.
 pub(crate) const GDT_ENTRIES: usize = 10;
+
+/// Vectors that INT n may raise at CPL3.
+const FROM_CPL3: [usize; 3] = [3, 4, 0x80];
 
 /// Global descriptor table.
 #[repr(C, align(16))]
@@ -106,8 +124,16 @@ pub(crate) struct Block {
     pub fatal: AtomicU32,
     /// A report is under way.
     pub reporting: AtomicU32,
+    /// 1: CR4.FSGSBASE is set.
+    pub has_fsgsbase: u32,
+    /// 1: CR4.SMAP is set.
+    pub has_smap: u32,
     /// The detail of a report.
     pub fatal_detail: AtomicU64,
+    /// Where SYSCALL from CPL3 finds CPL0's stack.
+    pub user_slot: *const cpl3::Slot,
+    /// What it finds there while nobody waits for CPL3.
+    pub user_idle: cpl3::Idle,
     pub run: *mut RunPage,
     /// Number of the vCPU.
     pub vcpu: AtomicU32,
@@ -144,6 +170,12 @@ impl Block {
             (*block).has_xsave = fpu.has_xsave.into();
             (*block).process = process;
             (&raw mut (*block).here).write(paging::start_thread(&*process, table));
+            (*block).has_fsgsbase = ((*process).cr4 & CR4_FSGSBASE != 0).into();
+            (*block).has_smap = ((*process).cr4 & CR4_SMAP != 0).into();
+            let slot = cpl3::slot((*process).index(area));
+            (*block).user_slot = slot;
+            (*block).user_idle[2] = ptr::from_ref(slot) as u64;
+            slot.rsp.store(&raw const (*block).user_idle[1] as u64, Relaxed);
             if let Some(handlers) = handlers {
                 for (new, old) in (*block).handlers.iter().zip(handlers) {
                     new.store(old.load(Relaxed), Relaxed);
@@ -184,6 +216,16 @@ impl Block {
         &raw const self.tss as u64
     }
 
+    /// LSTAR of the thread.
+    pub fn syscall_entry(&self) -> u64 {
+        cpl3::entry(self.process().index(ptr::from_ref(self) as u64))
+    }
+
+    pub fn slot(&self) -> &'static cpl3::Slot {
+        // SAFETY: Written by `write`.
+        unsafe { &*self.user_slot }
+    }
+
     /// What the Dune threads of this process share.
     pub fn process(&self) -> &Process {
         // SAFETY: The thread of this block is counted in it.
@@ -222,13 +264,13 @@ impl Tss {
 }
 
 impl Idt {
-    /// Interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP and #OF also from CPL3.
+    /// Interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP, #OF and 32-bit system calls also from CPL3.
     pub fn new(stubs: u64) -> Self {
         let mut gates = [[0; 2]; 256];
         for (vector, gate) in gates.iter_mut().enumerate() {
             let target = stubs + vector as u64 * trap::STUB_BYTES;
             let ist = if vector == 8 { 2 } else { 1 };
-            let dpl = if vector == 3 || vector == 4 { 3 } else { 0 };
+            let dpl = if FROM_CPL3.contains(&vector) { 3 } else { 0 };
             gate[0] = target & 0xffff
                 | u64::from(KERNEL_CS) << 16
                 | ist << 32
@@ -284,8 +326,10 @@ mod tests {
             assert_eq!(target, stubs + 16 * vector as u64);
             assert_eq!(gate[0] >> 32 & 7, if vector == 8 { 2 } else { 1 });
             assert_eq!(gate[0] >> 40 & 0x9f, 0x8e);
+            assert_eq!(gate[0] >> 16 & 0xffff, 0x10);
+            let dpl = if [3, 4, 128].contains(&vector) { 3 } else { 0 };
+            assert_eq!(gate[0] >> 45 & 3, dpl);
+            assert_eq!((gate[0] >> 35 & 0x1f, gate[1] >> 32), (0, 0), "reserved");
         }
-        assert_eq!(idt.0[3][0] >> 45 & 3, 3);
-        assert_eq!(idt.0[14][0] >> 45 & 3, 0);
     }
 }

@@ -30,6 +30,7 @@ use crate::layout;
 use crate::paging;
 use crate::paging::memory::Memory;
 use crate::paging::tables::Tables;
+use crate::percpu;
 use crate::percpu::Block;
 use crate::sys;
 use crate::sys::Actions;
@@ -73,6 +74,8 @@ pub(crate) struct Process {
     pub has_keys: bool,
     /// Addresses in the GiBs that every page table must map.
     pub essential: [u64; ESSENTIAL],
+    /// CR4 with which its threads start.
+    pub cr4: u64,
     /// Areas in use, by bits.
     used: [AtomicU64; WORDS],
     /// Areas whose memory is accessible and whose guards are in place.
@@ -274,6 +277,7 @@ impl Process {
                 inherit_children: AtomicBool::new(true),
                 fd,
                 fpu,
+                cr4: percpu::cr4(&info),
                 info,
                 memory: Memory::new(fd, has_1g, start),
                 handles: AtomicU32::new(0),
@@ -339,7 +343,8 @@ impl Process {
         self.start + (layout::AREAS + index * layout::AREA_BYTES) as u64
     }
 
-    fn index(&self, area: u64) -> usize {
+    /// Number of an area.
+    pub fn index(&self, area: u64) -> usize {
         (area - self.start) as usize / layout::AREA_BYTES - layout::AREAS / layout::AREA_BYTES
     }
 

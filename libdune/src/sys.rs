@@ -19,6 +19,14 @@ use core::sync::atomic::Ordering::Release;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Errno(pub i32);
 
+/// The TSC.
+#[inline]
+#[allow(unused_unsafe)]
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: Reads a counter; where PR_SET_TSC forbids it, that is a signal.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// Makes a system call and returns what Linux leaves in RAX.
 ///
 /// # Safety

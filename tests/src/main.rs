@@ -33,6 +33,7 @@ mod spaces;
 mod support;
 mod syscall;
 mod trap;
+mod user;
 
 use std::process::ExitCode;
 
@@ -50,6 +51,7 @@ const TOPICS: &[&[Test]] = &[
     syscall::TESTS,
     compat::TESTS,
     trap::TESTS,
+    user::TESTS,
     memory::TESTS,
     mm::TESTS,
     paging::TESTS,

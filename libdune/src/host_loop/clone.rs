@@ -37,6 +37,7 @@ use super::slow::Action;
 use super::special::sync;
 use super::touch;
 use super::upcall;
+use crate::cpl3;
 use crate::device;
 use crate::layout;
 use crate::paging;
@@ -200,6 +201,10 @@ fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area:
         }
         if state.sregs.tr.base == (*context.block).tss_address() {
             state.sregs.tr.base = (*block).tss_address();
+        }
+        if state.sregs.lstar == (*context.block).syscall_entry() {
+            state.sregs.lstar = (*block).syscall_entry();
+            state.sregs.syscall_vmcall = cpl3::vmcall(state.sregs.lstar);
         }
         let child = HostContext::write(area, context.process);
         (*child).role = match request.flags {

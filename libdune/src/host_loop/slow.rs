@@ -103,8 +103,11 @@ pub(super) unsafe extern "C" fn dune_host_slow(context: *mut HostContext, rax: i
 fn run_failed(context: &mut HostContext, rax: i64) -> Action {
     let errno = -rax;
     if errno == libc::EINTR as i64 {
+        let is_time_over = is_time_over(context);
         if context.pending.signal != 0 {
             upcall::take(context)
+        } else if is_time_over {
+            upcall::end_visit(context)
         } else {
             Action::Run
         }
@@ -147,6 +150,23 @@ fn entries(context: &HostContext) -> u64 {
 fn read_exit(context: &HostContext) -> Exit {
     // SAFETY: The run page is alive.
     unsafe { (&raw const (*context.run).exit).read_volatile() }
+}
+
+/// Whether the deadline of the run page is set and over. It is put off a little then: RUN would not get anywhere, and code
+/// that is not at CPL3 any more, or not yet, must not be at it without one.
+fn is_time_over(context: &HostContext) -> bool {
+    const LITTLE: u64 = 200_000;
+    // SAFETY: The run page is alive; RUN is not under way.
+    unsafe {
+        let deadline = &raw mut (*context.run).deadline;
+        let is_set = deadline.read_volatile() != 0;
+        let now = if is_set { sys::ticks() } else { 0 };
+        let is_over = is_set && now >= deadline.read_volatile();
+        if is_over {
+            deadline.write_volatile(now.saturating_add(LITTLE));
+        }
+        is_over
+    }
 }
 
 fn rip(context: &HostContext) -> u64 {

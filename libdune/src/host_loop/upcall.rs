@@ -46,6 +46,8 @@ use super::touch::BadAddress;
 use super::touch::Refusal;
 use crate::abi::IOPL_CPL0;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
+use crate::cpl3;
+use crate::cpl3::Place;
 use crate::layout;
 use crate::percpu;
 use crate::sys;
@@ -195,19 +197,46 @@ pub(super) fn take(context: &mut HostContext) -> Action {
     }
 }
 
-/// Delivers what is pending to a vCPU in this state, or asks the trap entry for it.
+/// Delivers what is pending to a vCPU in this state, or asks the trap entry for it, or who waits for CPL3.
 fn take_at(context: &mut HostContext, state: &RunPage) -> Action {
     // SAFETY: The block lives as long as the context; nothing else writes the word while the vCPU does not run.
-    let asked = unsafe { &(*context.block).signal };
-    if trap::is_entry(state.rip) && state.sregs.cs.selector & 3 == 0 {
+    let block = unsafe { &*context.block };
+    let asked = &block.signal;
+    let place = cpl3::place(state, block);
+    if place != Place::Program || trap::is_entry(state.rip) && state.sregs.cs.selector & 3 == 0 {
         asked.store(1, Relaxed);
         clear_interrupt_request(context);
+        come_out(context, state, place);
         return Action::Run;
     }
     asked.store(0, Relaxed);
     let pending = core::mem::replace(&mut context.pending.signal, 0);
     let (info, mask) = (context.pending.info, context.pending.mask);
     deliver(context, pending, &info, mask, &Point::of_vcpu(state), state.sregs)
+}
+
+/// Has a vCPU that is at CPL3 go on in who waits for it.
+fn come_out(context: &HostContext, state: &RunPage, place: Place) {
+    if place == Place::User {
+        let mut state = *state;
+        // SAFETY: The block lives as long as the context.
+        cpl3::interrupt(&mut state, unsafe { &*context.block });
+        write_place(context, &state.gprs, state.rip, state.rflags);
+        write_sregs(context, &state.sregs);
+    }
+}
+
+/// RUN came back because the time is over that CPL3 may use.
+pub(super) fn end_visit(context: &mut HostContext) -> Action {
+    match sync(context) {
+        Ok(state) => {
+            // SAFETY: The block lives as long as the context.
+            let place = cpl3::place(&state, unsafe { &*context.block });
+            come_out(context, &state, place);
+            Action::Run
+        }
+        Err(errno) => report::die_of_run(context, errno.into()),
+    }
 }
 
 /// The trap entry comes with its frame, as asked.
@@ -319,7 +348,7 @@ fn deliver(context: &mut HostContext, signal: i32, info: &SigInfo, mask: u64, at
         rsp: frame,
         ..at.gprs
     };
-    let rflags = at.rflags & !(TF | DF | RF) | IF | IOPL_CPL0;
+    let rflags = at.rflags & !(TF | DF | RF | AC) | IF | IOPL_CPL0;
     write_place(context, &gprs, action.handler, rflags);
     if sregs.cs.selector & 3 != 0 {
         write_sregs(context, &percpu::at_cpl0(sregs));

@@ -22,6 +22,7 @@ use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
 use crate::addr::USER_END;
+use crate::cpl3;
 use crate::paging::fill;
 use crate::paging::flush_all;
 use crate::paging::flush_page;
@@ -80,7 +81,7 @@ impl<'a> Thread<'a> {
         }
     }
 
-    fn block(&self) -> &'a Block {
+    pub(crate) fn block(&self) -> &'a Block {
         // SAFETY: Alive for 'a.
         unsafe { &*self.block }
     }
@@ -252,7 +253,7 @@ pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block:
     // SAFETY: The stub passes its frame, which nobody else uses, and the block.
     let (frame, block) = unsafe { (&mut *frame, &*block) };
     let call = dispatch(frame, block);
-    if call == 0 && block.signal.load(Relaxed) != 0 {
+    if call == 0 && block.signal.load(Relaxed) != 0 && !cpl3::is_crossing(frame.rip) {
         block.signal.store(0, Relaxed);
         return CALL_SIGNAL;
     }
@@ -281,7 +282,7 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
     if frame.vector() == Vector::PF {
         match fill_leaf(frame, block).and_then(|filled| Ok(filled || copied_on_write(frame, block)?)) {
             Ok(true) => return 0,
-            Ok(false) if vsyscall(frame) => return 0,
+            Ok(false) if !frame.is_cpl3() && vsyscall(frame) => return 0,
             Ok(false) => {}
             Err(error) => {
                 let reason = match error {
@@ -292,6 +293,14 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
                 return fatal(reason);
             }
         }
+    }
+    if let (Vector::PF, false, Some(recovery)) = (frame.vector(), frame.is_cpl3(), cpl3::recovery(frame.rip)) {
+        frame.rip = recovery;
+        return 0;
+    }
+    if cpl3::is_crossing(frame.rip) && !frame.is_cpl3() {
+        // No handler of the program's without its segment bases.
+        return fatal(Fatal::Window);
     }
     let handler = block.handlers[frame.vector as usize & 0xff].load(Relaxed);
     if handler != 0 {

@@ -16,6 +16,8 @@ use super::dispatch::LEVEL_DOUBLE_FAULT;
 use super::dispatch::LEVEL_TOO_DEEP;
 use super::dispatch::LEVEL_WINDOW;
 use crate::abi::IOPL_CPL0;
+use crate::cpl3;
+use crate::cpl3::Slot;
 use crate::layout;
 use crate::percpu::Block;
 
@@ -74,9 +76,12 @@ global_asm!(
     // rflags 72, rsp 80, ss 88.
     "cmp dword ptr [rdx + 40], 8",
     "je 24f",
+    "cmp dword ptr [rdx + 40], 1",
+    "je 35f",
+    "36:",
     "xor ecx, ecx",
     "test byte ptr [rdx + 64], 3",
-    "jnz 21f",
+    "jnz 33f",
     "mov rdi, [rdx + 80]",
     "sub rdi, rbx",
     "cmp rdi, {block}",
@@ -92,6 +97,31 @@ global_asm!(
     "shl rdi, {handler_shift}",
     "lea rdi, [rdi + rbx + {handlers}]",
     "jmp 25f",
+    // #DB behind a SYSCALL of CPL3 that had TF set, where the CPU raises one although FMASK cleared it: RSP is CPL3's still.
+    "35:",
+    "lea rcx, [rip + dune_syscall_stubs]",
+    "mov rdi, [rdx + 56]",
+    "sub rdi, rcx",
+    "cmp rdi, {syscall_stubs}",
+    "jae 36b",
+    "test r11d, {iopl}",
+    "jnz 36b",
+    "pop rdi",
+    "pop rdx",
+    "pop rcx",
+    "pop rbx",
+    "pop rax",
+    "add rsp, 16",
+    "iretq",
+    // From CPL3: to who waits for it, if someone does.
+    "33:",
+    "mov rcx, [rbx + {slot}]",
+    "mov rcx, [rcx + {slot_rsp}]",
+    "mov rdi, [rcx]",
+    "test rdi, rdi",
+    "jnz dune_user_trapped",
+    "xor ecx, ecx",
+    "jmp 21b",
     "22:",
     "mov ecx, {too_deep}",
     "jmp 26f",
@@ -214,6 +244,9 @@ global_asm!(
     window = const LEVEL_WINDOW,
     double_fault = const LEVEL_DOUBLE_FAULT,
     iopl = const IOPL_CPL0,
+    syscall_stubs = const cpl3::SYSCALL_STUBS_BYTES,
+    slot = const offset_of!(Block, user_slot),
+    slot_rsp = const offset_of!(Slot, rsp),
     fpu_bytes = const offset_of!(Block, fpu_bytes),
     has_xsave = const offset_of!(Block, has_xsave),
     dispatch = sym dune_trap_dispatch,

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The way to CPL3 and back.
+//!
+//! # Life of a visit
+//!
+//! 1. `dune_user_enter` keeps what belongs to CPL0 on the caller's stack and puts the address of that into the thread's
+//!    slot: from here on SYSCALL and traps from CPL3 come back to it.
+//! 2. The *way in*: extended state, FS and GS base, general registers of the [`Frame`] are loaded; IRETQ. Nothing of CPL3
+//!    is lost before that, so whoever interrupts here goes back to the start (`dune_user_aborted`).
+//! 3. CPL3 runs. SYSCALL comes to `dune_user_syscall` on CPL0's stack, all else through the trap entry to
+//!    `dune_user_trapped`. Both fill the frame in.
+//! 4. The *way out*, `dune_user_out`: extended state and segment bases are exchanged. Whoever interrupts here waits until
+//!    the end (`Block::signal`), since a handler of the program must find its FS base.
+//! 5. `dune_user_enter` returns to its caller.
+//!
+//! # Safety
+//!
+//! Assembly. Stack at the slot's RSP, from there upwards: frame, block, FS base, GS base, the slot's RSP before, RBX, RBP,
+//! return address. R12 to R15 are not kept. RBX: block, RDI: frame.
+//!
+//! What CPL3 chose is never used as an address, and RFLAGS are CPL0's own before anything else happens.
+
+use core::arch::global_asm;
+use core::mem::offset_of;
+
+use super::syscall::Slot;
+use super::Frame;
+use super::EVENT_INTERRUPTED;
+use super::EVENT_SYSCALL;
+use super::FLAGS_CPL0;
+use crate::abi::CALL_SELF;
+use crate::percpu;
+use crate::percpu::Block;
+
+#[allow(improper_ctypes)]
+extern "C" {
+    fn dune_user_enter();
+    fn dune_user_in();
+    fn dune_user_in_end();
+    fn dune_user_out_begin();
+    fn dune_user_out();
+    fn dune_user_aborted();
+    fn dune_user_out_end();
+}
+
+/// The routine of step 1; RDI: frame, RSI: block.
+pub(super) fn enter() -> u64 {
+    dune_user_enter as *const () as u64
+}
+
+/// Whether CPL0 at `rip` is on the way in.
+pub(crate) fn is_way_in(rip: u64) -> bool {
+    (dune_user_in as *const () as u64..dune_user_in_end as *const () as u64).contains(&rip)
+}
+
+/// Whether CPL0 at `rip` is on the way out.
+pub(crate) fn is_way_out(rip: u64) -> bool {
+    (dune_user_out_begin as *const () as u64..dune_user_out_end as *const () as u64).contains(&rip)
+}
+
+/// Where the way out begins when the frame is filled in.
+pub(super) fn out() -> u64 {
+    dune_user_out as *const () as u64
+}
+
+/// Where it begins when CPL3 was not reached.
+pub(super) fn aborted() -> u64 {
+    dune_user_aborted as *const () as u64
+}
+
+const MSR_FS_BASE: u32 = 0xc000_0100;
+const MSR_GS_BASE: u32 = 0xc000_0101;
+
+global_asm!(
+    ".pushsection .text.dune_user, \"ax\", @progbits",
+    ".balign 16",
+    ".hidden dune_user_enter",
+    ".globl dune_user_enter",
+    "dune_user_enter:",
+    "push rbp",
+    "push rbx",
+    "mov rbx, rsi",
+    "mov rbp, [rbx + {slot}]",
+    "push qword ptr [rbp + {slot_rsp}]",
+    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
+    "je 40f",
+    "rdgsbase rax",
+    "rdfsbase rcx",
+    "41:",
+    "push rax",
+    "push rcx",
+    "push rbx",
+    "push rdi",
+    "mov [rbp + {slot_rsp}], rsp",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "je 42f",
+    "mov rcx, [rdi + {host_fpu}]",
+    "mov eax, {host_fpu_mask}",
+    "xor edx, edx",
+    "xsave64 [rcx]",
+    "mov rcx, [rdi + {fpu}]",
+    "mov eax, -1",
+    "mov edx, eax",
+    ".hidden dune_user_in",
+    ".globl dune_user_in",
+    "dune_user_in:",
+    "xrstor64 [rcx]",
+    "43:",
+    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
+    "je 44f",
+    "mov rax, [rdi + {fs_base}]",
+    "wrfsbase rax",
+    "mov rax, [rdi + {gs_base}]",
+    "wrgsbase rax",
+    "45:",
+    "push {user_ds}",
+    "push qword ptr [rdi + {rsp}]",
+    "push qword ptr [rdi + {rflags}]",
+    "push qword ptr [rdi + {cs}]",
+    "push qword ptr [rdi + {rip}]",
+    "mov rax, [rdi + {rax}]",
+    "mov rcx, [rdi + {rcx}]",
+    "mov rdx, [rdi + {rdx}]",
+    "mov rbx, [rdi + {rbx}]",
+    "mov rbp, [rdi + {rbp}]",
+    "mov rsi, [rdi + {rsi}]",
+    "mov r8, [rdi + {r8}]",
+    "mov r9, [rdi + {r9}]",
+    "mov r10, [rdi + {r10}]",
+    "mov r11, [rdi + {r11}]",
+    "mov r12, [rdi + {r12}]",
+    "mov r13, [rdi + {r13}]",
+    "mov r14, [rdi + {r14}]",
+    "mov r15, [rdi + {r15}]",
+    "mov rdi, [rdi + {rdi}]",
+    "iretq",
+    // Without FSGSBASE.
+    "44:",
+    "mov ecx, {msr_fs_base}",
+    "mov eax, [rdi + {fs_base}]",
+    "mov edx, [rdi + {fs_base} + 4]",
+    "wrmsr",
+    "mov ecx, {msr_gs_base}",
+    "mov eax, [rdi + {gs_base}]",
+    "mov edx, [rdi + {gs_base} + 4]",
+    "wrmsr",
+    "jmp 45b",
+    // Without XSAVE.
+    "46:",
+    "fxrstor64 [rcx]",
+    "jmp 43b",
+    ".hidden dune_user_in_end",
+    ".globl dune_user_in_end",
+    "dune_user_in_end:",
+    "40:",
+    "mov ecx, {msr_fs_base}",
+    "rdmsr",
+    "shl rdx, 32",
+    "lea r8, [rax + rdx]",
+    "mov ecx, {msr_gs_base}",
+    "rdmsr",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "mov rcx, r8",
+    "jmp 41b",
+    "42:",
+    "mov rcx, [rdi + {host_fpu}]",
+    "fxsave64 [rcx]",
+    "mov rcx, [rdi + {fpu}]",
+    "jmp 46b",
+    ".balign 16",
+    ".hidden dune_user_out_begin",
+    ".globl dune_user_out_begin",
+    "dune_user_out_begin:",
+    // An exception or INT n of CPL3: on the IST stack, RDX: what the trap entry pushed there, RAX: CR2, RCX: the slot's
+    // RSP, RDI: frame, RBX: block.
+    ".balign 16",
+    ".hidden dune_user_trapped",
+    ".globl dune_user_trapped",
+    "dune_user_trapped:",
+    "mov [rdi + {cr2}], rax",
+    "mov [rdi + {rbp}], rbp",
+    "mov [rdi + {rsi}], rsi",
+    "mov [rdi + {r8}], r8",
+    "mov [rdi + {r9}], r9",
+    "mov [rdi + {r10}], r10",
+    "mov [rdi + {r11}], r11",
+    "mov [rdi + {r12}], r12",
+    "mov [rdi + {r13}], r13",
+    "mov [rdi + {r14}], r14",
+    "mov [rdi + {r15}], r15",
+    "mov rax, [rdx]",
+    "mov [rdi + {rdi}], rax",
+    "mov rax, [rdx + 8]",
+    "mov [rdi + {rdx}], rax",
+    "mov rax, [rdx + 16]",
+    "mov [rdi + {rcx}], rax",
+    "mov rax, [rdx + 24]",
+    "mov [rdi + {rbx}], rax",
+    "mov rax, [rdx + 32]",
+    "mov [rdi + {rax}], rax",
+    "mov rax, [rdx + 40]",
+    "mov [rdi + {event}], rax",
+    "mov rax, [rdx + 48]",
+    "mov [rdi + {error_code}], rax",
+    "mov rax, [rdx + 56]",
+    "mov [rdi + {rip}], rax",
+    "mov rax, [rdx + 64]",
+    "mov [rdi + {cs}], rax",
+    "mov rax, [rdx + 72]",
+    "mov [rdi + {rflags}], rax",
+    "mov rax, [rdx + 80]",
+    "mov [rdi + {rsp}], rax",
+    "mov rsp, rcx",
+    "jmp 48f",
+    // The way in was interrupted: nothing of CPL3's is in the registers that is not in the frame.
+    ".hidden dune_user_aborted",
+    ".globl dune_user_aborted",
+    "dune_user_aborted:",
+    "mov qword ptr [rdi + {event}], {event_interrupted}",
+    "mov eax, -1",
+    "mov edx, eax",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "jne 52f",
+    "jmp 58f",
+    // Without FSGSBASE.
+    "49:",
+    "mov ecx, {msr_fs_base}",
+    "rdmsr",
+    "mov [rdi + {fs_base}], eax",
+    "mov [rdi + {fs_base} + 4], edx",
+    "mov ecx, {msr_gs_base}",
+    "rdmsr",
+    "mov [rdi + {gs_base}], eax",
+    "mov [rdi + {gs_base} + 4], edx",
+    "jmp 50f",
+    "54:",
+    "mov ecx, {msr_fs_base}",
+    "pop rax",
+    "mov rdx, rax",
+    "shr rdx, 32",
+    "wrmsr",
+    "mov ecx, {msr_gs_base}",
+    "pop rax",
+    "mov rdx, rax",
+    "shr rdx, 32",
+    "wrmsr",
+    "jmp 55f",
+    // Without XSAVE.
+    "51:",
+    "mov rcx, [rdi + {fpu}]",
+    "fxsave64 [rcx]",
+    "58:",
+    "mov rcx, [rdi + {host_fpu}]",
+    "fxrstor64 [rcx]",
+    "jmp 53f",
+    // SYSCALL from CPL3 while nobody waits for it: the program went there by itself. ENOSYS.
+    "47:",
+    "pop rax",
+    "mov rsp, [rsp + 8]",
+    "mov rsp, [rsp + {slot_user_rsp}]",
+    "mov rax, -{enosys}",
+    "sysretq",
+    // SYSCALL from CPL3: the registers are CPL3's but RSP, which is the slot's. RFLAGS are what FMASK left.
+    ".balign 16",
+    ".hidden dune_user_syscall",
+    ".globl dune_user_syscall",
+    "dune_user_syscall:",
+    "push rax",
+    "mov rax, [rsp + 8]",
+    "test rax, rax",
+    "jz 47b",
+    "mov [rax + {rcx}], rcx",
+    "mov [rax + {rip}], rcx",
+    "mov [rax + {rdx}], rdx",
+    "mov [rax + {rbx}], rbx",
+    "mov [rax + {rbp}], rbp",
+    "mov [rax + {rsi}], rsi",
+    "mov [rax + {rdi}], rdi",
+    "mov [rax + {r8}], r8",
+    "mov [rax + {r9}], r9",
+    "mov [rax + {r10}], r10",
+    "mov [rax + {r11}], r11",
+    "mov [rax + {rflags}], r11",
+    "mov [rax + {r12}], r12",
+    "mov [rax + {r13}], r13",
+    "mov [rax + {r14}], r14",
+    "mov [rax + {r15}], r15",
+    "mov rdi, rax",
+    "pop qword ptr [rdi + {rax}]",
+    "mov rbx, [rsp + 8]",
+    "mov rcx, [rbx + {slot}]",
+    "mov rcx, [rcx + {slot_user_rsp}]",
+    "mov [rdi + {rsp}], rcx",
+    "mov dword ptr [rdi + {cs}], {user_cs}",
+    "mov dword ptr [rdi + {event}], {event_syscall}",
+    // RDI: frame, RBX: block, RSP: the slot's.
+    "48:",
+    "push {flags}",
+    "popfq",
+    ".hidden dune_user_out",
+    ".globl dune_user_out",
+    "dune_user_out:",
+    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
+    "je 49b",
+    "rdfsbase rax",
+    "mov [rdi + {fs_base}], rax",
+    "rdgsbase rax",
+    "mov [rdi + {gs_base}], rax",
+    "50:",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "je 51b",
+    "mov rcx, [rdi + {fpu}]",
+    "mov eax, -1",
+    "mov edx, eax",
+    "xsave64 [rcx]",
+    "52:",
+    "mov rcx, [rdi + {host_fpu}]",
+    "xrstor64 [rcx]",
+    "53:",
+    "pop rdi",
+    "pop rdi",
+    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
+    "je 54b",
+    "pop rax",
+    "wrfsbase rax",
+    "pop rax",
+    "wrgsbase rax",
+    "55:",
+    "mov rcx, [rbx + {slot}]",
+    "pop qword ptr [rcx + {slot_rsp}]",
+    ".hidden dune_user_out_end",
+    ".globl dune_user_out_end",
+    "dune_user_out_end:",
+    // A signal that waited is delivered before this call, or another one.
+    "cmp dword ptr [rbx + {signal}], 0",
+    "jne 56f",
+    "57:",
+    "pop rbx",
+    "pop rbp",
+    "ret",
+    "56:",
+    "mov dword ptr [rbx + {signal}], 0",
+    "mov eax, {call_self}",
+    "vmcall",
+    "jmp 57b",
+    ".popsection",
+    slot = const offset_of!(Block, user_slot),
+    has_fsgsbase = const offset_of!(Block, has_fsgsbase),
+    has_xsave = const offset_of!(Block, has_xsave),
+    signal = const offset_of!(Block, signal),
+    slot_rsp = const offset_of!(Slot, rsp),
+    slot_user_rsp = const offset_of!(Slot, user_rsp),
+    user_ds = const percpu::USER_DS,
+    user_cs = const percpu::USER_CS,
+    flags = const FLAGS_CPL0,
+    // x87 and SSE, for their control words, and PKRU: all else is the callee's to lose.
+    host_fpu_mask = const 1 | 2 | 1 << 9,
+    event_syscall = const EVENT_SYSCALL,
+    event_interrupted = const EVENT_INTERRUPTED,
+    call_self = const CALL_SELF,
+    enosys = const libc::ENOSYS,
+    msr_fs_base = const MSR_FS_BASE,
+    msr_gs_base = const MSR_GS_BASE,
+    fpu = const offset_of!(Frame, fpu),
+    host_fpu = const offset_of!(Frame, host_fpu),
+    event = const offset_of!(Frame, event),
+    error_code = const offset_of!(Frame, error_code),
+    cr2 = const offset_of!(Frame, cr2),
+    cs = const offset_of!(Frame, cs),
+    rip = const offset_of!(Frame, registers.rip),
+    rsp = const offset_of!(Frame, registers.rsp),
+    rflags = const offset_of!(Frame, registers.rflags),
+    fs_base = const offset_of!(Frame, registers.fs_base),
+    gs_base = const offset_of!(Frame, registers.gs_base),
+    rax = const offset_of!(Frame, registers.rax),
+    rcx = const offset_of!(Frame, registers.rcx),
+    rdx = const offset_of!(Frame, registers.rdx),
+    rbx = const offset_of!(Frame, registers.rbx),
+    rbp = const offset_of!(Frame, registers.rbp),
+    rsi = const offset_of!(Frame, registers.rsi),
+    rdi = const offset_of!(Frame, registers.rdi),
+    r8 = const offset_of!(Frame, registers.r8),
+    r9 = const offset_of!(Frame, registers.r9),
+    r10 = const offset_of!(Frame, registers.r10),
+    r11 = const offset_of!(Frame, registers.r11),
+    r12 = const offset_of!(Frame, registers.r12),
+    r13 = const offset_of!(Frame, registers.r13),
+    r14 = const offset_of!(Frame, registers.r14),
+    r15 = const offset_of!(Frame, registers.r15),
+);

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The one instruction of CPL0 that accesses memory of CPL3.
+//!
+//! # Safety
+//!
+//! Assembly. With SMAP, RFLAGS.AC is set for that instruction only; a page fault there that nobody settles goes on behind
+//! it, with the number of bytes that are left in RCX.
+
+use core::arch::global_asm;
+
+use crate::percpu::Block;
+
+extern "C" {
+    fn dune_user_copy(to: u64, from: u64, bytes: usize, has_smap: u64) -> usize;
+    fn dune_user_copy_instruction();
+    fn dune_user_copy_behind();
+}
+
+/// Copies bytes; how many it could not.
+///
+/// # Safety
+///
+/// At CPL0. The caller's side is valid memory; the other side holds no object of the program.
+pub(crate) unsafe fn copy(to: u64, from: u64, bytes: usize, block: &Block) -> usize {
+    // SAFETY: The caller's.
+    unsafe { dune_user_copy(to, from, bytes, block.has_smap.into()) }
+}
+
+/// Where a page fault at `rip` goes on, if it is the copy's.
+pub(crate) fn recovery(rip: u64) -> Option<u64> {
+    (rip == dune_user_copy_instruction as *const () as u64).then_some(dune_user_copy_behind as *const () as u64)
+}
+
+global_asm!(
+    ".pushsection .text.dune_user, \"ax\", @progbits",
+    ".balign 16",
+    ".hidden dune_user_copy",
+    ".globl dune_user_copy",
+    "dune_user_copy:",
+    "mov r8, rcx",
+    "mov rcx, rdx",
+    "test r8d, r8d",
+    "jz 60f",
+    "stac",
+    "60:",
+    ".hidden dune_user_copy_instruction",
+    ".globl dune_user_copy_instruction",
+    "dune_user_copy_instruction:",
+    "rep movsb",
+    ".hidden dune_user_copy_behind",
+    ".globl dune_user_copy_behind",
+    "dune_user_copy_behind:",
+    "test r8d, r8d",
+    "jz 61f",
+    "clac",
+    "61:",
+    "mov rax, rcx",
+    "ret",
+    ".popsection",
+);

@@ -55,6 +55,9 @@ pub const AREAS: usize = 2 << 20;
 /// Number of areas: most Dune threads that a process can have.
 pub const AREA_COUNT: usize = (POOL - AREAS) / AREA_BYTES;
 
+/// Areas that keep their memory between two threads.
+pub const WARM_AREAS: usize = 16;
+
 /// Page-table pages, up to the end of the arena.
 pub const POOL: usize = 512 << 20;
 /// Bytes by which the pool grows.

@@ -26,6 +26,7 @@ use core::sync::atomic::Ordering::Release;
 
 use dune_abi::Info;
 
+use crate::host_loop::HostContext;
 use crate::layout;
 use crate::paging;
 use crate::paging::memory::Memory;
@@ -380,6 +381,12 @@ impl Process {
         Err(Errno(libc::ENOSPC))
     }
 
+    /// Whether an area keeps its memory between two threads: so many stay, that making threads again and again costs no
+    /// page faults, and no more, that a burst of them leaves little behind.
+    pub fn stays_warm(&self, area: u64) -> bool {
+        self.index(area) < layout::WARM_AREAS
+    }
+
     fn make_ready(&self, index: usize) -> Result<u64, Errno> {
         let area = self.area(index);
         let (word, mask) = (&self.ready[index / 64], 1 << (index % 64));
@@ -392,18 +399,28 @@ impl Process {
                 }
             }
             word.fetch_or(mask, AcqRel);
+        } else if self.stays_warm(area) {
+            // Stacks and images are written before they are read. What the last thread had seen of page tables holds for
+            // the empty TLB of the next one.
+            // SAFETY: The area is the caller's, accessible, and nothing refers to it.
+            unsafe {
+                (area as *mut Block).write_bytes(0, 1);
+                ((area + layout::HOST as u64) as *mut HostContext).write_bytes(0, 1);
+            }
         }
         Ok(area)
     }
 
-    /// Gives an area back; its contents are gone.
+    /// Gives an area back; its contents are nobody's.
     ///
     /// # Safety
     ///
     /// Nothing may use it any more.
     pub unsafe fn give_area(&self, area: u64) {
-        // SAFETY: The caller's.
-        let _ = unsafe { sys::forget(area, layout::AREA_BYTES) };
+        if !self.stays_warm(area) {
+            // SAFETY: The caller's.
+            let _ = unsafe { sys::forget(area, layout::AREA_BYTES) };
+        }
         let (word, mask) = self.mark(area);
         word.fetch_and(mask, AcqRel);
     }

@@ -197,8 +197,6 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
     }
     sys::sigprocmask(libc::SIG_SETMASK, u64::MAX);
     slow::destroy(context);
-    // SAFETY: The vCPU is gone and the program never sees its run page again.
-    let _ = unsafe { sys::munmap(context.run as u64, dune_abi::RUN_PAGE_BYTES) };
     let process = context.process();
     // SAFETY: The block is alive.
     paging::forget_thread(process, unsafe { &(*context.block).here });
@@ -213,12 +211,24 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
         mask: 0,
     };
     // SAFETY: Counted in; from here on only the stack is used.
-    if !unsafe { process::part(context.process, entry::give_back) } {
-        let (mark, mask) = process.mark(context.area());
-        context.end.release = libc::SYS_madvise as u64;
-        context.end.start = context.area();
-        context.end.bytes = layout::AREA_BYTES as u64;
-        context.end.advice = libc::MADV_DONTNEED as u64;
+    let is_last = unsafe { process::part(context.process, entry::give_back) };
+    let run = context.run as u64;
+    if is_last || !process.stays_warm(context.area()) {
+        // SAFETY: The vCPU is gone and the program never sees its run page again.
+        let _ = unsafe { sys::munmap(run, dune_abi::RUN_PAGE_BYTES) };
+    }
+    if !is_last {
+        let area = context.area();
+        let (mark, mask) = process.mark(area);
+        if process.stays_warm(area) {
+            context.end.start = run;
+            context.end.bytes = dune_abi::RUN_PAGE_BYTES as u64;
+        } else {
+            context.end.release = libc::SYS_madvise as u64;
+            context.end.start = area;
+            context.end.bytes = layout::AREA_BYTES as u64;
+            context.end.advice = libc::MADV_DONTNEED as u64;
+        }
         context.end.mark = mark;
         context.end.mask = mask;
     }

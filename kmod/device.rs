@@ -7,6 +7,7 @@ use crate::space::Space;
 use crate::sys::chardev;
 use crate::sys::chardev::FileOps;
 use crate::sys::mm::Vma;
+use crate::sys::seq::Seq;
 use crate::sys::user;
 use crate::sys::user::Plain;
 use core::mem::size_of;
@@ -31,6 +32,10 @@ impl FileOps for Space {
     unsafe fn release(this: NonNull<Self>) {
         // SAFETY: By the caller.
         unsafe { Space::put(this) };
+    }
+
+    fn show(&self, to: &Seq) {
+        self.show(to);
     }
 
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {

@@ -3,6 +3,10 @@
 //! The space: what an open file of the device is. One process' address space, its EPT, its vCPUs; a process has one, which
 //! all files that it opens share.
 
+mod show;
+
+pub(crate) use self::show::List;
+
 use crate::abi;
 use crate::arch::addr::Gpa;
 use crate::arch::addr::Hva;
@@ -69,6 +73,10 @@ pub(crate) struct Space {
     pub(crate) host_lstar: u64,
     /// No other space had or will have it; not 0.
     pub(crate) number: u64,
+    /// Of the process that made it.
+    pid: u32,
+    /// What vCPUs counted that are gone, as in [`abi::Counters`].
+    past: ZeroedSlice<AtomicU64>,
     gpa_bits: u32,
     traits: Traits,
     /// What goes with the last file, before the notifier's callbacks end. Used by `get` and `put` only.
@@ -253,6 +261,8 @@ impl Space {
                 capabilities,
                 host_lstar,
                 number: SPACES_MADE.fetch_add(1, Relaxed) + 1,
+                pid: thread::current_pid(),
+                past: ZeroedSlice::new(show::COUNTERS)?,
                 gpa_bits,
                 traits,
                 held: UnsafeCell::new(Some(Held {
@@ -383,6 +393,8 @@ impl Space {
                 continue;
             }
             let Some(to) = taken.next() else { return };
+            // SAFETY: As above.
+            self.count_past(unsafe { &*vcpu });
             place.owner.store(null_mut(), Relaxed);
             place.vcpu.store(null_mut(), Relaxed);
             places.count -= 1;
@@ -424,6 +436,8 @@ impl Space {
         place.owner.store(null_mut(), Relaxed);
         let vcpu = place.vcpu.swap(null_mut(), Relaxed);
         places.count -= 1;
+        // SAFETY: The owner's, who is here.
+        self.count_past(unsafe { &*vcpu });
         drop(places);
         // SAFETY: Taken out of its place by its owner, who is here.
         drop(unsafe { KBox::from_raw(vcpu) });

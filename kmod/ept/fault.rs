@@ -34,6 +34,7 @@ use crate::sys::thread::Pending;
 use core::ops::Range;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::Ordering::Release;
 use kernel::prelude::*;
 
@@ -140,6 +141,11 @@ impl Ept {
     /// The EPT pointer for a VMCS.
     pub(crate) fn eptp(&self) -> u64 {
         self.root
+    }
+
+    /// Invalidations by Linux, and slots given back, that have ended.
+    pub(crate) fn invalidations(&self) -> u64 {
+        self.sequence.load(Relaxed)
     }
 
     pub(crate) fn slots_free(&self) -> u32 {

@@ -36,6 +36,11 @@ impl Translations {
         })
     }
 
+    /// How often every CPU was made to flush.
+    pub(crate) fn flushes(&self) -> u64 {
+        self.generation.load(Relaxed) - 1
+    }
+
     /// Makes every CPU flush before it uses a translation of this EPT again; returns when none is in the guest with an
     /// old one. With interrupts on.
     pub(crate) fn invalidate(&self) {

@@ -4,6 +4,7 @@
 
 use super::bindings;
 use super::mm::Vma;
+use super::seq::Seq;
 use core::cell::UnsafeCell;
 use core::ffi::c_void;
 use core::mem::zeroed;
@@ -32,6 +33,8 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     fn read(&self, buffer: u64, count: u64) -> Result<u64>;
     /// `mmap(2)`.
     fn mmap(&self, vma: &Vma) -> Result;
+    /// What `/proc/PID/fdinfo/FD` shows; may not sleep.
+    fn show(&self, to: &Seq);
 }
 
 /// The registered device; dropping takes the node away.
@@ -62,6 +65,7 @@ impl CharDevice {
             fops.unlocked_ioctl = Some(ioctl::<T>);
             fops.read = Some(read::<T>);
             fops.mmap = Some(mmap::<T>);
+            fops.show_fdinfo = Some(show_fdinfo::<T>);
         }
         // SAFETY: The table lives as long as the module.
         to_result(unsafe { bindings::dune_chrdev_register(FOPS.0.get()) })?;
@@ -146,4 +150,13 @@ unsafe extern "C" fn mmap<T: FileOps>(file: *mut bindings::file, vma: *mut bindi
         Ok(()) => 0,
         Err(e) => e.to_errno(),
     }
+}
+
+unsafe extern "C" fn show_fdinfo<T: FileOps>(to: *mut bindings::seq_file, file: *mut bindings::file) {
+    // SAFETY: As in `ioctl`; the file that is being read is open during the call.
+    let (data, to) = unsafe {
+        let data = &*bindings::dune_file_private(file).cast::<T>();
+        (data, Seq::from_raw(NonNull::new_unchecked(to)))
+    };
+    data.show(&to);
 }

@@ -3,7 +3,9 @@
 //! Numbers in debugfs (linux/debugfs.h). Absent debugfs is no error.
 
 use super::bindings;
+use super::seq::Seq;
 use core::ffi::c_void;
+use core::ptr::NonNull;
 use core::sync::atomic::AtomicUsize;
 
 /// A directory of read-only numbers; removed when dropped.
@@ -27,6 +29,26 @@ impl Dir {
         // SAFETY: `value` is static and as large as an unsigned long; debugfs only reads it (mode 0444).
         unsafe { bindings::dune_debugfs_create_ulong(name.as_ptr().cast(), self.0, value.as_ptr().cast()) };
     }
+
+    /// Adds the file `name`, for root, that `T` writes.
+    pub(crate) fn add_text<T: Show>(&self, name: &core::ffi::CStr) {
+        // SAFETY: The function lives as long as the module, and the file is gone before.
+        unsafe { bindings::dune_debugfs_create_text(name.as_ptr().cast(), self.0, Some(show::<T>)) };
+    }
+}
+
+/// What a file of text shows.
+pub(crate) trait Show {
+    /// Writes it; may not sleep.
+    fn show(to: &Seq);
+}
+
+unsafe extern "C" fn show<T: Show>(file: *mut bindings::seq_file) -> core::ffi::c_int {
+    if let Some(file) = NonNull::new(file) {
+        // SAFETY: Open during the call.
+        T::show(&unsafe { Seq::from_raw(file) });
+    }
+    0
 }
 
 impl Drop for Dir {

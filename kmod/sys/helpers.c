@@ -19,6 +19,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/syscore_ops.h>
 #include <linux/smp.h>
@@ -864,6 +865,58 @@ void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value
 void dune_debugfs_remove(void *dir)
 {
 	debugfs_remove(dir);
+}
+
+typedef int dune_show_fn(struct seq_file *to);
+
+static int dune_text_show(struct seq_file *to, void *unused)
+{
+	dune_show_fn *show = to->private;
+
+	return show(to);
+}
+
+static int dune_text_open(struct inode *inode, struct file *file)
+{
+	return single_open(file, dune_text_show, inode->i_private);
+}
+
+static const struct file_operations dune_text_fops = {
+	.owner = THIS_MODULE,
+	.open = dune_text_open,
+	.read = seq_read,
+	.llseek = seq_lseek,
+	.release = single_release,
+};
+
+void dune_debugfs_create_text(const char *name, void *dir, dune_show_fn *show)
+{
+	debugfs_create_file(name, 0400, dir, show, &dune_text_fops);
+}
+
+void dune_seq_text(struct seq_file *to, const char *text)
+{
+	seq_puts(to, text);
+}
+
+void dune_seq_named(struct seq_file *to, const char *name, u64 value)
+{
+	seq_printf(to, "dune-%s:\t%llu\n", name, value);
+}
+
+void dune_seq_exits(struct seq_file *to, u32 reason, u64 value)
+{
+	seq_printf(to, "dune-exits-%u:\t%llu\n", reason, value);
+}
+
+void dune_seq_number(struct seq_file *to, u64 value)
+{
+	seq_printf(to, "%llu ", value);
+}
+
+int dune_current_pid(void)
+{
+	return task_tgid_nr(current);
 }
 
 /* The guest. */

@@ -172,6 +172,17 @@ int dune_umh_run(const char *path, int (*init)(struct subprocess_info *info, str
 void *dune_debugfs_create_dir(const char *name, void *parent);
 void dune_debugfs_create_ulong(const char *name, void *dir, unsigned long *value);
 void dune_debugfs_remove(void *dir);
+struct seq_file;
+/* A file that `show` writes at each reading; it may not sleep. */
+void dune_debugfs_create_text(const char *name, void *dir, int (*show)(struct seq_file *));
+void dune_seq_text(struct seq_file *to, const char *text);
+/* "dune-NAME:\tVALUE\n", and "dune-exits-REASON:\tVALUE\n". */
+void dune_seq_named(struct seq_file *to, const char *name, u64 value);
+void dune_seq_exits(struct seq_file *to, u32 reason, u64 value);
+/* The number and a space. */
+void dune_seq_number(struct seq_file *to, u64 value);
+/* The calling process, as the first pid namespace has it. */
+int dune_current_pid(void);
 
 /* Calls `f(arg)` on `cpu` and waits for it. */
 void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg);

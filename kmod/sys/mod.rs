@@ -20,6 +20,7 @@ pub(crate) mod mm;
 pub(crate) mod module;
 pub(crate) mod power;
 pub(crate) mod regs;
+pub(crate) mod seq;
 pub(crate) mod thread;
 pub(crate) mod user;
 

@@ -9,6 +9,12 @@ use core::ptr::NonNull;
 /// Address of a task, to be compared only; null is none.
 pub(crate) type TaskId = *mut core::ffi::c_void;
 
+/// Number of the calling process, as the first pid namespace has it.
+pub(crate) fn current_pid() -> u32 {
+    // SAFETY: Reads the current task.
+    unsafe { bindings::dune_current_pid() as u32 }
+}
+
 /// The current task's.
 pub(crate) fn current_id() -> TaskId {
     // SAFETY: Reads a per-CPU variable.

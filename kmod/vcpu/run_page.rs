@@ -63,6 +63,18 @@ impl Vcpu {
         }
     }
 
+    /// The counter of the run page at that place among those of [`abi::Counters`]; user space may have written there.
+    pub(crate) fn counter(&self, index: usize) -> u64 {
+        assert!(index < size_of::<abi::Counters>() / 8);
+        // SAFETY: The page is there, and the counter inside.
+        unsafe {
+            addr_of!((*self.run_ptr()).counters)
+                .cast::<u64>()
+                .add(index)
+                .read_volatile()
+        }
+    }
+
     /// Whether user space wants RUN to return at once.
     pub(super) fn is_interrupt_requested(&self) -> bool {
         // SAFETY: The page is there.

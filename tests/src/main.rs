@@ -28,6 +28,7 @@ mod raw;
 mod robust;
 mod runner;
 mod sched;
+mod seeing;
 mod signal;
 mod spaces;
 mod support;
@@ -66,6 +67,7 @@ const TOPICS: &[&[Test]] = &[
     isolation::TESTS,
     fuzz_guest::TESTS,
     fuzz_abi::TESTS,
+    seeing::TESTS,
     module::TESTS,
     kvm::TESTS,
     power::TESTS,

@@ -24,7 +24,7 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
 	@scripts/module $(KERNEL)
 
-run: ## run the four examples: natively with VT-x, else in the emulated machine
+run: ## run the five examples: natively with VT-x, else in the emulated machine
 	@$(START); scripts/setup --quiet && cargo build -q --release -p dune-examples -p dune-vm && \
 	mkdir -p $(CARGO_TARGET_DIR)/run && \
 	$(RELEASE)/wordcount --native --generate 512 $(CARGO_TARGET_DIR)/run/text >$(CARGO_TARGET_DIR)/run/words 2>/dev/null && \

@@ -11,7 +11,15 @@ use anyhow::Context;
 use anyhow::Result;
 
 /// The programs that go into `/usr/bin` of every image, when they are built.
-pub const PROGRAMS: &[&str] = &["hello", "getpid", "pagefault", "wordcount", "dune-tests", "dune-bench"];
+pub const PROGRAMS: &[&str] = &[
+    "hello",
+    "getpid",
+    "pagefault",
+    "plugin",
+    "wordcount",
+    "dune-tests",
+    "dune-bench",
+];
 
 /// The program that the module starts where KVM is; goes into `/usr/libexec`.
 pub const KVM_HELPER: &str = "dune-kvm";

@@ -15,9 +15,8 @@ mod syscall;
 use core::arch::asm;
 use core::sync::atomic::Ordering::Relaxed;
 
-use dune_abi::RunPage;
-
 use crate::abi::IOPL_CPL0;
+use crate::host_loop::State;
 use crate::percpu;
 use crate::percpu::Block;
 
@@ -119,7 +118,7 @@ pub(crate) enum Place {
 }
 
 /// See [`Place`]. `block` is the vCPU's.
-pub(crate) fn place(state: &RunPage, block: &Block) -> Place {
+pub(crate) fn place(state: &State, block: &Block) -> Place {
     let is_cpl3 = state.sregs.cs.selector & 3 != 0;
     let is_active = waiting_frame(block).is_some();
     if !is_active {
@@ -147,7 +146,7 @@ fn waiting_frame(block: &Block) -> Option<(u64, *mut Frame)> {
 }
 
 /// Changes the state of a vCPU at [`Place::User`] so that it comes out with [`EVENT_INTERRUPTED`].
-pub(crate) fn interrupt(state: &mut RunPage, block: &Block) {
+pub(crate) fn interrupt(state: &mut State, block: &Block) {
     let Some((rsp, frame)) = waiting_frame(block) else {
         return;
     };

@@ -22,7 +22,6 @@ use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::Gprs;
-use dune_abi::RunPage;
 use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 use dune_abi::DUNE_NEW_SPACE;
@@ -30,6 +29,7 @@ use dune_abi::DUNE_NEW_SPACE;
 use super::context::HostContext;
 use super::context::Registers;
 use super::context::Role;
+use super::context::State;
 use super::context::REGISTERS_BYTES;
 use super::signal;
 use super::slow::set_result;
@@ -176,7 +176,7 @@ fn prepare(context: &mut HostContext, number: i64, gprs: &Gprs, mask: u64) -> Re
 }
 
 /// What the program's arguments say about the child's registers.
-fn adapt(state: &mut RunPage, request: &Request) {
+fn adapt(state: &mut State, request: &Request) {
     if request.stack != 0 {
         state.gprs.rsp = request.stack;
     }
@@ -186,7 +186,7 @@ fn adapt(state: &mut RunPage, request: &Request) {
 }
 
 /// A child with an area of its own.
-fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area: u64) {
+fn share(context: &mut HostContext, request: &Request, mut state: State, area: u64) {
     adapt(&mut state, request);
     // SAFETY: A fresh area; what is built in it nobody uses before the call.
     let child = unsafe {
@@ -244,7 +244,7 @@ fn share(context: &mut HostContext, request: &Request, mut state: RunPage, area:
 }
 
 /// A child with a copy of everything.
-fn copy(context: &mut HostContext, request: &Request, mut state: RunPage) {
+fn copy(context: &mut HostContext, request: &Request, mut state: State) {
     adapt(&mut state, request);
     // SAFETY: Our own page, which nobody else uses.
     unsafe { context.snapshot().write(state) };
@@ -259,7 +259,7 @@ fn copy(context: &mut HostContext, request: &Request, mut state: RunPage) {
 }
 
 /// A child outside Dune mode.
-fn outside(context: &mut HostContext, request: &Request, state: &RunPage) -> Result<Action, i32> {
+fn outside(context: &mut HostContext, request: &Request, state: &State) -> Result<Action, i32> {
     let mut registers = Registers::new(&state.gprs, state.rip, state.gprs.rsp, state.rflags);
     if request.stack != 0 {
         registers.rsp = request.stack;

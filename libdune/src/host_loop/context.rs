@@ -4,7 +4,9 @@
 
 use core::sync::atomic::AtomicU64;
 
+use dune_abi::Gprs;
 use dune_abi::RunPage;
+use dune_abi::Sregs;
 use dune_abi::DUNE_RUN;
 
 use super::upcall::Pending;
@@ -144,6 +146,37 @@ pub(crate) struct End {
     pub mask: u64,
 }
 
+/// A vCPU's state: what a run page says of it, without the page.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct State {
+    pub gprs: Gprs,
+    pub rip: u64,
+    pub rflags: u64,
+    pub cr2: u64,
+    pub sregs: Sregs,
+}
+
+impl State {
+    /// What the page says now.
+    ///
+    /// # Safety
+    ///
+    /// The page must be alive, and RUN not under way.
+    pub unsafe fn read(run: *const RunPage) -> Self {
+        // SAFETY: The caller's.
+        unsafe {
+            Self {
+                gprs: (&raw const (*run).gprs).read_volatile(),
+                rip: (&raw const (*run).rip).read_volatile(),
+                rflags: (&raw const (*run).rflags).read_volatile(),
+                cr2: (&raw const (*run).cr2).read_volatile(),
+                sregs: (&raw const (*run).sregs).read_volatile(),
+            }
+        }
+    }
+}
+
 /// State of the host loop of one Dune thread. Lives in its area, at `layout::HOST`.
 #[repr(C)]
 pub(crate) struct HostContext {
@@ -251,8 +284,8 @@ impl HostContext {
     }
 
     /// Registers of a child that is being made.
-    pub fn snapshot(&self) -> *mut RunPage {
-        (self.area() + layout::SNAPSHOT as u64) as *mut RunPage
+    pub fn snapshot(&self) -> *mut State {
+        (self.area() + layout::SNAPSHOT as u64) as *mut State
     }
 
     /// Address in libdune's static data, which lies beside its other data.

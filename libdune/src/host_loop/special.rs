@@ -27,6 +27,7 @@ use super::context::End;
 use super::context::HostContext;
 use super::context::Registers;
 use super::context::Role;
+use super::context::State;
 use super::report;
 use super::signal;
 use super::slow;
@@ -246,11 +247,11 @@ fn carry_bases(bases: Option<(u64, u64)>) {
 }
 
 /// The whole state of the guest.
-pub(super) fn sync(context: &HostContext) -> Result<RunPage, i32> {
+pub(super) fn sync(context: &HostContext) -> Result<State, i32> {
     // SAFETY: The vCPU is this thread's; the run page is alive.
     unsafe {
         sys::request(context.fd as i32, DUNE_SYNC, context.vcpu).map_err(|errno| errno.0)?;
-        Ok(context.run.read_volatile())
+        Ok(State::read(context.run))
     }
 }
 

@@ -29,13 +29,13 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::Gprs;
-use dune_abi::RunPage;
 use dune_abi::Sregs;
 use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 
 use super::compat;
 use super::context::HostContext;
+use super::context::State;
 use super::report;
 use super::signal;
 use super::slow::set_result;
@@ -164,7 +164,7 @@ struct Point {
 }
 
 impl Point {
-    fn of_vcpu(state: &RunPage) -> Self {
+    fn of_vcpu(state: &State) -> Self {
         Self {
             gprs: state.gprs,
             rip: state.rip,
@@ -198,7 +198,7 @@ pub(super) fn take(context: &mut HostContext) -> Action {
 }
 
 /// Delivers what is pending to a vCPU in this state, or asks the trap entry for it, or who waits for CPL3.
-fn take_at(context: &mut HostContext, state: &RunPage) -> Action {
+fn take_at(context: &mut HostContext, state: &State) -> Action {
     // SAFETY: The block lives as long as the context; nothing else writes the word while the vCPU does not run.
     let block = unsafe { &*context.block };
     let asked = &block.signal;
@@ -216,7 +216,7 @@ fn take_at(context: &mut HostContext, state: &RunPage) -> Action {
 }
 
 /// Has a vCPU that is at CPL3 go on in who waits for it.
-fn come_out(context: &HostContext, state: &RunPage, place: Place) {
+fn come_out(context: &HostContext, state: &State, place: Place) {
     if place == Place::User {
         let mut state = *state;
         // SAFETY: The block lives as long as the context.
@@ -253,7 +253,7 @@ pub(super) fn take_at_frame(context: &mut HostContext, frame: &TrapFrame) -> Act
 }
 
 /// The instruction that made the call which the vCPU is behind; none where the code is not where Linux has it.
-pub(super) fn call_start(state: &RunPage) -> Option<u64> {
+pub(super) fn call_start(state: &State) -> Option<u64> {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
     let start = |bytes: u64| state.rip.wrapping_sub(bytes);

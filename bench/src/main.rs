@@ -12,6 +12,7 @@ mod memory;
 mod pages;
 mod process;
 mod rivals;
+mod tables;
 mod trap;
 
 use std::path::Path;
@@ -74,6 +75,7 @@ fn run(cli: &Cli) -> Result<(), String> {
         calls::measure(&linux);
         memory::measure(&linux);
         trap::measure(&linux);
+        tables::measure(&linux);
         process::measure(&linux);
         rivals::measure(&linux);
     }
@@ -122,6 +124,7 @@ fn inside(name: &'static str, cli: &Cli) -> Result<(), String> {
     calls::measure(&system);
     memory::measure(&system);
     trap::measure(&system);
+    tables::measure(&system);
     process::measure(&system);
     dune.leave();
     Ok(())

@@ -77,6 +77,8 @@ pub(crate) struct Process {
     pub essential: [u64; ESSENTIAL],
     /// CR4 with which its threads start.
     pub cr4: u64,
+    /// Behind the last area that ever was in use.
+    areas_end: AtomicU32,
     /// Areas in use, by bits.
     used: [AtomicU64; WORDS],
     /// Areas whose memory is accessible and whose guards are in place.
@@ -285,6 +287,7 @@ impl Process {
                 has_pcid: info.cr4_guest_owned & CR4_PCIDE != 0,
                 has_keys: info.cr4_guest_owned & CR4_PKE != 0,
                 essential: [start; ESSENTIAL],
+                areas_end: AtomicU32::new(0),
                 used: [const { AtomicU64::new(0) }; WORDS],
                 ready: [const { AtomicU64::new(0) }; WORDS],
                 actions: Actions::default(),
@@ -317,7 +320,8 @@ impl Process {
 
     /// Whether a Dune thread other than that of `own` may use a page table; without a number: any.
     pub fn others_use(&self, number: Option<u16>, own: Option<u64>) -> bool {
-        for (word, (used, ready)) in self.used.iter().zip(&self.ready).enumerate() {
+        let words = (self.areas_end.load(Acquire) as usize).div_ceil(64);
+        for (word, (used, ready)) in self.used.iter().zip(&self.ready).enumerate().take(words) {
             let mut areas = used.load(Acquire) & ready.load(Acquire);
             while areas != 0 {
                 let area = self.area(word * 64 + areas.trailing_zeros() as usize);
@@ -389,6 +393,7 @@ impl Process {
 
     fn make_ready(&self, index: usize) -> Result<u64, Errno> {
         let area = self.area(index);
+        self.areas_end.fetch_max(index as u32 + 1, AcqRel);
         let (word, mask) = (&self.ready[index / 64], 1 << (index % 64));
         if word.load(Acquire) & mask == 0 {
             // SAFETY: The area is the caller's, and never was anybody's.

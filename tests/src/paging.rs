@@ -16,7 +16,9 @@ use libdune::Permissions;
 use libdune::Thread;
 
 use crate::framework::Need;
+use crate::framework::Suite;
 use crate::framework::Test;
+use crate::helpers::cpu_has;
 use crate::helpers::pin_to_cpu;
 use crate::support::assert_no_exits;
 use crate::support::enter;
@@ -38,6 +40,7 @@ pub const TESTS: &[Test] = &[
         .needs(&[Need::Cpus(2)])
         .timeout_s(60),
     Test::asserting("changed_table_is_flushed_on_return", changed_table_is_flushed_on_return),
+    Test::asserting("switch_keeps_translations", switch_keeps_translations).suite(Suite::Native),
     Test::asserting("threads_share_a_page_table", threads_share_a_page_table),
     Test::asserting("page_table_outlives_its_handle", page_table_outlives_its_handle),
     Test::asserting("copy_on_write_keeps_writes_apart", copy_on_write_keeps_writes_apart),
@@ -116,6 +119,7 @@ fn page_tables_map_the_same_address_apart() {
     unsafe { dune.load(&first) };
     assert!(load(ELSEWHERE).is_err());
     // Each table has a PCID of its own where there are any.
+    assert_eq!(cr4 & CR4_PCIDE != 0, cpu_has("pcid"));
     let expected = if cr4 & CR4_PCIDE != 0 { TABLES } else { 1 };
     assert_eq!(seen.len(), expected, "{seen:?}");
     drop(tables);
@@ -301,6 +305,35 @@ fn changed_table_is_flushed_on_return() {
     }
     drop(second);
     dune.leave();
+}
+
+/// With PCIDs; the emulated CPU has them and forgets all the same.
+fn switch_keeps_translations() {
+    let map = Map::new(PAGE);
+    map.write(0, 1);
+    let dune = enter();
+    install_probe(&dune);
+    let first = dune.address_space();
+    let second = first.duplicate().unwrap();
+    let page = gva(map.page(0));
+    let kept = (0..40)
+        .filter(|_| {
+            first.protect(page, BYTES, Permissions::ALL).unwrap().flush();
+            assert_eq!(load(map.page(0)), Ok(1));
+            // What is left out here shows what the TLB kept.
+            first.protect(page, BYTES, Permissions::NONE).unwrap().ignore();
+            // SAFETY: a duplicate, and the table that the thread started with.
+            unsafe {
+                dune.load(&second);
+                dune.load(&first);
+            }
+            load(map.page(0)).is_ok()
+        })
+        .count();
+    first.protect(page, BYTES, Permissions::ALL).unwrap().flush();
+    drop(second);
+    dune.leave();
+    assert_ne!(kept, 0, "a switch forgot what the TLB had");
 }
 
 fn threads_share_a_page_table() {

@@ -200,6 +200,13 @@ const MUTANTS: &[Mutant] = &[
         &["not ok ept_follows_munmap"],
     ),
     (
+        "mutant-without-shootdown",
+        HASWELL,
+        "DUNE_MUTATE=invept",
+        "dune-tests run --only other_threads_are_shot_down",
+        &["not ok other_threads_are_shot_down"],
+    ),
+    (
         "mutant-flush-behind-the-lock",
         HASWELL,
         "DUNE_MUTATE=flush",

@@ -9,11 +9,16 @@
 //! Everything here takes `&self` and may be used in a trap handler that interrupted it: entries change atomically,
 //! one at a time.
 
+mod copy;
 mod entry;
+mod owned;
 mod pool;
 mod protocol;
+mod share;
 mod space;
+mod tlb;
 mod tree;
+mod used;
 
 pub(crate) mod memory;
 pub(crate) mod tables;
@@ -27,23 +32,24 @@ mod sync {
 }
 
 pub use entry::Permissions;
+pub use owned::PageTable;
 pub use pool::FramePool;
 pub use space::AddressSpace;
-pub use space::Flush;
-pub use space::PageTable;
 pub use space::UsedPage;
+pub use tlb::Flush;
 pub use tree::Mapping;
-pub use tree::Used;
+pub use used::Used;
 
+pub(crate) use copy::has_copies;
+pub(crate) use copy::settle_write;
+pub(crate) use owned::forget_thread;
+pub(crate) use owned::start_thread;
 pub(crate) use protocol::Here;
-pub(crate) use space::flush_all;
-pub(crate) use space::flush_page;
-pub(crate) use space::forget_thread;
-pub(crate) use space::is_cpl0;
-pub(crate) use space::loaded_root;
-pub(crate) use space::settle_write;
-pub(crate) use space::start_thread;
-pub(crate) use space::switch;
+pub(crate) use tlb::flush_all;
+pub(crate) use tlb::flush_page;
+pub(crate) use tlb::is_cpl0;
+pub(crate) use tlb::loaded_root;
+pub(crate) use tlb::switch;
 
 use crate::addr::Gpa;
 use crate::addr::Gva;
@@ -63,11 +69,12 @@ pub(crate) fn free(memory: &memory::Memory, root: Gpa) {
 pub(crate) fn fill(memory: &memory::Memory, root: Gpa, gva: Gva) -> Result<bool, PagingError> {
     let tree = tree::Tree { frames: memory, root };
     // This is on the way of every page fault.
-    {
+    let is_decided = {
         let _using = memory.begin();
-        if tree.is_decided(gva) {
-            return Ok(false);
-        }
+        tree.is_decided(gva)
+    };
+    if is_decided {
+        return Ok(false);
     }
     memory::recycle::with_slots(memory, || tree.fill(gva))
 }

@@ -10,6 +10,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use super::entry::leaf_bytes;
 use super::entry::Entry;
 use super::entry::Kind;
+use super::used::Used;
 use super::PagingError;
 use super::Permissions;
 use crate::addr::Gpa;
@@ -49,37 +50,6 @@ pub(crate) unsafe trait Frames {
 /// Frames that go back to their pool when the TLBs are flushed: the head of a list that the pool links.
 #[derive(Debug, Default)]
 pub(crate) struct Retired(pub Cell<u64>);
-
-/// Which of the bits that the CPU sets are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Used {
-    /// The page was used.
-    Accessed,
-    /// The page was written to.
-    Dirty,
-    /// Both bits.
-    Both,
-}
-
-impl Used {
-    const fn mask(self) -> u64 {
-        Entry::used_mask(!matches!(self, Self::Dirty), !matches!(self, Self::Accessed))
-    }
-}
-
-/// Pages of one table whose bits were read.
-pub(crate) struct Batch {
-    /// Address of the first page.
-    pub start: Gva,
-    /// Bytes of each page.
-    pub page_bytes: u64,
-    /// A bit per page that had one of the bits that were asked for.
-    pub used: [u64; 8],
-    /// Of those, the ones that were dirty.
-    pub dirty: [u64; 8],
-    /// Bytes from the start of the range to where to go on.
-    pub done: u64,
-}
 
 /// What an address is mapped to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,12 +114,12 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     /// The entry that decides about `gva`, and its level: the first one on the way that refers to no table.
-    fn find(&self, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
+    pub(super) fn find(&self, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
         self.find_down_to(1, gva)
     }
 
     /// As `find`, but not below `lowest`.
-    fn find_down_to(&self, lowest: u32, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
+    pub(super) fn find_down_to(&self, lowest: u32, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
         let mut level = 4;
         let mut table = self.table(self.root)?;
         loop {
@@ -184,7 +154,7 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     /// Replaces the gap or leaf in `slot` by a table that means the same.
-    fn split(&self, level: u32, slot: &AtomicU64) -> Result<(), PagingError> {
+    pub(super) fn split(&self, level: u32, slot: &AtomicU64) -> Result<(), PagingError> {
         let old = Entry(slot.load(Relaxed));
         let gpa = self.frames.allocate()?;
         let table = self.table(gpa)?;
@@ -302,18 +272,31 @@ impl<'f, F: Frames> Tree<'f, F> {
                 return Err(PagingError::NotMapped(at));
             }
             let size = leaf_bytes(level);
-            if at.is_aligned(size) && bytes - done >= size {
+            if !at.is_aligned(size) || bytes - done < size {
+                self.split(level, slot)?;
+                continue;
+            }
+            for slot in self.rest_of_table(slot, at.index(level)) {
+                let entry = Entry(slot.load(Relaxed));
+                if entry.kind(level) != Kind::Leaf || bytes - done < size {
+                    break;
+                }
                 // Where the CPU set a bit, or another thread was first, it is looked at again.
                 let changed = change(entry, level).0;
-                if slot.compare_exchange(entry.0, changed, AcqRel, Relaxed).is_ok() {
-                    self.retire(entry, Entry(changed), retired);
-                    done += size;
+                if slot.compare_exchange(entry.0, changed, AcqRel, Relaxed).is_err() {
+                    break;
                 }
-            } else {
-                self.split(level, slot)?;
+                self.retire(entry, Entry(changed), retired);
+                done += size;
             }
         }
         Ok(())
+    }
+
+    /// The entries of a table from `slot`, which is number `index`, to its end.
+    pub(super) fn rest_of_table(&self, slot: &'f AtomicU64, index: usize) -> &'f [AtomicU64] {
+        // SAFETY: The callers have them from `find`: entry `index` of a table of 512.
+        unsafe { core::slice::from_raw_parts(slot, 512 - index) }
     }
 
     /// Gives the pages of the range other permissions.
@@ -342,46 +325,6 @@ impl<'f, F: Frames> Tree<'f, F> {
         self.change(start, bytes, &Retired::default(), |entry, _| entry.with_sharing())
     }
 
-    /// Settles a write to a shared page: what it maps is copied by `copy`, which gives the copy's frame.
-    ///
-    /// `is_last` says whether an owned frame has no other user. Returns whether the write can be done now, and the frame
-    /// that is not mapped any more.
-    pub fn unshare(
-        &self,
-        gva: Gva,
-        is_last: impl Fn(Gpa) -> bool,
-        copy: impl Fn() -> Result<Gpa, PagingError>,
-    ) -> Result<Unshared, PagingError> {
-        loop {
-            let (level, slot) = self.find(gva)?;
-            let entry = Entry(slot.load(Relaxed));
-            if entry.kind(level) != Kind::Leaf || !entry.is_copied_on_write() {
-                return Ok(Unshared::NotShared);
-            }
-            if level > 1 {
-                self.split(level, slot)?;
-                continue;
-            }
-            let old = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
-            if entry.is_owner() && is_last(old) {
-                let alone = entry.without_sharing();
-                if slot.compare_exchange(entry.0, alone.0, AcqRel, Relaxed).is_ok() {
-                    return Ok(Unshared::Alone);
-                }
-                continue;
-            }
-            let frame = copy()?;
-            let own = entry.with_own_frame(frame);
-            if slot.compare_exchange(entry.0, own.0, AcqRel, Relaxed).is_ok() {
-                return Ok(Unshared::Copied {
-                    released: entry.is_owner().then_some(old),
-                });
-            }
-            // Nobody has seen the copy.
-            self.frames.release(frame);
-        }
-    }
-
     fn retire(&self, old: Entry, new: Entry, retired: &Retired) {
         if old.is_owner() && !(new.is_owner() && new.address() == old.address()) {
             if let Some(frame) = Gpa::new(old.address()) {
@@ -402,62 +345,6 @@ impl<'f, F: Frames> Tree<'f, F> {
             })?;
         }
         Ok(())
-    }
-
-    /// Reads bits that the CPU set in the pages behind `start` + `done`, and clears them if `clear`: of those in one table
-    /// at most. Nothing is split: a large page is one page.
-    pub fn take_used(
-        &self,
-        start: Gva,
-        bytes: u64,
-        done: u64,
-        used: Used,
-        clear: bool,
-    ) -> Result<Option<Batch>, PagingError> {
-        let mut done = done;
-        while done < bytes {
-            let at = start
-                .checked_add(done)
-                .ok_or(PagingError::OutOfRange { start, bytes })?;
-            let (level, slot) = self.find(at)?;
-            let size = leaf_bytes(level);
-            if level > 3 || Entry(slot.load(Relaxed)).kind(level) != Kind::Leaf {
-                done += size - at.as_u64() % size;
-                continue;
-            }
-            let first = at.index(level);
-            let end = (first as u64 + (bytes - done + at.as_u64() % size).div_ceil(size)).min(512) as usize;
-            let mut batch = Batch {
-                start: at.align_down(size),
-                page_bytes: size,
-                used: [0; 8],
-                dirty: [0; 8],
-                done: done + (end - first) as u64 * size - at.as_u64() % size,
-            };
-            // SAFETY: `find` gives entry `at.index(level)` of its table of 512.
-            let slots = unsafe { core::slice::from_raw_parts(slot, end - first) };
-            let mask = used.mask();
-            for (index, slot) in slots.iter().enumerate() {
-                let mut entry = Entry(slot.load(Relaxed));
-                if entry.0 & mask == 0 || entry.kind(level) != Kind::Leaf {
-                    continue;
-                }
-                if clear {
-                    entry = Entry(slot.fetch_and(!mask, AcqRel));
-                    if entry.kind(level) != Kind::Leaf {
-                        // Replaced in between by a table, whose entries look used: it says so too.
-                        slot.fetch_or(entry.0 & mask, AcqRel);
-                        continue;
-                    }
-                }
-                batch.used[index / 64] |= 1 << (index % 64);
-                if entry.is_dirty() {
-                    batch.dirty[index / 64] |= 1 << (index % 64);
-                }
-            }
-            return Ok(Some(batch));
-        }
-        Ok(None)
     }
 
     /// Takes the range out of the table. What lies there in the process stays as it is.
@@ -486,21 +373,28 @@ impl<'f, F: Frames> Tree<'f, F> {
             let at = start.checked_add(done).ok_or(out_of_range)?;
             let page = self.frames.gpa(to.checked_add(done).ok_or(out_of_range)?)?;
             let (level, slot) = self.find(at)?;
-            let old = Entry(slot.load(Relaxed));
             let size = leaf_bytes(level);
-            let fits = level <= self.largest()
-                && at.is_aligned(size)
-                && page.is_aligned(size)
-                && bytes - done >= size
-                && !(level > 1 && old.kind(level) == Kind::Table);
-            if fits {
-                let new = Entry::leaf(page, level, permissions);
-                if slot.compare_exchange(old.0, new.0, AcqRel, Relaxed).is_ok() {
-                    self.retire(old, new, retired);
-                    done += size;
+            let fits = level <= self.largest() && at.is_aligned(size) && page.is_aligned(size) && bytes - done >= size;
+            if !fits {
+                if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty || !self.fill(at)? {
+                    self.split(level, slot)?;
                 }
-            } else if old.kind(level) != Kind::Empty || !self.fill(at)? {
-                self.split(level, slot)?;
+                continue;
+            }
+            // Memory in one GiB of the process is in one piece in GPA space, too.
+            let end = bytes.min(done + leaf_bytes(3) - page.as_u64() % leaf_bytes(3));
+            let mut entry = Entry::leaf(page, level, permissions);
+            for slot in self.rest_of_table(slot, at.index(level)) {
+                let old = Entry(slot.load(Relaxed));
+                if end - done < size || (level > 1 && old.kind(level) == Kind::Table) {
+                    break;
+                }
+                if slot.compare_exchange(old.0, entry.0, AcqRel, Relaxed).is_err() {
+                    break;
+                }
+                self.retire(old, entry, retired);
+                entry.0 += size;
+                done += size;
             }
         }
         Ok(())
@@ -600,23 +494,6 @@ impl<'f, F: Frames> Tree<'f, F> {
         Ok(copy)
     }
 
-    /// What an entry that is no table holds now, its frame counted once more.
-    fn keep(&self, slot: &AtomicU64, mut entry: Entry) -> Entry {
-        while entry.is_owner() {
-            let Some(frame) = Gpa::new(entry.address()) else { break };
-            let kept = self.frames.keep(frame);
-            let now = Entry(slot.load(Relaxed));
-            if kept && now.is_owner() && now.address() == entry.address() {
-                return now;
-            }
-            if kept {
-                self.frames.release(frame);
-            }
-            entry = now;
-        }
-        entry
-    }
-
     /// Gives all tables back. The tree must not be used afterwards, by the CPU or by us.
     pub fn free(&self) {
         self.free_table(self.root, 4);
@@ -637,18 +514,6 @@ impl<'f, F: Frames> Tree<'f, F> {
         }
         self.frames.free(gpa);
     }
-}
-
-/// What came of a write to a page that may be shared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unshared {
-    /// The page is not one of which a write gets a copy.
-    NotShared,
-    /// The frame was nobody else's any more: it may be written to.
-    Alone,
-    /// A copy is mapped now; the frame of a pool that was mapped before, if it was one, is to be released when no CPU has
-    /// it any more.
-    Copied { released: Option<Gpa> },
 }
 
 /// A table that a leaf took the place of.

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::tests::Fake;
 use super::*;
+use crate::paging::share::Unshared;
 
 const GIB: u64 = 1 << 30;
 const LARGE: u64 = 2 << 20;

@@ -350,3 +350,30 @@ fn accessed_and_dirty_are_cleared_page_by_page() {
         assert!(tree.look_up(gva(GIB * 2 + 0x2000)).unwrap().dirty);
     });
 }
+
+/// Large pages before, behind and around a split one: each is named once.
+#[test]
+fn a_scan_goes_into_tables_between_large_pages() {
+    use crate::paging::used::Used;
+    let fake = Fake::new(true);
+    let tree = Tree::new(&fake).unwrap();
+    let start = GIB * 3;
+    tree.protect(gva(start + (3 << 20)), 0x1000, Permissions::READ).unwrap();
+    for used in [Used::Accessed, Used::Dirty, Used::Both] {
+        for clear in [false, true] {
+            tree.protect(gva(start), 8 << 20, Permissions::ALL).unwrap();
+            tree.change(gva(start), 8 << 20, &Retired::default(), |entry, level| {
+                Entry::leaf(Gpa::new(entry.address()).unwrap(), level, Permissions::ALL)
+            })
+            .unwrap();
+            let (mut done, mut bytes, mut pages) = (0, 0, 0);
+            while let Some(batch) = tree.take_used(gva(start), 8 << 20, done, used, clear).unwrap() {
+                let count: u32 = batch.used.iter().map(|word| word.count_ones()).sum();
+                pages += count;
+                bytes += u64::from(count) * batch.page_bytes;
+                done = batch.done;
+            }
+            assert_eq!((bytes, pages), (8 << 20, 3 + 512));
+        }
+    }
+}

@@ -27,6 +27,7 @@ use crate::paging::fill;
 use crate::paging::flush_all;
 use crate::paging::flush_page;
 use crate::paging::free;
+use crate::paging::has_copies;
 use crate::paging::is_cpl0;
 use crate::paging::loaded_root;
 use crate::paging::new_root;
@@ -137,17 +138,14 @@ impl<'a> Thread<'a> {
     /// Makes the calling thread use a page table. Threads that it makes from then on start with it. Where the CPU has
     /// PCIDs the TLB keeps what it has of both tables. Does nothing outside Dune mode.
     ///
-    /// # Panics
-    ///
-    /// If the table is another process' (a child's of fork).
-    ///
     /// # Safety
     ///
-    /// The table must map the code that runs, its stack, libdune and what libdune keeps for the thread, as the default
-    /// table and its duplicates do unless that was taken out.
+    /// The table must be one of this process, not of the one that it was forked from outside Dune mode. It must map the
+    /// code that runs, its stack, libdune and what libdune keeps for the thread, as the default table and its duplicates
+    /// do unless that was taken out.
     pub unsafe fn load(&self, table: &AddressSpace<'_>) {
         let block = self.block();
-        assert!(table.is_of(block.process), "a page table of another process");
+        debug_assert!(table.is_of(block.process), "a page table of another process");
         if let (true, Some(number)) = (is_cpl0(), table.number()) {
             // SAFETY: At CPL0; the borrow keeps the table; the rest is the caller's.
             unsafe { switch(block.process(), self.block as u64, &block.here, number) };
@@ -332,7 +330,7 @@ fn copied_on_write(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError
     const PRESENT_WRITE: u64 = 3;
     const USER: u64 = 4;
     match Gva::new(frame.cr2) {
-        Some(gva) if frame.error_code & !USER == PRESENT_WRITE => {
+        Some(gva) if frame.error_code & !USER == PRESENT_WRITE && has_copies(block.process(), &block.here) => {
             settle_write(block.process(), &block.here, gva, frame.error_code & USER != 0)
         }
         _ => Ok(false),

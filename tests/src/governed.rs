@@ -31,6 +31,7 @@ pub const TESTS: &[Test] = &[
         "io_uring_completes_under_a_spinning_guest",
         io_uring_completes_under_a_spinning_guest,
     ),
+    Test::asserting("io_uring_is_polled_for_a_guest", io_uring_is_polled_for_a_guest),
     Test::asserting("no_new_privs_holds", no_new_privs_holds),
     Test::asserting("audit_records_each_call", audit_records_each_call)
         .run_as(User::Root)
@@ -79,7 +80,14 @@ impl Ring {
     const WRITE: u64 = 23;
 
     fn new() -> Self {
+        Self::with(0)
+    }
+
+    /// With these flags; a thread of Linux' that polls does so for a second.
+    fn with(flags: u32) -> Self {
         let mut parameters = [0u32; 30];
+        parameters[2] = flags;
+        parameters[4] = 1000;
         // SAFETY: the structure of the call; maps of what it made.
         unsafe {
             let fd = libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) as i32;
@@ -112,12 +120,11 @@ impl Ring {
         unsafe { AtomicU32::from_ptr(ring.add(self.parameters[parameter] as usize).cast()) }
     }
 
-    /// Hands one request in; `wait` for so many answers.
-    fn submit(&self, opcode: u64, fd: i32, buffer: *mut u8, bytes: u32, wait: u32) {
+    /// Puts one request in, without a system call.
+    fn queue(&self, opcode: u64, fd: i32, buffer: *mut u8, bytes: u32) {
         const SQ_TAIL: usize = 11;
         const SQ_MASK: usize = 12;
         const SQ_ARRAY: usize = 16;
-        const GETEVENTS: u32 = 1;
         let tail = self.word(self.submissions, SQ_TAIL).load(Relaxed);
         let index = tail & self.word(self.submissions, SQ_MASK).load(Relaxed);
         let entry = [
@@ -135,11 +142,26 @@ impl Ring {
             self.entries.add(index as usize).write_volatile(entry);
             let array = self.submissions.add(self.parameters[SQ_ARRAY] as usize).cast::<u32>();
             array.add(index as usize).write_volatile(index);
-            self.word(self.submissions, SQ_TAIL).store(tail + 1, Release);
-            let flags = if wait == 0 { 0 } else { GETEVENTS };
-            let done = libc::syscall(libc::SYS_io_uring_enter, self.fd, 1, wait, flags, 0, 0);
-            assert_eq!(done, 1, "{}", io::Error::last_os_error());
         }
+        self.word(self.submissions, SQ_TAIL).store(tail + 1, Release);
+    }
+
+    /// Hands one request in; `wait` for so many answers.
+    fn submit(&self, opcode: u64, fd: i32, buffer: *mut u8, bytes: u32, wait: u32) {
+        const GETEVENTS: u32 = 1;
+        self.queue(opcode, fd, buffer, bytes);
+        let flags = if wait == 0 { 0 } else { GETEVENTS };
+        // SAFETY: no memory is named but the ring's.
+        let done = unsafe { libc::syscall(libc::SYS_io_uring_enter, self.fd, 1, wait, flags, 0, 0) };
+        assert_eq!(done, 1, "{}", io::Error::last_os_error());
+    }
+
+    /// Gets the thread that polls out of its sleep, in which it begins.
+    fn wake(&self) {
+        const SQ_WAKEUP: u32 = 1 << 1;
+        // SAFETY: no memory is named but the ring's.
+        let done = unsafe { libc::syscall(libc::SYS_io_uring_enter, self.fd, 0, 0, SQ_WAKEUP, 0, 0) };
+        assert!(done >= 0, "{}", io::Error::last_os_error());
     }
 
     /// The result of a request that is done, without a system call.
@@ -243,6 +265,45 @@ fn io_uring_completes_under_a_spinning_guest() {
         unsafe { libc::write(pipe[1], (&raw const round).cast(), 8) };
     }
     child.wait().assert_success();
+}
+
+/// Linux' own thread takes the requests and reads and writes the process' memory: the guest makes no system call at all.
+fn io_uring_is_polled_for_a_guest() {
+    const SQPOLL: u32 = 1 << 1;
+    let dune = enter();
+    let ring = Ring::with(SQPOLL);
+    let pipe = pipe();
+    let answer = || {
+        let start = Instant::now();
+        loop {
+            if let Some(answer) = ring.take() {
+                return answer;
+            }
+            assert!(start.elapsed() < Duration::from_secs(5), "no answer");
+        }
+    };
+    let mut pages = vec![0u8; 1 << 20];
+    let mut first = [0u8; 8];
+    ring.queue(Ring::WRITE, pipe[1], first.as_mut_ptr(), 8);
+    ring.wake();
+    assert_eq!(answer(), 8);
+    ring.queue(Ring::READ, pipe[0], first.as_mut_ptr(), 8);
+    assert_eq!(answer(), 8);
+    let calls = || dune.counters().exits[crate::support::EXIT_VMCALL];
+    let before = calls();
+    for round in 0..16usize {
+        // Pages that nobody has touched yet.
+        let buffer = pages[round << 16..].as_mut_ptr();
+        let mut text = *b"polled 0";
+        text[7] += round as u8;
+        ring.queue(Ring::WRITE, pipe[1], text.as_mut_ptr(), 8);
+        assert_eq!(answer(), 8);
+        ring.queue(Ring::READ, pipe[0], buffer, 8);
+        assert_eq!(answer(), 8);
+        assert_eq!(pages[round << 16..][..8], text);
+    }
+    assert_eq!(calls(), before);
+    dune.leave();
 }
 
 fn no_new_privs_holds() {

@@ -25,6 +25,10 @@ pub const TESTS: &[Test] = &[
     Test::asserting("tracer_may_change_a_result", tracer_may_change_a_result),
     Test::asserting("abort_is_seen_where_it_was_called", abort_is_seen_where_it_was_called),
     Test::asserting("user_dispatch_is_refused", user_dispatch_is_refused),
+    Test::asserting(
+        "breakpoint_stops_at_the_guests_instruction",
+        breakpoint_stops_at_the_guests_instruction,
+    ),
 ];
 
 const LOAD_NUMBER: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
@@ -333,4 +337,56 @@ fn user_dispatch_is_refused() {
     assert_eq!(result, -1);
     assert_eq!(errno(), Some(libc::EINVAL));
     dune.leave();
+}
+
+#[inline(never)]
+extern "C" fn broken_at(value: u64) -> u64 {
+    std::hint::black_box(value).wrapping_mul(7)
+}
+
+/// What a debugger does: an int3 in the code, which stops the thread there with the program's registers; the byte put back,
+/// the thread goes on, outside Dune mode.
+fn breakpoint_stops_at_the_guests_instruction() {
+    const INT3: u64 = 0xcc;
+    let address = broken_at as *const () as u64;
+    // SAFETY: our own child, which lets itself be traced; its code is changed and put back.
+    unsafe {
+        let pid = libc::fork();
+        assert!(pid >= 0);
+        if pid == 0 {
+            let _dune = enter();
+            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            // Executed before, so that the EPT has the page.
+            let before = broken_at(1) == 7;
+            libc::raise(libc::SIGSTOP);
+            let inside = Dune::is_active();
+            let result = broken_at(6) == 42 && broken_at(2) == 14;
+            libc::_exit(i32::from(!(before && inside && result && !Dune::is_active())));
+        }
+        let mut status = 0;
+        let mut wait_for = |signal: i32| {
+            assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+            assert!(
+                libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == signal,
+                "{status:#x}"
+            );
+        };
+        wait_for(libc::SIGSTOP);
+        let code = libc::ptrace(libc::PTRACE_PEEKTEXT, pid, address, 0) as u64;
+        assert_eq!(
+            libc::ptrace(libc::PTRACE_POKETEXT, pid, address, code & !0xff | INT3),
+            0
+        );
+        assert_eq!(libc::ptrace(libc::PTRACE_CONT, pid, 0, 0), 0);
+        wait_for(libc::SIGTRAP);
+        let mut registers: libc::user_regs_struct = std::mem::zeroed();
+        assert_eq!(libc::ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers), 0);
+        assert_eq!((registers.rip, registers.rdi), (address + 1, 6));
+        registers.rip = address;
+        assert_eq!(libc::ptrace(libc::PTRACE_POKETEXT, pid, address, code), 0);
+        assert_eq!(libc::ptrace(libc::PTRACE_SETREGS, pid, 0, &raw const registers), 0);
+        assert_eq!(libc::ptrace(libc::PTRACE_CONT, pid, 0, 0), 0);
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+        assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
+    }
 }

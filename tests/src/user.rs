@@ -70,6 +70,7 @@ pub const TESTS: &[Test] = &[
         "user_slice_copies_what_cpl3_may_access",
         user_slice_copies_what_cpl3_may_access,
     ),
+    Test::asserting("cpl0_may_step_over_a_system_call", cpl0_may_step_over_a_system_call),
     Test::asserting(
         "cpl0_does_not_execute_pages_of_cpl3",
         cpl0_does_not_execute_pages_of_cpl3,
@@ -1145,7 +1146,52 @@ fn user_slice_copies_what_cpl3_may_access() {
         fault(start + PAGE as u64, true)
     );
     check_cpl0();
+
+    // A fault on the host's side is the host's: its handler lets it through.
+    static OWN: AtomicU64 = AtomicU64::new(0);
+    let own = Map::new(PAGE);
+    own.write(0, 1);
+    let page = Gva::new(own.start as u64).unwrap();
+    space.protect(page, PAGE as u64, Permissions::READ).unwrap().flush();
+    dune.set_exception_handler(Vector::PF, |frame, thread| {
+        OWN.store(frame.cr2, Relaxed);
+        let page = Gva::new(frame.cr2).unwrap();
+        let space = thread.address_space();
+        space.protect(page, PAGE as u64, Permissions::ALL).unwrap().flush();
+        Outcome::Resume
+    });
+    let slice = UserSlice::readable(&thread, data + 8, 16).unwrap();
+    // SAFETY: our own page.
+    slice
+        .read(unsafe { std::slice::from_raw_parts_mut(own.start, 16) })
+        .unwrap();
+    assert_eq!(OWN.load(Relaxed), own.start as u64);
+    assert_eq!(own.read(0), u64::from_le_bytes(*b"01234567"));
     drop((space, sandbox));
+    dune.leave();
+}
+
+/// A single step of CPL0 over SYSCALL is the program's, as it was without CPL3.
+fn cpl0_may_step_over_a_system_call() {
+    static STEPS: AtomicU64 = AtomicU64::new(0);
+    let dune = enter();
+    dune.set_exception_handler(Vector::DB, |_, _| {
+        STEPS.fetch_add(1, Relaxed);
+        Outcome::Resume
+    });
+    let pid: u64;
+    // SAFETY: getpid, with each instruction reported to the handler.
+    unsafe {
+        asm!(
+            "pushfq", "or dword ptr [rsp], 0x100", "popfq",
+            "syscall",
+            "pushfq", "and dword ptr [rsp], 0xfffffeff", "popfq",
+            inout("rax") libc::SYS_getpid as u64 => pid, out("rcx") _, out("r11") _,
+        )
+    };
+    assert_eq!(pid, std::process::id().into());
+    assert!(STEPS.load(Relaxed) >= 3, "{}", STEPS.load(Relaxed));
+    check_cpl0();
     dune.leave();
 }
 

@@ -12,24 +12,26 @@ use core::arch::global_asm;
 use crate::percpu::Block;
 
 extern "C" {
-    fn dune_user_copy(to: u64, from: u64, bytes: usize, has_smap: u64) -> usize;
+    fn dune_user_copy(to: u64, from: u64, bytes: usize, has_smap: u64, is_write: u64) -> usize;
     fn dune_user_copy_instruction();
     fn dune_user_copy_behind();
 }
 
-/// Copies bytes; how many it could not.
+/// Copies bytes, to CPL3's memory or from it; how many it could not.
 ///
 /// # Safety
 ///
 /// At CPL0. The caller's side is valid memory; the other side holds no object of the program.
-pub(crate) unsafe fn copy(to: u64, from: u64, bytes: usize, block: &Block) -> usize {
+pub(crate) unsafe fn copy(to: u64, from: u64, bytes: usize, is_write: bool, block: &Block) -> usize {
     // SAFETY: The caller's.
-    unsafe { dune_user_copy(to, from, bytes, block.has_smap.into()) }
+    unsafe { dune_user_copy(to, from, bytes, block.has_smap.into(), is_write.into()) }
 }
 
-/// Where a page fault at `rip` goes on, if it is the copy's.
-pub(crate) fn recovery(rip: u64) -> Option<u64> {
-    (rip == dune_user_copy_instruction as *const () as u64).then_some(dune_user_copy_behind as *const () as u64)
+/// Where a page fault at `rip` goes on, if it is the copy's, and CPL3's side of it that faulted: the other side is the
+/// program's memory, like any.
+pub(crate) fn recovery(rip: u64, is_write: bool, r9: u64) -> Option<u64> {
+    (rip == dune_user_copy_instruction as *const () as u64 && is_write == (r9 != 0))
+        .then_some(dune_user_copy_behind as *const () as u64)
 }
 
 global_asm!(
@@ -38,6 +40,7 @@ global_asm!(
     ".hidden dune_user_copy",
     ".globl dune_user_copy",
     "dune_user_copy:",
+    "mov r9, r8",
     "mov r8, rcx",
     "mov rcx, rdx",
     "test r8d, r8d",

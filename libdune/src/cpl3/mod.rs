@@ -125,16 +125,20 @@ pub(crate) fn place(state: &State, block: &Block) -> Place {
         Place::Program
     } else if is_cpl3 || asm::is_way_in(state.rip) {
         Place::User
-    } else if asm::is_way_out(state.rip) || (syscall::is_stub(state.rip) && state.gprs.r11 & IOPL_CPL0 == 0) {
+    } else if asm::is_way_out(state.rip) || is_called_by_cpl3(state.rip, state.gprs.r11) {
         Place::WayOut
     } else {
         Place::Program
     }
 }
 
-/// Whether CPL0 at `rip` has registers that are not the program's.
-pub(crate) fn is_crossing(rip: u64) -> bool {
-    asm::is_way_in(rip) || asm::is_way_out(rip) || syscall::is_stub(rip)
+/// Whether CPL0 at `rip` has registers that are not the program's. `r11` tells who called, in a stub.
+pub(crate) fn is_crossing(rip: u64, r11: u64) -> bool {
+    asm::is_way_in(rip) || asm::is_way_out(rip) || is_called_by_cpl3(rip, r11)
+}
+
+fn is_called_by_cpl3(rip: u64, r11: u64) -> bool {
+    syscall::is_stub(rip) && r11 & IOPL_CPL0 == 0
 }
 
 /// The slot's RSP and the frame there, while the thread is in [`enter`].

@@ -251,7 +251,7 @@ pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block:
     // SAFETY: The stub passes its frame, which nobody else uses, and the block.
     let (frame, block) = unsafe { (&mut *frame, &*block) };
     let call = dispatch(frame, block);
-    if call == 0 && block.signal.load(Relaxed) != 0 && !cpl3::is_crossing(frame.rip) {
+    if call == 0 && block.signal.load(Relaxed) != 0 && !cpl3::is_crossing(frame.rip, frame.r11) {
         block.signal.store(0, Relaxed);
         return CALL_SIGNAL;
     }
@@ -292,11 +292,14 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
             }
         }
     }
-    if let (Vector::PF, false, Some(recovery)) = (frame.vector(), frame.is_cpl3(), cpl3::recovery(frame.rip)) {
-        frame.rip = recovery;
-        return 0;
+    if frame.vector() == Vector::PF && !frame.is_cpl3() {
+        const WRITE: u64 = 2;
+        if let Some(recovery) = cpl3::recovery(frame.rip, frame.error_code & WRITE != 0, frame.r9) {
+            frame.rip = recovery;
+            return 0;
+        }
     }
-    if cpl3::is_crossing(frame.rip) && !frame.is_cpl3() {
+    if cpl3::is_crossing(frame.rip, frame.r11) && !frame.is_cpl3() {
         // No handler of the program's without its segment bases.
         return fatal(Fatal::Window);
     }

@@ -154,7 +154,7 @@ impl<'t> UserSlice<'t> {
         }
         // SAFETY: One side is the caller's slice. The other is CPL3's memory, in which the host has no objects; a fault in
         // it ends the copy.
-        match unsafe { cpl3::copy(to, from, bytes, self.thread.block()) } {
+        match unsafe { cpl3::copy(to, from, bytes, is_write, self.thread.block()) } {
             0 => Ok(()),
             left => Err(fault(bytes - left)),
         }

@@ -50,6 +50,7 @@ impl Row {
 const HASWELL: &str = "corei7_haswell_4770";
 const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
 const LYNNFIELD: &str = "corei5_lynnfield_750";
+const BROADWELL: &str = "broadwell_ult";
 
 const SHORT: &str = "dune-tests run --suite short";
 const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";
@@ -67,6 +68,12 @@ const CORE: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in
      state_beyond_the_policy_is_refused,triple_fault_is_reported,port_io_faults_whatever_the_guest_allows_itself,\
      control_registers_obey_the_policy,msrs_obey_the_policy,emulated_instructions_obey_privilege,\
      the_guests_own_instructions_run,every_vector_reaches_the_guest,fuzz_guest";
+/// What SMAP, which Haswell has not, means to: code at CPL3 and what copies from and to it.
+const CPL3: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
+     cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
+     cpl0_does_not_execute_pages_of_cpl3,system_call_of_cpl3_comes_to_the_host,cpl3_faults_come_to_the_host,\
+     flags_of_cpl3_stay_there,signals_are_delivered_while_at_cpl3,cpl3_cannot_keep_the_cpu,raw_guest_runs,\
+     control_registers_obey_the_policy,handlers_run_in_dune_mode,faults_become_signals_with_true_siginfo";
 /// The debug kernel is slow: besides its own suite, one test of each kind.
 const DEBUG: &str = "dune-tests run --suite debug --with hello_enters_and_leaves,libstd_runs_in_dune_mode,\
      registers_survive_syscall,divide_error_handled,page_fault_handled_without_vm_exit,ept_follows_munmap,\
@@ -83,6 +90,14 @@ pub fn rows(long: bool) -> Vec<Row> {
     let mut rows = Vec::new();
     if long {
         rows.extend(full_product());
+        for cpus in [2, 1] {
+            rows.push(Row {
+                when: When::Long,
+                cpus,
+                timeout_s: 3600,
+                ..green(&format!("long-broadwell-{cpus}cpu"), BROADWELL, SHORT)
+            });
+        }
         rows.push(Row {
             when: When::Long,
             timeout_s: 3600,
@@ -114,6 +129,7 @@ pub fn rows(long: bool) -> Vec<Row> {
         append: "mitigations=off ia32_emulation=0",
         ..green("without-mitigations", HASWELL, WITHOUT_MITIGATIONS)
     });
+    rows.push(green("smap", BROADWELL, CPL3));
     // Programs that know nothing of Dune.
     rows.push(Row {
         cpus: 2,
@@ -368,8 +384,8 @@ mod tests {
     }
 
     #[test]
-    fn long_is_short_and_fourteen_more() {
-        assert_eq!(rows(true).len(), rows(false).len() + 14);
+    fn long_is_short_and_sixteen_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 16);
     }
 
     /// Each value of each property meets each value of each other on both kernels.

@@ -298,7 +298,7 @@ pub(crate) unsafe fn leave_process(process: *const Process) {
 
 /// Gives back what the process had for its Dune threads, but for the arena.
 pub(crate) fn give_back(process: &Process) {
-    host_loop::restore_signals(&process.actions);
+    host_loop::restore_signals();
     sys::close(process.fd);
 }
 
@@ -310,7 +310,7 @@ fn enter(options: &Builder) -> Result<Dune> {
     // SAFETY: Counted in by `area`.
     let shared = unsafe { &*area.process };
     // Whoever took it from us meanwhile: a program that set an action while no thread was in Dune mode.
-    host_loop::install_signals(&shared.actions).map_err(|errno| Error::at("rt_sigaction", errno.0))?;
+    host_loop::install_signals().map_err(|errno| Error::at("rt_sigaction", errno.0))?;
     // SAFETY: A fresh area.
     let (block, context) = unsafe {
         (

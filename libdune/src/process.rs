@@ -34,7 +34,6 @@ use crate::paging::tables::Tables;
 use crate::percpu;
 use crate::percpu::Block;
 use crate::sys;
-use crate::sys::Actions;
 use crate::sys::Errno;
 
 /// How the FPU state is saved.
@@ -83,8 +82,6 @@ pub(crate) struct Process {
     used: [AtomicU64; WORDS],
     /// Areas whose memory is accessible and whose guards are in place.
     ready: [AtomicU64; WORDS],
-    /// The program's actions for the signals that libdune takes.
-    pub actions: Actions,
 }
 
 /// Addresses of `Process::essential`.
@@ -103,6 +100,8 @@ const _: () = assert!(size_of::<Process>() <= layout::FORWARD);
 struct Registry {
     /// Thread that holds the lock; 0 if none.
     lock: AtomicU32,
+    /// Of [`sys::Actions`].
+    actions_lock: AtomicU32,
     process: AtomicPtr<Process>,
 }
 
@@ -126,7 +125,11 @@ fn registry() -> Result<&'static Registry, Errno> {
                 })
         });
         match published {
-            Ok(_) => found = new,
+            Ok(_) => {
+                // SAFETY: Our own page, zeroed and never unmapped from now on.
+                sys::ACTIONS_LOCK.store(unsafe { &raw mut (*new).actions_lock }, Release);
+                found = new;
+            }
             Err(errno) => {
                 // SAFETY: Nobody has seen the page.
                 let _ = unsafe { sys::munmap(page, layout::PAGE) };
@@ -290,7 +293,6 @@ impl Process {
                 areas_end: AtomicU32::new(0),
                 used: [const { AtomicU64::new(0) }; WORDS],
                 ready: [const { AtomicU64::new(0) }; WORDS],
-                actions: Actions::default(),
             });
         }
         process

@@ -10,6 +10,7 @@
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::sync::atomic::AtomicBool;
+use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Relaxed;
@@ -269,34 +270,39 @@ pub(crate) const SIGNALS: i32 = 64;
 
 /// What the program wants done on each signal, shared by the threads that share their actions in Linux.
 ///
-/// The lock is held for a few instructions. All signals are blocked in its users, so that a handler can be one.
+/// All of them have one lock, [`ACTIONS_LOCK`], held for a few instructions. All signals are blocked in its users, so that a
+/// handler can be one.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Actions {
-    lock: AtomicU32,
     actions: UnsafeCell<[SigAction; SIGNALS as usize]>,
 }
 
 // SAFETY: The cell is used under the lock.
 unsafe impl Sync for Actions {}
 
-impl Default for Actions {
-    fn default() -> Self {
+/// Where the lock of all actions is: in memory that a child of fork finds zeroed, as the thread that holds the lock in the
+/// maker is not in the child. Null as long as no thread was ever in Dune mode.
+pub(crate) static ACTIONS_LOCK: AtomicPtr<AtomicU32> = AtomicPtr::new(core::ptr::null_mut());
+
+impl Actions {
+    /// The default for each.
+    pub const fn new() -> Self {
         Self {
-            lock: AtomicU32::new(0),
             actions: UnsafeCell::new([SigAction::DEFAULT; SIGNALS as usize]),
         }
     }
-}
 
-impl Actions {
     fn with<R>(&self, f: impl FnOnce(&mut [SigAction; SIGNALS as usize]) -> R) -> R {
-        while self.lock.compare_exchange(0, 1, Acquire, Relaxed).is_err() {
+        static BEFORE: AtomicU32 = AtomicU32::new(0);
+        // SAFETY: Null, or never unmapped.
+        let lock = unsafe { ACTIONS_LOCK.load(Acquire).as_ref() }.unwrap_or(&BEFORE);
+        while lock.compare_exchange(0, 1, Acquire, Relaxed).is_err() {
             yield_now();
         }
         // SAFETY: Under the lock.
         let result = f(unsafe { &mut *self.actions.get() });
-        self.lock.store(0, Release);
+        lock.store(0, Release);
         result
     }
 

@@ -57,6 +57,8 @@ pub enum Suite {
     Programs,
     /// More of them, in `make test-long`.
     ProgramsLong,
+    /// Everything at once, at random, for a minute: one machine.
+    Torture,
     /// Tests that make the harness red on purpose.
     Harness,
     /// What only a real CPU, or the kernel of a distribution, has: no machine of the matrix runs it.
@@ -72,6 +74,7 @@ impl Suite {
             Suite::NoVmx => "no-vmx",
             Suite::Programs => "programs",
             Suite::ProgramsLong => "programs-long",
+            Suite::Torture => "torture",
             Suite::Harness => "harness",
             Suite::Native => "native",
         }

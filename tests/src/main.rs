@@ -33,6 +33,7 @@ mod signal;
 mod spaces;
 mod support;
 mod syscall;
+mod torture;
 mod trap;
 mod user;
 
@@ -71,6 +72,7 @@ const TOPICS: &[&[Test]] = &[
     module::TESTS,
     kvm::TESTS,
     power::TESTS,
+    torture::TESTS,
 ];
 
 #[derive(Parser)]

@@ -332,12 +332,12 @@ fn ept_maps_hugetlb() -> Outcome {
 }
 
 /// Swap on zram, for as long as this lives.
-struct Swap;
+pub struct Swap;
 
 impl Swap {
     const NODE: &std::ffi::CStr = c"/dev/zram0";
 
-    fn on() -> Self {
+    pub fn on() -> Self {
         fs::write("/sys/block/zram0/reset", "1").unwrap();
         fs::write("/sys/block/zram0/disksize", "32M").unwrap();
         let made = crate::helpers::run_program("mkswap", &["/dev/zram0"]).unwrap();

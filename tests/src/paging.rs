@@ -4,6 +4,7 @@
 use std::arch::asm;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::Barrier;
 
@@ -21,11 +22,13 @@ use crate::framework::Test;
 use crate::helpers::cpu_has;
 use crate::helpers::pin_to_cpu;
 use crate::support::assert_no_exits;
+use crate::support::compute;
 use crate::support::enter;
 use crate::support::install_probe;
 use crate::support::load;
 use crate::support::store;
 use crate::support::Map;
+use crate::support::GIB;
 use crate::support::PAGE;
 
 pub const TESTS: &[Test] = &[
@@ -42,6 +45,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("changed_table_is_flushed_on_return", changed_table_is_flushed_on_return),
     Test::asserting("switch_keeps_translations", switch_keeps_translations).suite(Suite::Native),
     Test::asserting("threads_share_a_page_table", threads_share_a_page_table),
+    Test::asserting("threads_use_a_gib_at_once", threads_use_a_gib_at_once),
     Test::asserting("page_table_outlives_its_handle", page_table_outlives_its_handle),
     Test::asserting("copy_on_write_keeps_writes_apart", copy_on_write_keeps_writes_apart),
     Test::asserting("snapshot_keeps_what_was_there", snapshot_keeps_what_was_there),
@@ -56,6 +60,8 @@ const BYTES: u64 = PAGE as u64;
 const LARGE: usize = 2 << 20;
 /// A GVA that the process does not have.
 const ELSEWHERE: usize = 0xffff_9000_0000_0000;
+/// Where Linux maps nothing by itself.
+const UNUSED: usize = 0x2000_0000_0000;
 const CR4_PCIDE: u64 = 1 << 17;
 
 fn gva(address: usize) -> Gva {
@@ -371,6 +377,35 @@ fn threads_share_a_page_table() {
         }
     });
     drop(table);
+    dune.leave();
+}
+
+/// One of them fills in the page table; the fault of the other must not be taken for the program's.
+fn threads_use_a_gib_at_once() {
+    const GIBS: usize = 24;
+    let maps: Vec<_> = (0..GIBS)
+        .map(|gib| Map::try_at(UNUSED + gib * GIB, PAGE).unwrap())
+        .collect();
+    let pages: Vec<_> = maps.iter().map(Map::address).collect();
+    let dune = enter();
+    let turn = AtomicUsize::new(0);
+    let touch_all = |late: usize| {
+        for (gib, page) in pages.iter().enumerate() {
+            // Both are here, and go on within a few instructions of each other.
+            turn.fetch_add(1, SeqCst);
+            while turn.load(SeqCst) < 2 * (gib + 1) {
+                std::hint::spin_loop();
+            }
+            std::hint::black_box(compute((late * gib) as u64 % 8));
+            // SAFETY: this test's memory, which nobody writes.
+            assert_eq!(unsafe { (*page as *const u64).read_volatile() }, 0);
+        }
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| touch_all(0));
+        touch_all(1);
+        other.join().unwrap();
+    });
     dune.leave();
 }
 

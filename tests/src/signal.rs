@@ -52,6 +52,10 @@ pub const TESTS: &[Test] = &[
     Test::asserting("ignored_signals_do_not_disturb", ignored_signals_do_not_disturb),
     Test::asserting("actions_are_the_programs_own", actions_are_the_programs_own),
     Test::asserting("signals_between_threads", signals_between_threads),
+    Test::asserting(
+        "children_outside_have_the_programs_handlers",
+        children_outside_have_the_programs_handlers,
+    ),
     Test::asserting("ordinary_threads_take_signals_too", ordinary_threads_take_signals_too),
     Test::asserting("sigchld_sigwait_and_signalfd", sigchld_sigwait_and_signalfd),
     Test::asserting("virtual_timer_counts_the_guest", virtual_timer_counts_the_guest),
@@ -889,6 +893,48 @@ fn ordinary_threads_take_signals_too() {
     assert_eq!(OUTSIDE.load(Relaxed), 20);
     stop.store(1, SeqCst);
     assert!(!ordinary.join().unwrap());
+    dune.leave();
+}
+
+/// A child in which no thread is in Dune mode has the handlers that the program set, and may enter.
+fn children_outside_have_the_programs_handlers() {
+    reset();
+    fn check_child() {
+        let page = Map::new(PAGE);
+        page.protect(0, PAGE, libc::PROT_READ);
+        // SAFETY: a signal to ourselves, and a fault that its handler mends.
+        unsafe {
+            libc::raise(libc::SIGUSR1);
+            (page.address() as *mut u8).write_volatile(1);
+            let mut now: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(libc::SIGUSR1, std::ptr::null(), &mut now);
+            assert_eq!(now.sa_sigaction, note as *const () as usize);
+        }
+        assert_eq!((COUNT.load(SeqCst), OUTSIDE.load(SeqCst)), (2, 2));
+        let dune = enter();
+        // SAFETY: a signal to ourselves.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        assert_eq!((COUNT.load(SeqCst), OUTSIDE.load(SeqCst)), (3, 2));
+        dune.leave();
+    }
+    set(libc::SIGUSR1, note, 0, &[]);
+    set(libc::SIGSEGV, mend, 0, &[]);
+    let inside = std::sync::Barrier::new(2);
+    let done = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let ordinary = scope.spawn(|| {
+            inside.wait();
+            spawn(check_child).wait().assert_success();
+            done.wait();
+        });
+        let dune = enter();
+        inside.wait();
+        done.wait();
+        dune.leave();
+        ordinary.join().unwrap();
+    });
+    let dune = Dune::builder().children(false).enter().unwrap();
+    spawn(check_child).wait().assert_success();
     dune.leave();
 }
 

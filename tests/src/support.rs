@@ -254,7 +254,7 @@ static FAULTS: AtomicU64 = AtomicU64::new(0);
 const WAS_FAULT: u64 = 1 << 32;
 const HOST_REFUSED: u64 = 1 << 33;
 
-/// Page faults that [`install_probe`]'s handler took.
+/// Faults that the handlers of [`install_probe`] and [`install_signal_probe`] took.
 pub fn probe_faults() -> u64 {
     FAULTS.load(Relaxed)
 }
@@ -289,6 +289,38 @@ pub fn probe_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
     FAULTS.fetch_add(1, Relaxed);
     frame.rdx = WAS_FAULT | u64::from(frame.host_refused()) << 33 | frame.error_code & 0xffff_ffff;
     Outcome::Resume
+}
+
+/// Takes the faults of [`load`] and [`store`] by signal handlers, which threads in and out of Dune mode share. Any other
+/// fault is the end.
+pub fn install_signal_probe() {
+    extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        let at = |symbol: &u8| ptr::from_ref(symbol) as i64;
+        // SAFETY: the kernel passes both, or libdune as the kernel would; addresses of code, at which nothing is read.
+        let (registers, address, ours) = unsafe {
+            let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+            let ours = [at(&dune_test_load_at), at(&dune_test_store_at)].contains(&registers[libc::REG_RIP as usize]);
+            (registers, (*info).si_addr() as u64, ours)
+        };
+        if !ours || registers[libc::REG_RDI as usize] as u64 != address {
+            // SAFETY: the fault comes again, and ends the process.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+            return;
+        }
+        FAULTS.fetch_add(1, Relaxed);
+        registers[libc::REG_RDX as usize] = WAS_FAULT as i64;
+        // SAFETY: as above.
+        registers[libc::REG_RIP as usize] = at(unsafe { &dune_test_end });
+    }
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: the handler is one with information, and safe for signals.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+            assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+        }
+    }
 }
 
 fn result(probed: Probed) -> Result<u64, Fault> {

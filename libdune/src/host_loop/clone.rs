@@ -321,7 +321,7 @@ pub(super) fn begin(context: &mut HostContext) -> Action {
         Ok(()) => Action::Run,
         Err(_) => {
             if is_fork {
-                signal::restore(context.actions());
+                signal::restore_from(context.actions());
             }
             context.left = true;
             // SAFETY: Our own page.
@@ -339,9 +339,9 @@ fn begin_fork(context: &mut HostContext) -> Result<(), Errno> {
     context.role = Role::Thread;
     context.child = core::ptr::null_mut();
     let process = context.process();
-    if context.actions != &raw const process.actions {
-        process.actions.copy_from(&context.own_actions);
-        context.actions = &raw const process.actions;
+    if context.actions != &raw const signal::ACTIONS {
+        signal::ACTIONS.copy_from(&context.own_actions);
+        context.actions = &raw const signal::ACTIONS;
     }
     process::adopt(process, context.area())?;
     // SAFETY: The request has no argument; the fd is the maker's, which allows just this here.

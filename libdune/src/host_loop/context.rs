@@ -9,6 +9,7 @@ use dune_abi::RunPage;
 use dune_abi::Sregs;
 use dune_abi::DUNE_RUN;
 
+use super::signal;
 use super::upcall::Pending;
 use crate::layout;
 use crate::percpu::Block;
@@ -248,7 +249,7 @@ impl HostContext {
             (*context).fd = shared.fd as u64;
             (*context).has_xsave = shared.fpu.has_xsave.into();
             (*context).fpu = area + layout::FPU as u64;
-            (*context).actions = &raw const shared.actions;
+            (*context).actions = &raw const signal::ACTIONS;
             (*context).alt_stack = AltStack::DISABLED;
         }
         context
@@ -262,7 +263,7 @@ impl HostContext {
 
     /// The program's actions for signals, as this thread has them.
     pub fn actions(&self) -> &Actions {
-        // SAFETY: The process' or our own.
+        // SAFETY: A static or our own.
         unsafe { &*self.actions }
     }
 

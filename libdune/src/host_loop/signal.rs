@@ -4,7 +4,7 @@
 //!
 //! While a process has a Dune thread, Linux has [`dune_host_signal`] for every signal that the program handles, with
 //! all signals blocked, and for SIGSEGV and SIGBUS, which the host loop's own accesses can raise. The program's actions
-//! are kept in [`Actions`]. For a Dune thread the handler only takes note: `upcall` has the program's handler run in
+//! are kept in [`ACTIONS`]. For a Dune thread the handler only takes note: `upcall` has the program's handler run in
 //! Dune mode. For an ordinary thread it calls the program's handler.
 //!
 //! # Safety
@@ -27,6 +27,9 @@ use crate::sys::Actions;
 use crate::sys::Errno;
 use crate::sys::SigAction;
 use crate::sys::SigInfo;
+
+/// The program's actions for the signals that libdune takes, of all threads that have none of their own.
+pub(crate) static ACTIONS: Actions = Actions::new();
 
 /// The signals that an access can give: libdune has them whatever the program wants.
 const OWN: [i32; 2] = [libc::SIGSEGV, libc::SIGBUS];
@@ -76,8 +79,8 @@ fn host_action(signal: i32, action: &SigAction) -> SigAction {
 }
 
 /// Takes over what the program handles, and keeps the program's actions.
-pub(crate) fn install(actions: &Actions) -> Result<(), Errno> {
-    sys::with_signals_blocked(|| install_blocked(actions))
+pub(crate) fn install() -> Result<(), Errno> {
+    sys::with_signals_blocked(|| install_blocked(&ACTIONS))
 }
 
 fn install_blocked(actions: &Actions) -> Result<(), Errno> {
@@ -101,7 +104,12 @@ fn install_blocked(actions: &Actions) -> Result<(), Errno> {
 }
 
 /// Gives the program its actions back, unless it has set others behind our back.
-pub(crate) fn restore(actions: &Actions) {
+pub(crate) fn restore() {
+    restore_from(&ACTIONS);
+}
+
+/// The same, for a thread that may have actions of its own.
+pub(super) fn restore_from(actions: &Actions) {
     sys::with_signals_blocked(|| restore_blocked(actions));
 }
 
@@ -180,11 +188,16 @@ unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut SigInfo, ucontext:
                 }
             }
             Some(context) => pass_on(signal, info, ucontext, &*(*context).actions),
-            None => match process::find() {
-                Some(process) => pass_on(signal, info, ucontext, &(*process).actions),
-                // The last Dune thread left in this moment: what Linux does now is right.
-                None => sys::queue_to_self(signal, &*info),
-            },
+            None if process::find().is_some() => pass_on(signal, info, ucontext, &ACTIONS),
+            // The last Dune thread left in this moment, or an ordinary thread forked this process, which has none: what
+            // Linux does without us is right.
+            None => {
+                restore();
+                if !((*info).code() > 0 && OWN.contains(&signal)) {
+                    sys::queue_to_self(signal, &*info);
+                }
+                // Else the instruction is executed again.
+            }
         }
     }
 }
@@ -272,10 +285,10 @@ mod tests {
             assert_eq!(libc::sigaction(libc::SIGUSR2, &action, core::ptr::null_mut()), 0);
         }
         let before = [libc::SIGSEGV, libc::SIGBUS, libc::SIGUSR2, libc::SIGTERM].map(|signal| (signal, now(signal)));
-        let actions = Actions::default();
-        install(&actions).unwrap();
+        let actions = &ACTIONS;
+        install().unwrap();
         // The second thread that enters changes nothing.
-        install(&actions).unwrap();
+        install().unwrap();
         for (signal, action) in before {
             assert_eq!(actions.get(signal), action);
         }
@@ -315,7 +328,7 @@ mod tests {
         assert_eq!(touch(page, false), refusal(libc::SIGBUS, BUS_ADRERR));
 
         // No process is registered here: a signal of ours goes back to Linux, which has the program's handler again.
-        restore(&actions);
+        restore();
         for (signal, action) in before {
             assert_eq!(now(signal), action);
         }

@@ -255,7 +255,7 @@ fn refused(context: &mut HostContext, exit: &Exit, is_mapped: bool) -> Action {
 pub(super) fn leave(context: &mut HostContext) {
     destroy(context);
     if context.process().threads.load(Relaxed) == 1 {
-        signal::restore(context.actions());
+        signal::restore_from(context.actions());
     }
 }
 

@@ -140,6 +140,10 @@ impl Entry {
         self.0 & ADDRESS
     }
 
+    pub const fn is_present(self) -> bool {
+        self.0 & PRESENT != 0
+    }
+
     /// Whether the address means something: not so in an empty entry, nor in what is no entry at all.
     pub const fn refers(self) -> bool {
         self.0 & (PRESENT | HELD) != 0

@@ -65,18 +65,19 @@ pub(crate) fn free(memory: &memory::Memory, root: Gpa) {
     tree::Tree { frames: memory, root }.free();
 }
 
-/// Maps the GiB of `gva` to itself in the tree at `root`, if nothing decided about it yet; says whether it did.
+/// Maps the GiB of `gva` to itself in the tree at `root`, if nothing decided about it yet. Says whether the CPU may find a
+/// page there now: where several threads fault at once, one of them fills in and the others have nothing left to do.
 pub(crate) fn fill(memory: &memory::Memory, root: Gpa, gva: Gva) -> Result<bool, PagingError> {
     let tree = tree::Tree { frames: memory, root };
     // This is on the way of every page fault.
-    let is_decided = {
+    let has_page = || {
         let _using = memory.begin();
-        tree.is_decided(gva)
+        tree.has_page(gva)
     };
-    if is_decided {
-        return Ok(false);
+    if let Some(present) = has_page() {
+        return Ok(present);
     }
-    memory::recycle::with_slots(memory, || tree.fill(gva))
+    Ok(memory::recycle::with_slots(memory, || tree.fill(gva))? && has_page() != Some(false))
 }
 
 /// Why a page table could not be changed.

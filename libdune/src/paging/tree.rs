@@ -173,13 +173,15 @@ impl<'f, F: Frames> Tree<'f, F> {
         Ok(())
     }
 
-    /// Whether [`Tree::fill`] has nothing to do for `gva`.
-    pub fn is_decided(&self, gva: Gva) -> bool {
-        self.find(gva)
-            .is_ok_and(|(level, slot)| Entry(slot.load(Relaxed)).kind(level) != Kind::Empty)
+    /// Whether the CPU finds a page at `gva`; `None`: nothing decided about it yet.
+    pub fn has_page(&self, gva: Gva) -> Option<bool> {
+        let (level, slot) = self.find(gva).ok()?;
+        let entry = Entry(slot.load(Relaxed));
+        (entry.kind(level) != Kind::Empty).then(|| entry.is_present())
     }
 
-    /// Maps the GiB of `gva` to itself if nothing decided about it yet; says whether it changed anything.
+    /// Maps the GiB of `gva` to itself if nothing decided about it yet; says whether there is a leaf now, be it another
+    /// thread's, which was first.
     pub fn fill(&self, gva: Gva) -> Result<bool, PagingError> {
         let Some(hva) = gva.identity() else {
             return Ok(false);
@@ -190,7 +192,8 @@ impl<'f, F: Frames> Tree<'f, F> {
             match Entry(slot.load(Relaxed)).kind(level) {
                 Kind::Empty => {}
                 Kind::Table => return self.fill_below(gva, hva),
-                Kind::Leaf | Kind::Gone => return Ok(false),
+                Kind::Leaf => return Ok(true),
+                Kind::Gone => return Ok(false),
             }
             if level > 3 {
                 self.split(level, slot)?;
@@ -223,8 +226,9 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// The same where a table decides about the GiB, of which parts were emptied when its slot was given back.
     fn fill_below(&self, gva: Gva, hva: Hva) -> Result<bool, PagingError> {
         let (level, slot) = self.find(gva)?;
-        if level > 2 || Entry(slot.load(Relaxed)).kind(level) != Kind::Empty {
-            return Ok(false);
+        match Entry(slot.load(Relaxed)).kind(level) {
+            Kind::Empty if level <= 2 => {}
+            kind => return Ok(kind == Kind::Leaf),
         }
         let page = self.frames.gpa(hva.align_down(leaf_bytes(level)))?;
         let leaf = Entry::leaf(page, level, Permissions::ALL);

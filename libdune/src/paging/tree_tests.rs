@@ -110,8 +110,11 @@ fn fill_maps_the_whole_gib_to_its_slot() {
     both(|fake| {
         let tree = Tree::new(fake).unwrap();
         assert_eq!(tree.look_up(gva(0x5555_5555_5555)), None);
+        assert_eq!(tree.has_page(gva(0x5555_5555_5555)), None);
         assert_eq!(tree.fill(gva(0x5555_5555_5555)), Ok(true));
-        assert_eq!(tree.fill(gva(0x5555_5555_5555)), Ok(false));
+        assert_eq!(tree.has_page(gva(0x5555_5555_5555)), Some(true));
+        // A second thread that came too late goes on as the first.
+        assert_eq!(tree.fill(gva(0x5555_5555_5555)), Ok(true));
         let first = 0x5555_5555_5555 / GIB * GIB;
         for offset in [0, 1, 0x12_3456, GIB - 1] {
             let found = tree.look_up(gva(first + offset)).unwrap();

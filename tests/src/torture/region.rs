@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Memory of which a model is kept: what each page holds, and what may be done with it.
+
+use std::io;
+
+use crate::fuzz::Random;
+use crate::support::load;
+use crate::support::store;
+use crate::support::GIB;
+use crate::support::PAGE;
+
+/// A region has two homes, so that it can move, each in a GiB of its own, where Linux maps nothing by itself.
+const HOME: usize = GIB;
+const ARENA: usize = 0x1000_0000_0000;
+
+/// Words of a page that are written and looked at.
+const WORDS: [usize; 3] = [0, 255, 511];
+
+const READ: i32 = libc::PROT_READ;
+const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+#[derive(Clone, Copy, Debug)]
+struct Page {
+    mapped: bool,
+    protection: i32,
+    value: u64,
+    /// Linux may drop the value when it likes.
+    lazily_freed: bool,
+}
+
+impl Page {
+    const FRESH: Self = Self {
+        mapped: true,
+        protection: READ_WRITE,
+        value: 0,
+        lazily_freed: false,
+    };
+
+    fn is_readable(&self) -> bool {
+        self.mapped && self.protection & libc::PROT_READ != 0
+    }
+
+    fn is_writable(&self) -> bool {
+        self.mapped && self.protection & libc::PROT_WRITE != 0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Private,
+    Shared,
+    /// A shared mapping of a memfd.
+    File(i32),
+}
+
+pub struct Region {
+    /// Which of the arena's.
+    number: usize,
+    home: usize,
+    kind: Kind,
+    pages: Vec<Page>,
+    /// Pages of the file.
+    file_pages: usize,
+}
+
+type Result = std::result::Result<(), String>;
+
+fn failed(what: &str) -> String {
+    format!("{what}: {}", io::Error::last_os_error())
+}
+
+/// Checks what a call says.
+fn done(result: i32, what: &str) -> Result {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(failed(what))
+    }
+}
+
+impl Region {
+    pub fn new(number: usize, random: &mut Random) -> std::result::Result<Self, String> {
+        let mut region = Self {
+            number,
+            home: 0,
+            kind: Kind::Private,
+            pages: Vec::new(),
+            file_pages: 0,
+        };
+        region.renew(random)?;
+        Ok(region)
+    }
+
+    /// Starts anew with another size and kind.
+    fn renew(&mut self, random: &mut Random) -> Result {
+        self.clear()?;
+        let pages = match random.below(4) {
+            0 => 1 + random.below(4),
+            1 | 2 => 1 + random.below(64),
+            _ => 512 + random.below(700),
+        } as usize;
+        self.kind = match random.below(4) {
+            0 => Kind::Shared,
+            1 => {
+                // SAFETY: a new file.
+                let file = unsafe { libc::memfd_create(c"torture".as_ptr(), libc::MFD_CLOEXEC) };
+                if file < 0 {
+                    return Err(failed("memfd_create"));
+                }
+                // SAFETY: our own file.
+                done(unsafe { libc::ftruncate(file, (pages * PAGE) as i64) }, "ftruncate")?;
+                self.file_pages = pages;
+                Kind::File(file)
+            }
+            _ => Kind::Private,
+        };
+        self.map(0, pages)?;
+        self.pages = vec![Page::FRESH; pages];
+        Ok(())
+    }
+
+    fn clear(&mut self) -> Result {
+        // SAFETY: nobody else's memory is there.
+        done(
+            unsafe { libc::munmap(self.start() as *mut _, HOME) },
+            "munmap of a home",
+        )?;
+        if let Kind::File(file) = self.kind {
+            // SAFETY: our own file, forgotten below.
+            unsafe { libc::close(file) };
+        }
+        self.kind = Kind::Private;
+        self.pages.clear();
+        Ok(())
+    }
+
+    fn start(&self) -> usize {
+        ARENA + (2 * self.number + self.home) * HOME
+    }
+
+    fn address(&self, page: usize) -> usize {
+        self.start() + page * PAGE
+    }
+
+    fn map(&self, first: usize, count: usize) -> Result {
+        let (flags, fd) = match self.kind {
+            Kind::Private => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            Kind::Shared => (libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1),
+            Kind::File(fd) => (libc::MAP_SHARED, fd),
+        };
+        let at = self.address(first) as *mut libc::c_void;
+        let offset = if fd < 0 { 0 } else { (first * PAGE) as i64 };
+        // SAFETY: fails where something is.
+        let got = unsafe {
+            let flags = flags | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
+            libc::mmap(at, count * PAGE, READ_WRITE, flags, fd, offset)
+        };
+        if got == at {
+            Ok(())
+        } else {
+            Err(failed("mmap"))
+        }
+    }
+
+    /// What is behind the end of its file is SIGBUS to touch.
+    fn is_behind_the_end(&self, page: usize) -> bool {
+        matches!(self.kind, Kind::File(_)) && page >= self.file_pages
+    }
+
+    /// Compares a page with the model.
+    pub fn check(&mut self, number: usize) -> Result {
+        let page = self.pages[number];
+        let expected = page.is_readable() && !self.is_behind_the_end(number);
+        for word in WORDS {
+            match load(self.address(number) + word * 8) {
+                Ok(value) if expected && (value == page.value || page.lazily_freed && value == 0) => {}
+                Err(_) if !expected => {}
+                seen => {
+                    return Err(format!(
+                        "region {} ({:?}) at {:#x}: word {word} of page {number} of {}: {seen:x?}, the model says {page:x?}, file of {} pages",
+                        self.number, self.kind, self.start(), self.pages.len(), self.file_pages
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn check_all(&mut self) -> Result {
+        (0..self.pages.len()).try_for_each(|page| self.check(page))
+    }
+
+    fn write(&mut self, number: usize, value: u64) -> Result {
+        let page = self.pages[number];
+        let expected = page.is_writable() && !self.is_behind_the_end(number);
+        for word in WORDS {
+            let result = store(self.address(number) + word * 8, value);
+            if result.is_ok() != expected {
+                return Err(format!(
+                    "region {} ({:?}): write to word {word} of page {number}: {result:?}, the model says {page:x?}",
+                    self.number, self.kind
+                ));
+            }
+        }
+        if expected {
+            self.pages[number].value = value;
+            self.pages[number].lazily_freed = false;
+        }
+        Ok(())
+    }
+
+    fn some_page(&self, random: &mut Random) -> usize {
+        random.below(self.pages.len() as u64) as usize
+    }
+
+    /// A range of pages, often short.
+    fn some_range(&self, random: &mut Random) -> (usize, usize) {
+        let first = self.some_page(random);
+        let room = (self.pages.len() - first) as u64;
+        let count = if random.percent(70) { room.min(8) } else { room };
+        (first, 1 + random.below(count) as usize)
+    }
+
+    /// A range of which every page is mapped.
+    fn some_mapped_range(&self, random: &mut Random) -> Option<(usize, usize)> {
+        let (first, count) = self.some_range(random);
+        let mapped = self.pages[first..first + count]
+            .iter()
+            .take_while(|page| page.mapped)
+            .count();
+        (mapped > 0).then_some((first, mapped))
+    }
+
+    /// Does one thing to it, and looks at some pages. Its name.
+    pub fn act(&mut self, random: &mut Random) -> std::result::Result<&'static str, String> {
+        let done = match random.below(32) {
+            0..8 => self.write_some(random).map(|()| "write"),
+            8..10 => self.unmap(random).map(|()| "munmap"),
+            10..13 => self.map_again(random).map(|()| "mmap"),
+            13..17 => self.protect(random).map(|()| "mprotect"),
+            17..22 => self.advise(random).map(|()| "madvise"),
+            22 => self.relocate().map(|()| "mremap"),
+            23..25 => self.write_from_outside(random).map(|()| "process_vm_writev"),
+            25 => self.truncate(random).map(|()| "ftruncate"),
+            26 => self.lock_some(random).map(|()| "mlock"),
+            27 => self.renew(random).map(|()| "new region"),
+            _ => Ok("look"),
+        }?;
+        for _ in 0..4 {
+            let page = self.some_page(random);
+            self.check(page).map_err(|error| format!("after {done}: {error}"))?;
+        }
+        Ok(done)
+    }
+
+    pub fn write_some(&mut self, random: &mut Random) -> Result {
+        let (first, count) = self.some_range(random);
+        (first..first + count.min(16)).try_for_each(|page| self.write(page, random.next() | 1))
+    }
+
+    fn unmap(&mut self, random: &mut Random) -> Result {
+        let (first, count) = self.some_range(random);
+        // SAFETY: a piece of this region.
+        let result = unsafe { libc::munmap(self.address(first) as *mut _, count * PAGE) };
+        done(result, "munmap")?;
+        self.pages[first..first + count]
+            .iter_mut()
+            .for_each(|page| page.mapped = false);
+        self.check(first)
+    }
+
+    /// Fills a hole.
+    fn map_again(&mut self, random: &mut Random) -> Result {
+        let from = self.some_page(random);
+        let Some(first) = (from..self.pages.len()).find(|page| !self.pages[*page].mapped) else {
+            return Ok(());
+        };
+        let hole = self.pages[first..].iter().take_while(|page| !page.mapped).count();
+        let count = 1 + random.below(hole as u64) as usize;
+        self.map(first, count)?;
+        for page in first..first + count {
+            let old = self.pages[page];
+            self.pages[page] = Page {
+                // A file still has it.
+                value: if matches!(self.kind, Kind::File(_)) {
+                    old.value
+                } else {
+                    0
+                },
+                ..Page::FRESH
+            };
+        }
+        self.check(first)
+    }
+
+    fn protect(&mut self, random: &mut Random) -> Result {
+        let Some((first, count)) = self.some_mapped_range(random) else {
+            return Ok(());
+        };
+        let protection = *random.pick(&[libc::PROT_NONE, READ, READ, READ_WRITE, READ_WRITE, READ_WRITE]);
+        // SAFETY: a piece of this region.
+        let result = unsafe { libc::mprotect(self.address(first) as *mut _, count * PAGE, protection) };
+        done(result, "mprotect")?;
+        self.pages[first..first + count]
+            .iter_mut()
+            .for_each(|page| page.protection = protection);
+        self.check(first)?;
+        self.write(first + count - 1, random.next() | 1)
+    }
+
+    fn advise(&mut self, random: &mut Random) -> Result {
+        const MADV_COLLAPSE: i32 = 25;
+        let Some((first, count)) = self.some_mapped_range(random) else {
+            return Ok(());
+        };
+        let advice = *random.pick(&[
+            libc::MADV_DONTNEED,
+            libc::MADV_DONTNEED,
+            libc::MADV_FREE,
+            libc::MADV_PAGEOUT,
+            libc::MADV_COLD,
+            libc::MADV_HUGEPAGE,
+            libc::MADV_NOHUGEPAGE,
+            libc::MADV_MERGEABLE,
+            libc::MADV_UNMERGEABLE,
+            MADV_COLLAPSE,
+            libc::MADV_POPULATE_READ,
+        ]);
+        let whole = advice == libc::MADV_HUGEPAGE || advice == MADV_COLLAPSE;
+        let (first, count) = if whole { (0, self.pages.len()) } else { (first, count) };
+        // SAFETY: a piece of this region.
+        let result = unsafe { libc::madvise(self.address(first) as *mut _, count * PAGE, advice) };
+        // What is only advice Linux may decline; what changes contents it has to do.
+        let private = self.kind == Kind::Private;
+        match advice {
+            libc::MADV_DONTNEED => done(result, "MADV_DONTNEED")?,
+            libc::MADV_FREE if private => done(result, "MADV_FREE")?,
+            _ => {}
+        }
+        for page in &mut self.pages[first..first + count] {
+            match advice {
+                libc::MADV_DONTNEED if private => (page.value, page.lazily_freed) = (0, false),
+                libc::MADV_FREE if private => page.lazily_freed = true,
+                _ => {}
+            }
+        }
+        self.check(first)
+    }
+
+    /// Moves all of it to its other home, where it is one mapping.
+    fn relocate(&mut self) -> Result {
+        if self
+            .pages
+            .iter()
+            .any(|page| !page.mapped || page.protection != READ_WRITE)
+        {
+            return Ok(());
+        }
+        let (bytes, old) = (self.pages.len() * PAGE, self.start());
+        self.home ^= 1;
+        let new = self.start() as *mut libc::c_void;
+        // SAFETY: to a place that is empty and its own.
+        let got = unsafe {
+            libc::mremap(
+                old as *mut _,
+                bytes,
+                bytes,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                new,
+            )
+        };
+        if got != new {
+            // Not one mapping for Linux: pages that were mapped again do not merge with pages that were written before.
+            self.home ^= 1;
+            return Ok(());
+        }
+        if load(old).is_ok() || load(old + bytes - 8).is_ok() {
+            return Err(format!("region {}: readable where it was before mremap", self.number));
+        }
+        Ok(())
+    }
+
+    /// By what another process would use.
+    fn write_from_outside(&mut self, random: &mut Random) -> Result {
+        let page = self.some_page(random);
+        let value = random.next() | 1;
+        for word in WORDS {
+            let local = libc::iovec {
+                iov_base: (&raw const value).cast_mut().cast(),
+                iov_len: 8,
+            };
+            let remote = libc::iovec {
+                iov_base: (self.address(page) + word * 8) as *mut _,
+                iov_len: 8,
+            };
+            // SAFETY: writes to this region or fails.
+            let wrote = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+            let expected = self.pages[page].is_writable() && !self.is_behind_the_end(page);
+            if (wrote == 8) != expected {
+                let what = format!("process_vm_writev to page {page} ({:x?}): {wrote}", self.pages[page]);
+                return Err(failed(&what));
+            }
+            if !expected {
+                return Ok(());
+            }
+        }
+        self.pages[page].value = value;
+        self.pages[page].lazily_freed = false;
+        self.check(page)
+    }
+
+    fn truncate(&mut self, random: &mut Random) -> Result {
+        let Kind::File(file) = self.kind else {
+            return Ok(());
+        };
+        let pages = random.below(self.pages.len() as u64 + 1) as usize;
+        // SAFETY: our own file.
+        done(unsafe { libc::ftruncate(file, (pages * PAGE) as i64) }, "ftruncate")?;
+        // What is cut off is gone, what is added is zero.
+        let from = pages.min(self.file_pages);
+        self.file_pages = pages;
+        self.pages[from..].iter_mut().for_each(|page| page.value = 0);
+        let last = self.pages.len() - 1;
+        self.check(last)?;
+        self.check(pages.saturating_sub(1))
+    }
+
+    /// Limits may forbid it.
+    fn lock_some(&mut self, random: &mut Random) -> Result {
+        let Some((first, count)) = self.some_mapped_range(random) else {
+            return Ok(());
+        };
+        let address = self.address(first) as *const libc::c_void;
+        // SAFETY: a piece of this region.
+        unsafe {
+            libc::mlock(address, count.min(8) * PAGE);
+            libc::munlock(address, count * PAGE);
+        }
+        self.check(first)
+    }
+
+    /// What a child of fork finds and does: the same memory; its writes are its own, except to what is shared.
+    pub fn visit_as_child(&mut self, seed: u64) -> Result {
+        self.check_all()?;
+        let mut random = Random::new(seed);
+        self.write_some(&mut random)?;
+        self.check_all()
+    }
+
+    /// What [`Self::visit_as_child`] with the same seed left behind.
+    pub fn after_child(&mut self, seed: u64) {
+        if self.kind == Kind::Private {
+            return;
+        }
+        let mut random = Random::new(seed);
+        let (first, count) = self.some_range(&mut random);
+        for page in first..first + count.min(16) {
+            let value = random.next() | 1;
+            if self.pages[page].is_writable() && !self.is_behind_the_end(page) {
+                self.pages[page].value = value;
+            }
+        }
+    }
+}

@@ -56,6 +56,7 @@ pub const TESTS: &[Test] = &[
         "children_outside_have_the_programs_handlers",
         children_outside_have_the_programs_handlers,
     ),
+    Test::asserting("queued_signals_all_arrive", queued_signals_all_arrive).timeout_s(60),
     Test::asserting("ordinary_threads_take_signals_too", ordinary_threads_take_signals_too),
     Test::asserting("sigchld_sigwait_and_signalfd", sigchld_sigwait_and_signalfd),
     Test::asserting("virtual_timer_counts_the_guest", virtual_timer_counts_the_guest),
@@ -865,6 +866,50 @@ fn signals_between_threads() {
     assert!(COUNT.load(SeqCst) >= THREADS as u64);
     assert_eq!(OUTSIDE.load(Relaxed), 0);
     dune.leave();
+}
+
+/// Signals that queue come as often as they were sent, also where one comes at the end of another one's handler.
+fn queued_signals_all_arrive() {
+    const ROUNDS: u64 = 1400;
+    reset();
+    let signals = [libc::SIGRTMIN() + 1, libc::SIGRTMIN() + 2];
+    for signal in signals {
+        set(signal, note, libc::SA_RESTART, &[]);
+    }
+    let stop = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let stop = &stop;
+        let target = scope.spawn(move || {
+            let dune = enter();
+            // SAFETY: asks for a number.
+            sender.send(unsafe { libc::gettid() }).unwrap();
+            while stop.load(SeqCst) == 0 {
+                std::hint::black_box(compute(20));
+            }
+            // SAFETY: whatever is still to come is there when this call returns.
+            unsafe { libc::usleep(1000) };
+            dune.leave();
+        });
+        let thread = receiver.recv().unwrap();
+        for round in 0..ROUNDS {
+            // SAFETY: a signal with a handler, to a thread of ours that is alive.
+            unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                info.si_code = libc::SI_QUEUE;
+                let signal = signals[usize::from(round % 7 == 0)];
+                let sent = libc::syscall(libc::SYS_rt_tgsigqueueinfo, libc::getpid(), thread, signal, &info);
+                assert_eq!(sent, 0, "{}", io::Error::last_os_error());
+            }
+            // The first is always waiting, the second comes at any moment of the first one's handling.
+            if round % 7 == 6 {
+                std::hint::black_box(compute(round * 13 % 190));
+            }
+        }
+        stop.store(1, SeqCst);
+        target.join().unwrap();
+    });
+    assert_eq!(COUNT.load(SeqCst), ROUNDS);
 }
 
 fn ordinary_threads_take_signals_too() {

@@ -5,6 +5,7 @@
 use std::arch::global_asm;
 use std::io;
 use std::io::Read;
+use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::ptr;
 use std::sync::atomic::AtomicU64;
@@ -303,8 +304,21 @@ pub fn install_signal_probe() {
             (registers, (*info).si_addr() as u64, ours)
         };
         if !ours || registers[libc::REG_RDI as usize] as u64 != address {
-            // SAFETY: the fault comes again, and ends the process.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
+            let mut text = [0u8; 160];
+            let mut rest = &mut text[..];
+            let _ = writeln!(
+                rest,
+                "signal {signal} for {address:#x} at RIP {:#x}, RDI {:#x}, RSP {:#x}",
+                registers[libc::REG_RIP as usize],
+                registers[libc::REG_RDI as usize],
+                registers[libc::REG_RSP as usize]
+            );
+            let length = 160 - rest.len();
+            // SAFETY: our own text; the fault comes again, and ends the process.
+            unsafe {
+                libc::write(2, text.as_ptr().cast(), length);
+                libc::signal(signal, libc::SIG_DFL);
+            }
             return;
         }
         FAULTS.fetch_add(1, Relaxed);

@@ -105,6 +105,18 @@ pub(super) fn die_of_run(context: &HostContext, errno: i64) -> ! {
     sys::die_by(libc::SIGSEGV)
 }
 
+/// Reports a signal frame that cannot be written or read, and ends the process, as Linux does.
+pub(super) fn die_of_frame(context: &HostContext, what: &str, signal: i32, rip: u64, rsp: u64) -> ! {
+    let mut line = Line::new();
+    let _ = write!(
+        line,
+        "dune: fatal: {what}: signal {signal}, RIP {rip:#x}, RSP {rsp:#x}, alternate stack {:#x} + {:#x}, vCPU {}, thread {}",
+        context.alt_stack.start, context.alt_stack.bytes, context.vcpu, context.tid
+    );
+    line.print();
+    sys::die_by(libc::SIGSEGV)
+}
+
 /// Reports an exception without a way on, and ends the process.
 pub(super) fn die_of_exception(context: &HostContext, reason: u32, frame: Option<&TrapFrame>) -> ! {
     let mut line = Line::new();

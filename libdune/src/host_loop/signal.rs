@@ -182,7 +182,13 @@ unsafe extern "C" fn dune_host_signal(signal: i32, info: *mut SigInfo, ucontext:
                 note(&mut *context, signal, info, ucontext);
                 let registers = &mut (*ucontext).uc_mcontext.gregs;
                 // A wait for memory (userfaultfd) ends, as it does for an ordinary thread; an i386 call is made later.
-                if let Some(recovery) = recovery(registers[libc::REG_RIP as usize] as u64) {
+                let rip = registers[libc::REG_RIP as usize] as u64;
+                if let Some(recovery) = recovery(rip) {
+                    if touch::recovery(rip).is_some() {
+                        // Unblocked for the access only.
+                        let mask = *(registers[libc::REG_RDX as usize] as *const u64);
+                        (*context).pending.mask |= mask & touch::SIGNALS;
+                    }
                     registers[libc::REG_RCX as usize] = Refusal::INTERRUPTED.pack() as i64;
                     registers[libc::REG_RIP as usize] = recovery as i64;
                 }
@@ -207,9 +213,15 @@ unsafe fn note(context: &mut HostContext, signal: i32, info: *const SigInfo, uco
     // SAFETY: Linux' siginfo and ucontext; the first word of the mask is all that Linux has.
     unsafe {
         let mask = (&raw mut (*ucontext).uc_sigmask).cast::<u64>();
-        context.pending.signal = signal;
-        context.pending.info = *info;
-        context.pending.mask = *mask;
+        let is_first = context.pending.signal == 0;
+        if is_first {
+            context.pending.signal = signal;
+            context.pending.info = *info;
+            context.pending.mask = *mask;
+        } else {
+            // Whoever let it come while another one waits here: Linux keeps it.
+            sys::queue_to_self(signal, &*info);
+        }
         *mask = u64::MAX;
         (&raw mut (*context.run).interrupt_request).write_volatile(1);
         // A call that was not made yet, or is to be made again: the handler goes first.

@@ -12,42 +12,52 @@ use core::arch::global_asm;
 use crate::sys;
 
 extern "C" {
-    fn dune_touch_read(address: u64) -> u64;
-    fn dune_touch_write(address: u64) -> u64;
+    fn dune_touch_read(address: u64, mask: *mut u64) -> u64;
+    fn dune_touch_write(address: u64, mask: *mut u64) -> u64;
     fn dune_touch_read_at();
     fn dune_touch_write_at();
     fn dune_touch_failed();
 }
 
+// rt_sigprocmask(SIG_UNBLOCK, SIGNALS, mask), and at once the access: a signal that comes in between blocks all others
+// while it waits for its handler, and a fault of a blocked signal is the end. It finds RIP at the access.
 global_asm!(
     ".pushsection .text.dune_host, \"ax\", @progbits",
+    ".macro dune_touch name, access:vararg",
     ".balign 16",
-    ".hidden dune_touch_read",
-    ".globl dune_touch_read",
-    "dune_touch_read:",
-    ".hidden dune_touch_read_at",
-    ".globl dune_touch_read_at",
-    "dune_touch_read_at:",
-    "mov al, [rdi]",
+    ".hidden \\name",
+    ".globl \\name",
+    "\\name:",
+    "mov r9, rdi",
+    "mov rdx, rsi",
+    "mov edi, {unblock}",
+    "lea rsi, [rip + 2f]",
+    "mov r10d, 8",
+    "mov eax, {sigprocmask}",
+    "syscall",
+    ".hidden \\name\\()_at",
+    ".globl \\name\\()_at",
+    "\\name\\()_at:",
+    "\\access",
     "xor eax, eax",
     "ret",
-    ".balign 16",
-    ".hidden dune_touch_write",
-    ".globl dune_touch_write",
-    "dune_touch_write:",
-    ".hidden dune_touch_write_at",
-    ".globl dune_touch_write_at",
+    ".endm",
+    "dune_touch dune_touch_read, mov al, [r9]",
     // Makes the page writable in the process and changes nothing, whoever else writes to it.
-    "dune_touch_write_at:",
-    "lock or byte ptr [rdi], 0",
-    "xor eax, eax",
-    "ret",
+    "dune_touch dune_touch_write, lock or byte ptr [r9], 0",
     ".hidden dune_touch_failed",
     ".globl dune_touch_failed",
     "dune_touch_failed:",
     "mov rax, rcx",
     "ret",
+    ".balign 8",
+    "2:",
+    ".quad {signals}",
+    ".purgem dune_touch",
     ".popsection",
+    unblock = const libc::SIG_UNBLOCK,
+    sigprocmask = const libc::SYS_rt_sigprocmask,
+    signals = const SIGNALS,
 );
 
 /// A native access that Linux refused.
@@ -89,13 +99,13 @@ pub(super) const SIGNALS: u64 = sys::signal_bit(libc::SIGSEGV) | sys::signal_bit
 ///
 /// A signal that the program blocks would kill the process here, so it is unblocked meanwhile.
 pub(super) fn touch(address: u64, write: bool) -> Result<(), Refusal> {
-    let mask = sys::sigprocmask(libc::SIG_UNBLOCK, SIGNALS);
+    let mut mask = 0;
     // SAFETY: A fault comes back as a refusal; reading, or writing what is there, changes nothing.
     let refusal = unsafe {
         if write {
-            dune_touch_write(address)
+            dune_touch_write(address, &mut mask)
         } else {
-            dune_touch_read(address)
+            dune_touch_read(address, &mut mask)
         }
     };
     if mask & SIGNALS != 0 {

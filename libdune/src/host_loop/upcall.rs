@@ -337,8 +337,8 @@ fn deliver(context: &mut HostContext, signal: i32, info: &SigInfo, mask: u64, at
         let _ = signal::set_action(context.actions(), signal, Some(SigAction::DEFAULT));
     }
     let Ok(frame) = push_frame(context, info, mask, at, &action) else {
-        // As Linux does where the frame does not fit: the process dies of SIGSEGV.
-        sys::die_by(libc::SIGSEGV);
+        let what = "no room for a signal's frame on the program's stack";
+        report::die_of_frame(context, what, signal, at.rip, at.gprs.rsp);
     };
     let gprs = Gprs {
         rax: 0,
@@ -478,15 +478,25 @@ unsafe fn init_fpu(state: *mut u8, extended: bool) {
 
 /// rt_sigreturn: RSP points behind the restorer's address.
 pub(super) fn sigreturn(context: &mut HostContext) -> Action {
-    let Ok(state) = sync(context) else {
-        sys::die_by(libc::SIGSEGV);
+    // From here to the frame's mask no signal may come: there is room for one.
+    sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
+    if context.pending.signal != 0 {
+        return take_before_call(context);
+    }
+    let state = match sync(context) {
+        Ok(state) => state,
+        Err(errno) => report::die_of_run(context, errno.into()),
+    };
+    let bad = |context: &HostContext| {
+        let what = "rt_sigreturn finds no frame of a signal";
+        report::die_of_frame(context, what, 0, state.rip, state.gprs.rsp)
     };
     let Ok(ucontext) = touch::read::<UContext>(state.gprs.rsp) else {
-        sys::die_by(libc::SIGSEGV);
+        bad(context)
     };
     let from = &ucontext.registers;
     if take_fpu(context, from.fpu).is_err() {
-        sys::die_by(libc::SIGSEGV);
+        bad(context)
     }
     let to_cpl3 = from.cs & 3 == 3;
     let gprs = Gprs {

@@ -71,6 +71,7 @@ const SURROUNDINGS: u64 = 128 << 20;
 pub struct Builder {
     threads: bool,
     children: bool,
+    protection: bool,
 }
 
 impl Default for Builder {
@@ -78,6 +79,7 @@ impl Default for Builder {
         Self {
             threads: true,
             children: true,
+            protection: true,
         }
     }
 }
@@ -93,6 +95,13 @@ impl Builder {
     /// The same for children: fork, vfork, posix_spawn. A program that a child executes starts outside Dune mode.
     pub fn children(mut self, in_dune_mode: bool) -> Self {
         self.children = in_dune_mode;
+        self
+    }
+
+    /// Whether CPL0 is kept from executing pages that CPL3 may use (SMEP) and from touching them by accident (SMAP), where
+    /// the CPU can; it is unless this says otherwise.
+    pub fn protection_from_cpl3(mut self, is_on: bool) -> Self {
+        self.protection = is_on;
         self
     }
 
@@ -443,7 +452,7 @@ fn xcr0() -> u64 {
 }
 
 /// Opens the device and fills a fresh arena in.
-fn build_process(arena: u64, options: &Builder) -> Result<()> {
+pub(crate) fn build_process(arena: u64, options: &Builder) -> Result<()> {
     let device = Device::open()?;
     let fpu = Fpu::ask();
     if fpu.bytes > layout::FPU_MAX as u64 {
@@ -454,6 +463,9 @@ fn build_process(arena: u64, options: &Builder) -> Result<()> {
     // SAFETY: A fresh arena, that lives as long as what is built here.
     let process = unsafe {
         let process = Process::write(arena, device.fd(), device.info, fpu, special);
+        if !options.protection {
+            (*process).cr4 &= !percpu::PROTECTION;
+        }
         let number = (*process).tables().add(|| paging::new_root(&(*process).memory))?;
         debug_assert_eq!(number, DEFAULT);
         (*process).essential = essential(arena);

@@ -36,6 +36,7 @@ mod host_loop;
 
 mod entry;
 
+pub mod edit;
 pub mod user;
 
 pub use addr::Gpa;

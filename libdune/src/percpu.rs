@@ -73,6 +73,9 @@ const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
 
+/// What of CR4 protects CPL0 from CPL3.
+pub(crate) const PROTECTION: u64 = CR4_SMEP | CR4_SMAP;
+
 /// CR4 with which Dune threads start: what protects CPL0 from CPL3 is on where the CPU has it.
 pub(crate) fn cr4(info: &Info) -> u64 {
     const WANTED: u64 = CR4_UMIP | CR4_SMEP | CR4_SMAP | process::CR4_PCIDE | process::CR4_PKE;

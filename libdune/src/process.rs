@@ -68,6 +68,8 @@ pub(crate) struct Process {
     pub memory: Memory,
     /// Handles of page tables, each of which counts in `threads` too.
     handles: AtomicU32,
+    /// One of the handles is no page table, and stays.
+    kept: AtomicBool,
     /// CR4.PCIDE is set in the guest: page tables have PCIDs.
     pub has_pcid: bool,
     /// CR4.PKE is set in the guest.
@@ -287,6 +289,7 @@ impl Process {
                 info,
                 memory: Memory::new(fd, has_1g, start),
                 handles: AtomicU32::new(0),
+                kept: AtomicBool::new(false),
                 has_pcid: info.cr4_guest_owned & CR4_PCIDE != 0,
                 has_keys: info.cr4_guest_owned & CR4_PKE != 0,
                 essential: [start; ESSENTIAL],
@@ -307,6 +310,17 @@ impl Process {
     pub fn add_handle(&self) {
         self.handles.fetch_add(1, Relaxed);
         self.threads.fetch_add(1, AcqRel);
+    }
+
+    /// Turns the caller's part in `threads` into one that stays.
+    pub fn keep(&self) {
+        self.handles.fetch_add(1, Relaxed);
+        self.kept.store(true, Release);
+    }
+
+    /// Whether somebody has it stay.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Acquire)
     }
 
     /// Counts a handle out, with a Dune thread still there.

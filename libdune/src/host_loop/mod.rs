@@ -30,6 +30,8 @@ pub(crate) use asm::enter_guest;
 pub(crate) use asm::leave_guest;
 pub(crate) use context::HostContext;
 pub(crate) use context::State;
+pub(crate) use report::set_last_words;
+pub use report::LastWords;
 pub(crate) use signal::install as install_signals;
 pub(crate) use signal::restore as restore_signals;
 pub(crate) use slow::FAILED_ENTRY;

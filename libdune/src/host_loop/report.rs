@@ -4,6 +4,8 @@
 
 use core::fmt;
 use core::fmt::Write;
+use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::RunPage;
 
@@ -12,6 +14,39 @@ use crate::abi;
 use crate::sys;
 use crate::trap::Fatal;
 use crate::trap::TrapFrame;
+
+/// Registers of a thread that cannot go on, and why.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct LastWords {
+    /// How the vCPU came back, `EXIT_*` of docs/abi.md; `None`: an exception that nobody took, or a failed RUN.
+    pub exit: Option<u32>,
+    /// Basic exit reason or vector; 0 where RUN failed.
+    pub reason: u32,
+    /// Number of the vCPU.
+    pub vcpu: u32,
+    pub rip: u64,
+    pub rsp: u64,
+    pub rflags: u64,
+    pub cr3: u64,
+}
+
+/// What to call then: a `fn(&LastWords)`, or 0.
+static LAST_WORDS: AtomicUsize = AtomicUsize::new(0);
+
+pub(crate) fn set_last_words(f: fn(&LastWords)) {
+    LAST_WORDS.store(f as usize, Relaxed);
+}
+
+/// Calls it, once.
+fn last_words(words: &LastWords) {
+    let f = LAST_WORDS.swap(0, Relaxed);
+    if f != 0 {
+        // SAFETY: Only `set_last_words` stores, and only functions of this type.
+        let f = unsafe { core::mem::transmute::<usize, fn(&LastWords)>(f) };
+        f(words);
+    }
+}
 
 /// A line on the stack; what does not fit is cut off.
 struct Line {
@@ -90,6 +125,15 @@ pub(super) fn die_of_exit(context: &HostContext, run: &RunPage, what: &str) -> !
         context.tid,
     );
     line.print();
+    last_words(&LastWords {
+        exit: Some(exit.kind),
+        reason: exit.reason,
+        vcpu: context.vcpu as u32,
+        rip: run.rip,
+        rsp: run.gprs.rsp,
+        rflags: run.rflags,
+        cr3: run.sregs.cr3,
+    });
     sys::die_by(libc::SIGSEGV)
 }
 
@@ -102,6 +146,15 @@ pub(super) fn die_of_run(context: &HostContext, errno: i64) -> ! {
         context.vcpu, context.tid
     );
     line.print();
+    last_words(&LastWords {
+        exit: None,
+        reason: 0,
+        vcpu: context.vcpu as u32,
+        rip: 0,
+        rsp: 0,
+        rflags: 0,
+        cr3: 0,
+    });
     sys::die_by(libc::SIGSEGV)
 }
 
@@ -137,5 +190,14 @@ pub(super) fn die_of_exception(context: &HostContext, reason: u32, frame: Option
     }
     let _ = write!(line, "vCPU {}, thread {}", context.vcpu, context.tid);
     line.print();
+    last_words(&LastWords {
+        exit: None,
+        reason: frame.map_or(0, |frame| frame.vector().0.into()),
+        vcpu: context.vcpu as u32,
+        rip: frame.map_or(0, |frame| frame.rip),
+        rsp: frame.map_or(0, |frame| frame.rsp),
+        rflags: frame.map_or(0, |frame| frame.rflags),
+        cr3: 0,
+    });
     sys::die_by(libc::SIGSEGV)
 }

@@ -17,6 +17,8 @@ const LARGE: u64 = 1 << 7;
 const HELD: u64 = 1 << 9;
 /// Software bit: unmapped on purpose; not to be filled in on a page fault.
 const GONE: u64 = 1 << 10;
+/// Software bit: nothing decided about it yet, in a table that a whole GiB was split into.
+const OPEN: u64 = 1 << 11;
 /// Software bit of a leaf: somebody else maps the frame too, and a write gets a copy. The CPU's write bit is clear.
 const SHARED: u64 = 1 << 52;
 /// Software bit of a leaf: it counts as a user of a frame of a pool.
@@ -94,7 +96,7 @@ pub(super) struct Entry(pub u64);
 /// What an entry stands for; the level decides what a present entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Never filled.
+    /// Nothing decided about it yet.
     Empty,
     /// Unmapped on purpose.
     Gone,
@@ -105,7 +107,11 @@ pub(super) enum Kind {
 }
 
 impl Entry {
+    /// In the two upper levels. Below, what is 0 was written by a program that edits entries: nothing is mapped there.
+    #[cfg(test)]
     pub const EMPTY: Self = Self(0);
+    /// Nothing decided about it yet, at any level.
+    pub const OPEN: Self = Self(OPEN);
     pub const GONE: Self = Self(GONE);
 
     /// An entry that refers to a table; it restricts nothing.
@@ -128,10 +134,10 @@ impl Entry {
             }
         } else if self.0 & HELD != 0 {
             Kind::Leaf
-        } else if self.0 & GONE != 0 {
-            Kind::Gone
-        } else {
+        } else if self.0 & OPEN != 0 || (self.0 == 0 && level > 2) {
             Kind::Empty
+        } else {
+            Kind::Gone
         }
     }
 
@@ -142,6 +148,11 @@ impl Entry {
 
     pub const fn is_present(self) -> bool {
         self.0 & PRESENT != 0
+    }
+
+    /// Whether it is more than a mark of libdune's that nothing is there.
+    pub const fn holds(self) -> bool {
+        self.0 & !(GONE | OPEN) != 0
     }
 
     /// Whether the address means something: not so in an empty entry, nor in what is no entry at all.
@@ -271,6 +282,7 @@ impl Entry {
                 let large = if level - 1 > 1 { LARGE } else { 0 };
                 Self((self.address() + index * leaf_bytes(level - 1)) | flags | large)
             }
+            _ if self.0 == 0 && level == 3 => Self::OPEN,
             _ => self,
         }
     }
@@ -326,7 +338,25 @@ mod tests {
     #[test]
     fn gaps_stay_gaps_in_pieces() {
         assert_eq!(Entry::GONE.piece(3, 5).kind(2), Kind::Gone);
-        assert_eq!(Entry::EMPTY.piece(3, 5).kind(2), Kind::Empty);
+        for level in [4, 3] {
+            let piece = Entry::EMPTY.piece(level, 5);
+            assert_eq!(piece.kind(level - 1), Kind::Empty);
+        }
+        assert_eq!(Entry::EMPTY.piece(3, 5).piece(2, 7).kind(1), Kind::Empty);
+        assert_eq!(Entry::OPEN.piece(3, 5).piece(2, 7).kind(1), Kind::Empty);
+    }
+
+    #[test]
+    fn what_a_program_cleared_is_not_filled_in() {
+        let leaf = Entry::leaf(Gpa::new(0x1000).unwrap(), 1, Permissions::WRITE);
+        for level in [1, 2] {
+            assert_eq!(Entry(0).kind(level), Kind::Gone);
+            assert_eq!(Entry(leaf.0 & !PRESENT).kind(level), Kind::Gone);
+        }
+        for level in [3, 4] {
+            assert_eq!(Entry(0).kind(level), Kind::Empty);
+            assert_eq!(Entry(leaf.0 & !PRESENT).kind(level), Kind::Gone);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 pub(super) mod recycle;
 
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::AcqRel;
@@ -24,6 +25,7 @@ use super::tree::Frames;
 use super::tree::Retired;
 use super::tree::Table;
 use super::PagingError;
+use super::Permissions;
 use crate::addr::Gpa;
 use crate::addr::Hva;
 use crate::layout;
@@ -60,6 +62,8 @@ pub(crate) struct Memory {
     start: u64,
     /// HVA less GPA of the arena, wrapping: every table lies in it.
     arena_offset: AtomicU64,
+    /// CPL3 may use what is filled in, but for the arena.
+    fills_for_user: AtomicBool,
 }
 
 impl Memory {
@@ -83,7 +87,32 @@ impl Memory {
             limit: arena + layout::ARENA_BYTES as u64,
             start: arena,
             arena_offset: AtomicU64::new(0),
+            fills_for_user: AtomicBool::new(false),
         }
+    }
+
+    /// From now on CPL3 may use what is filled in.
+    pub fn fill_for_user(&self) {
+        self.fills_for_user.store(true, Relaxed);
+    }
+
+    /// Has a GiB of the process, that has no slot yet, be in the slot at `gpa`.
+    pub fn claim(&self, hva: Hva, gpa: Gpa) -> Result<(), PagingError> {
+        let start = match self.ask(hva.gib() << 30, Some(gpa.as_u64())) {
+            Ok(start) => start,
+            Err(errno) => return Err(PagingError::MapSlot { hva, errno: errno.0 }),
+        };
+        self.enter(hva, start)
+    }
+
+    /// Notes which slot a GiB has.
+    fn enter(&self, hva: Hva, start: u64) -> Result<(), PagingError> {
+        let slot = start >> 30;
+        let reverse = self.reverse(slot).ok_or(PagingError::Corrupt(start))?;
+        self.slots_end.fetch_max(slot as u32 + 1, Relaxed);
+        reverse.store(hva.gib() as u32 + 1, Relaxed);
+        self.forward(hva.gib()).store(slot as u32, Relaxed);
+        Ok(())
     }
 
     fn forward(&self, gib: u64) -> &AtomicU32 {
@@ -108,6 +137,18 @@ impl Memory {
     /// Start of the arena.
     pub fn start(&self) -> u64 {
         self.start
+    }
+
+    /// The GPA of a table of the arena, by its address.
+    pub fn table_gpa(&self, address: u64) -> Option<Gpa> {
+        let is_table = address >= self.start + layout::POOL as u64 && address < self.end.load(Relaxed);
+        let gpa = address.wrapping_sub(self.arena_offset.load(Relaxed));
+        is_table.then(|| Gpa::new(gpa)).flatten()
+    }
+
+    /// The GPA of a byte of the process, which gets a slot if it has none.
+    pub fn gpa_of(&self, hva: Hva) -> Result<Gpa, PagingError> {
+        recycle::with_slots(self, || self.gpa(hva))
     }
 
     /// Calls `f` with the pool of a frame that a table owns.
@@ -242,16 +283,21 @@ unsafe impl Frames for Memory {
             Err(sys::Errno(libc::ENOSPC)) => return Err(PagingError::OutOfSlots(hva)),
             Err(errno) => return Err(PagingError::MapSlot { hva, errno: errno.0 }),
         };
-        let slot = start >> 30;
-        let reverse = self.reverse(slot).ok_or(PagingError::Corrupt(start))?;
-        self.slots_end.fetch_max(slot as u32 + 1, Relaxed);
-        reverse.store(hva.gib() as u32 + 1, Relaxed);
-        self.forward(hva.gib()).store(slot as u32, Relaxed);
-        Gpa::new((slot << 30) | offset).ok_or(PagingError::Corrupt(start))
+        self.enter(hva, start)?;
+        Gpa::new(start | offset).ok_or(PagingError::Corrupt(start))
     }
 
     fn has_1g(&self) -> bool {
         self.has_1g
+    }
+
+    fn fill_permissions(&self, hva: Hva) -> Permissions {
+        let is_arena = hva.gib() == self.start >> 30;
+        if self.fills_for_user.load(Relaxed) && !is_arena {
+            Permissions::ALL | Permissions::USER
+        } else {
+            Permissions::ALL
+        }
     }
 
     fn keep(&self, frame: Gpa) -> bool {

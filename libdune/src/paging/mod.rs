@@ -10,18 +10,19 @@
 //! one at a time.
 
 mod copy;
+pub(crate) mod edit;
 mod entry;
 mod owned;
 mod pool;
 mod protocol;
 mod share;
 mod space;
-mod tlb;
 mod tree;
 mod used;
 
 pub(crate) mod memory;
 pub(crate) mod tables;
+pub(crate) mod tlb;
 
 /// Atomics of the protocol: loom's, where it is tested.
 mod sync {

@@ -57,6 +57,21 @@ impl PageTable {
 }
 
 impl PageTable {
+    /// The handle that was forgotten.
+    ///
+    /// # Safety
+    ///
+    /// There must be one of this table, which has this number.
+    pub(crate) unsafe fn remembered(space: AddressSpace<'static>, number: u16) -> Self {
+        Self { space, number }
+    }
+
+    /// The table, as long as someone has it.
+    pub(crate) fn borrowed(&self) -> AddressSpace<'static> {
+        // SAFETY: As this one was made. The caller sees to it that there is a handle.
+        unsafe { AddressSpace::borrowed(self.space.process_pointer(), self.number) }
+    }
+
     pub(super) fn own_number(&self) -> u16 {
         self.number
     }

@@ -90,6 +90,14 @@ impl<'m> Tables<'m> {
         Err(PagingError::OutOfTables)
     }
 
+    /// The table with this root.
+    pub fn find(self, root: Gpa) -> Option<u16> {
+        let is_it = |number: &u16| self.get(*number).root.load(Acquire) == root.as_u64();
+        (root.as_u64() > RESERVED)
+            .then(|| (0..layout::TABLE_COUNT as u16).find(is_it))
+            .flatten()
+    }
+
     /// Counts one more user of a table that has one.
     pub fn hold(self, number: u16) {
         self.get(number).users.fetch_add(1, Relaxed);

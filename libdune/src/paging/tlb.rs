@@ -71,7 +71,7 @@ pub(crate) fn flush_all() {
 }
 
 /// The area of the calling thread, if it is in Dune mode: where its GDT is.
-fn own_area(process: &Process) -> Option<u64> {
+pub(crate) fn own_area(process: &Process) -> Option<u64> {
     #[repr(C, packed(2))]
     struct Pointer {
         limit: u16,

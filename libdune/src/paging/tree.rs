@@ -39,6 +39,10 @@ pub(crate) unsafe trait Frames {
     fn gpa(&self, hva: Hva) -> Result<Gpa, PagingError>;
     /// Whether leaves of 1 GiB may be used.
     fn has_1g(&self) -> bool;
+    /// What memory of the process may be used for that is filled in.
+    fn fill_permissions(&self, _hva: Hva) -> Permissions {
+        Permissions::ALL
+    }
     /// Counts one more entry that owns a frame of a pool; false where nobody owns it any more.
     fn keep(&self, frame: Gpa) -> bool;
     /// One less: at once, where no CPU can have a translation to it.
@@ -158,7 +162,7 @@ impl<'f, F: Frames> Tree<'f, F> {
         let old = Entry(slot.load(Relaxed));
         let gpa = self.frames.allocate()?;
         let table = self.table(gpa)?;
-        if old != Entry::EMPTY {
+        if old.0 != 0 || level == 3 {
             for (index, piece) in table.0.iter().enumerate() {
                 piece.store(old.piece(level, index as u64).0, Relaxed);
             }
@@ -180,6 +184,27 @@ impl<'f, F: Frames> Tree<'f, F> {
         (entry.kind(level) != Kind::Empty).then(|| entry.is_present())
     }
 
+    /// Replaces what maps nothing in `slot` by a table of the same.
+    pub(super) fn open(&self, level: u32, slot: &AtomicU64) -> Result<(), PagingError> {
+        let old = Entry(slot.load(Relaxed));
+        if old.kind(level) == Kind::Empty {
+            return self.split(level, slot);
+        }
+        let gpa = self.frames.allocate()?;
+        if level > 3 {
+            for piece in &self.table(gpa)?.0 {
+                piece.store(Entry::GONE.0, Relaxed);
+            }
+        }
+        if slot
+            .compare_exchange(old.0, Entry::table(gpa).0, AcqRel, Relaxed)
+            .is_err()
+        {
+            self.frames.free(gpa);
+        }
+        Ok(())
+    }
+
     /// Maps the GiB of `gva` to itself if nothing decided about it yet; says whether there is a leaf now, be it another
     /// thread's, which was first.
     pub fn fill(&self, gva: Gva) -> Result<bool, PagingError> {
@@ -189,7 +214,8 @@ impl<'f, F: Frames> Tree<'f, F> {
         let start = hva.align_down(leaf_bytes(3));
         loop {
             let (level, slot) = self.find_down_to(3, gva)?;
-            match Entry(slot.load(Relaxed)).kind(level) {
+            let empty = Entry(slot.load(Relaxed));
+            match empty.kind(level) {
                 Kind::Empty => {}
                 Kind::Table => return self.fill_below(gva, hva),
                 Kind::Leaf => return Ok(true),
@@ -200,20 +226,20 @@ impl<'f, F: Frames> Tree<'f, F> {
                 continue;
             }
             let page = self.frames.gpa(start)?;
+            let permissions = self.frames.fill_permissions(start);
             let entry = if self.frames.has_1g() {
-                Entry::leaf(page, 3, Permissions::ALL)
+                Entry::leaf(page, 3, permissions)
             } else {
                 let gpa = self.frames.allocate()?;
                 let table = self.table(gpa)?;
                 // A 1 GiB leaf that this CPU cannot have, taken to pieces that it can.
-                let whole = Entry::leaf(page, 3, Permissions::ALL);
+                let whole = Entry::leaf(page, 3, permissions);
                 for (index, piece) in table.0.iter().enumerate() {
                     piece.store(whole.piece(3, index as u64).0, Relaxed);
                 }
                 Entry::table(gpa)
             };
-            if slot.compare_exchange(Entry::EMPTY.0, entry.0, AcqRel, Relaxed).is_err() && entry.kind(3) == Kind::Table
-            {
+            if slot.compare_exchange(empty.0, entry.0, AcqRel, Relaxed).is_err() && entry.kind(3) == Kind::Table {
                 // Another thread was first.
                 if let Some(table) = Gpa::new(entry.address()) {
                     self.frames.free(table);
@@ -226,13 +252,14 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// The same where a table decides about the GiB, of which parts were emptied when its slot was given back.
     fn fill_below(&self, gva: Gva, hva: Hva) -> Result<bool, PagingError> {
         let (level, slot) = self.find(gva)?;
-        match Entry(slot.load(Relaxed)).kind(level) {
+        let empty = Entry(slot.load(Relaxed));
+        match empty.kind(level) {
             Kind::Empty if level <= 2 => {}
             kind => return Ok(kind == Kind::Leaf),
         }
         let page = self.frames.gpa(hva.align_down(leaf_bytes(level)))?;
-        let leaf = Entry::leaf(page, level, Permissions::ALL);
-        let _ = slot.compare_exchange(Entry::EMPTY.0, leaf.0, Relaxed, Relaxed);
+        let leaf = Entry::leaf(page, level, self.frames.fill_permissions(hva));
+        let _ = slot.compare_exchange(empty.0, leaf.0, Relaxed, Relaxed);
         Ok(true)
     }
 
@@ -503,7 +530,7 @@ impl<'f, F: Frames> Tree<'f, F> {
         self.free_table(self.root, 4);
     }
 
-    fn free_table(&self, gpa: Gpa, level: u32) {
+    pub(super) fn free_table(&self, gpa: Gpa, level: u32) {
         if let Some(table) = self.frames.table(gpa) {
             for slot in &table.0 {
                 let entry = Entry(slot.load(Relaxed));

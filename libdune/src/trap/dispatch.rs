@@ -325,7 +325,11 @@ fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
     let (Some(gva), Some(root)) = (Gva::new(frame.cr2), Gpa::new(loaded_root())) else {
         return Ok(false);
     };
-    fill(&block.process().memory, root, gva)
+    match fill(&block.process().memory, root, gva) {
+        // A table that the program made and loaded by itself.
+        Err(PagingError::Corrupt(_)) => Ok(false),
+        filled => filled,
+    }
 }
 
 /// Settles a write to a page that is copied on write.

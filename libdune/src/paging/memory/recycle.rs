@@ -227,7 +227,7 @@ impl Memory {
                 // Tables lie in the arena's slot, which has a mapping: what refers to another is a leaf of some level.
                 if Entry(entry).refers() && is_wanted(Entry(entry).address() >> 30) {
                     // The CPU may set accessed and dirty bits in between.
-                    while let Err(now) = slot.compare_exchange(entry, Entry::EMPTY.0, AcqRel, Relaxed) {
+                    while let Err(now) = slot.compare_exchange(entry, Entry::OPEN.0, AcqRel, Relaxed) {
                         entry = now;
                     }
                 }

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! For programs that edit page tables entry by entry, in the manner of the first Dune: what the C ABI (`libdune-c`) is
+//! made of. Rust programs have [`PageTable`] and [`Dune`](crate::Dune) instead.
+//!
+//! # Safety
+//!
+//! [`Shared`] stays for the life of the process, so what it hands out does. What entries say is the program's business:
+//! memory is only reached through them by the CPU.
+
+use core::mem;
+
+use crate::entry::build_process;
+use crate::entry::Builder;
+use crate::error::Result;
+use crate::host_loop;
+use crate::paging::tables::DEFAULT;
+use crate::paging::tlb::own_area;
+use crate::percpu::Block;
+use crate::process;
+use crate::process::Process;
+use crate::AddressSpace;
+use crate::Gpa;
+use crate::Hva;
+use crate::PageTable;
+use crate::PagingError;
+use crate::Thread;
+
+pub use crate::host_loop::LastWords;
+pub use crate::paging::edit::Missing;
+pub use crate::paging::edit::RawEntry;
+pub use crate::paging::edit::WHOLE;
+
+/// What the Dune threads of the process share, made before the first one enters and kept for good.
+#[derive(Clone, Copy, Debug)]
+pub struct Shared {
+    process: *const Process,
+}
+
+// SAFETY: What it leads to is atomic, or does not change.
+unsafe impl Send for Shared {}
+// SAFETY: As above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Makes it, or finds it. A child of a process that was outside Dune mode has to make its own.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`](crate::Error).
+    pub fn keep(options: &Builder) -> Result<Self> {
+        if let Some(found) = Self::find() {
+            return Ok(found);
+        }
+        let process = process::join(|arena| build_process(arena, options))?;
+        // SAFETY: Counted in above, for good.
+        unsafe { (*process).keep() };
+        Ok(Self { process })
+    }
+
+    /// The one that was made in this process.
+    pub fn find() -> Option<Self> {
+        let process = process::find()?;
+        // SAFETY: Where it was kept it stays, and where not it is looked at and forgotten: the arena stays as long as a Dune
+        // thread, and a program that has the C ABI keeps its own first.
+        unsafe { (*process).is_kept() }.then_some(Self { process })
+    }
+
+    fn process(&self) -> &'static Process {
+        // SAFETY: Kept for good.
+        unsafe { &*self.process }
+    }
+
+    /// The default page table.
+    pub fn address_space(&self) -> AddressSpace<'static> {
+        // SAFETY: The process has it for good.
+        unsafe { AddressSpace::borrowed(self.process, DEFAULT) }
+    }
+
+    /// The page table with this top table, or with it at this GPA.
+    pub fn table_at(&self, root: u64) -> Option<AddressSpace<'static>> {
+        let memory = &self.process().memory;
+        let gpa = memory.table_gpa(root).or_else(|| Gpa::new(root))?;
+        let number = self.process().tables().find(gpa)?;
+        // SAFETY: It has a user now; who gives a table back uses it no more.
+        Some(unsafe { AddressSpace::borrowed(self.process, number) })
+    }
+
+    /// Gives back a page table of [`AddressSpace::duplicate`] whose handle was forgotten. The default one stays.
+    ///
+    /// # Safety
+    ///
+    /// It must not be used any more, nor given back twice. A thread that has it loaded may go on.
+    pub unsafe fn give_back(&self, table: AddressSpace<'static>) {
+        if let Some(number) = table.number().filter(|number| *number != DEFAULT) {
+            // SAFETY: The handle's count is the forgotten one's.
+            drop(unsafe { PageTable::remembered(table, number) });
+        }
+    }
+
+    /// The calling thread, where it is in Dune mode. Costs no exit.
+    pub fn thread(&self) -> Option<Thread<'static>> {
+        let area = own_area(self.process())?;
+        // SAFETY: The block of the thread's area; it stays as long as the thread is in Dune mode, which is what the token says.
+        Some(unsafe { Thread::new(area as *const Block) })
+    }
+
+    /// Where memory of the process is in GPA space.
+    ///
+    /// # Errors
+    ///
+    /// See [`PagingError`].
+    pub fn gpa(&self, hva: Hva) -> core::result::Result<Gpa, PagingError> {
+        self.process().memory.gpa_of(hva)
+    }
+
+    /// What memory of the process is at a GPA.
+    pub fn hva(&self, gpa: Gpa) -> Option<Hva> {
+        self.process().memory.hva(gpa)
+    }
+
+    /// Has a GiB of the process, that was not used yet, be at a GPA of the caller's choice.
+    ///
+    /// # Errors
+    ///
+    /// [`PagingError::MapSlot`] where that GPA or GiB is taken, or the GPA beyond what the CPU has.
+    pub fn claim(&self, hva: Hva, gpa: Gpa) -> core::result::Result<(), PagingError> {
+        self.process().memory.claim(hva, gpa)
+    }
+
+    /// Calls `f` before a thread that cannot go on ends the process, outside Dune mode and on a stack of libdune's.
+    pub fn set_last_words(&self, f: fn(&LastWords)) {
+        host_loop::set_last_words(f);
+    }
+}
+
+/// Forgets the handle of a page table, which stays until [`Shared::give_back`].
+pub fn forget(table: PageTable) -> AddressSpace<'static> {
+    let space = table.borrowed();
+    mem::forget(table);
+    space
+}

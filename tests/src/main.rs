@@ -2,6 +2,7 @@
 //! Behaviour tests of Dune: what needs `/dev/dune`. `tests/README.md` says how
 //! to add one.
 
+mod c_abi;
 mod compat;
 mod enter;
 mod framework;
@@ -52,6 +53,7 @@ const TOPICS: &[&[Test]] = &[
     enter::TESTS,
     syscall::TESTS,
     compat::TESTS,
+    c_abi::TESTS,
     trap::TESTS,
     user::TESTS,
     memory::TESTS,

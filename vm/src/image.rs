@@ -115,9 +115,15 @@ impl Initramfs {
             let name = program.file_name().unwrap_or_default().to_string_lossy();
             self.add_program(&format!("usr/bin/{name}"), &program)?;
         }
-        let library = paths::target_dir().join("release").join(paths::PRELOAD);
-        if library.is_file() {
-            self.add_program(&format!("usr/lib/{}", paths::PRELOAD), &library)?;
+        for name in [paths::PRELOAD, paths::LIBRARY] {
+            let library = paths::target_dir().join("release").join(name);
+            if library.is_file() {
+                self.add_program(&format!("usr/lib/{name}"), &library)?;
+            }
+        }
+        let c_programs = paths::c_programs();
+        if c_programs.is_dir() {
+            self.add_file("usr/libexec/dune/c-compat", &c_programs)?;
         }
         let helper = paths::target_dir().join("release").join(paths::KVM_HELPER);
         if helper.is_file() {

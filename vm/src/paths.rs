@@ -27,6 +27,14 @@ pub const KVM_HELPER: &str = "dune-kvm";
 /// The library that puts unmodified programs into Dune mode; goes into `/usr/lib`.
 pub const PRELOAD: &str = "libdune_preload.so";
 
+/// The library for programs in C; goes into `/usr/lib`.
+pub const LIBRARY: &str = "libdune.so";
+
+/// Programs in C that use it, which `scripts/c-compat` compiles; go into `/usr/libexec/dune/c-compat`.
+pub fn c_programs() -> PathBuf {
+    target_dir().join("c-compat/bin")
+}
+
 /// The root of the source tree.
 pub fn root() -> PathBuf {
     let vm = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Programs in C against the installed headers and library: `tests/c-compat/`, which `scripts/c-compat` compiles.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::check;
+use crate::check_ok;
+use crate::framework::Outcome;
+use crate::framework::Test;
+
+pub const TESTS: &[Test] = &[
+    Test::new("c_program_handles_exceptions", || run(&["traps"])),
+    Test::new("c_program_edits_entries_in_page_faults", || run(&["pgflt"])),
+    Test::new("c_program_runs_code_at_cpl3", || run(&["ring3"])),
+    Test::new("c_program_changes_page_tables", || run(&["pagetable"])),
+    Test::new("c_program_uses_the_page_pool", || run(&["pool"])),
+    Test::new("c_program_forks_and_makes_threads", || run(&["process"])),
+    Test::new("c_program_takes_signals", || run(&["signals"])),
+    Test::new("c_program_uses_helpers", || run(&["helpers"])),
+    Test::new("c_program_ends_as_it_says", || run(&["ends"])),
+    Test::new("c_programs_may_be_static", || run(&["traps-static", "ring3-static"])),
+];
+
+/// Where the image has them.
+const DIRECTORY: &str = "/usr/libexec/dune/c-compat";
+
+/// Each checks itself, and ends with status 0.
+fn run(programs: &[&str]) -> Outcome {
+    for name in programs {
+        let program = Path::new(DIRECTORY).join(name);
+        check!(
+            program.is_file(),
+            "{} is missing: scripts/c-compat compiles it",
+            program.display()
+        );
+        let output = check_ok!(Command::new(&program).output());
+        check!(
+            output.status.success(),
+            "{name}: {}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Outcome::Pass
+}

@@ -255,6 +255,23 @@ static void test_flushes(void)
 	assert(!can_store(p));
 }
 
+/* A top table that the program makes of a page, with what pgroot has. */
+static void test_table_by_hand(void)
+{
+	struct page *pg = dune_page_alloc();
+	char *memory = anonymous(PGSIZE), *missing = (char *)BASE + (1UL << 45);
+	int stored, loaded;
+
+	assert(pg);
+	memcpy((void *)dune_page2pa(pg), pgroot, PGSIZE);
+	load_cr3(dune_page2pa(pg));
+	stored = can_store(memory);
+	loaded = can_load(missing);
+	load_cr3((unsigned long)pgroot | CR3_NOFLUSH);
+	assert(stored && !loaded);
+	dune_page_put(pg);
+}
+
 static void test_stack_address(void)
 {
 	char here = 5, *p = (char *)BASE + (12UL << 30), *page = (char *)PGADDR(&here);
@@ -274,6 +291,7 @@ int main(void)
 	test_walk();
 	test_clone();
 	test_flushes();
+	test_table_by_hand();
 	test_stack_address();
 	return 0;
 }

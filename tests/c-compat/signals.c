@@ -11,7 +11,7 @@
 
 #include "libdune/dune.h"
 
-static volatile sig_atomic_t usr1, usr2, alarms;
+static volatile sig_atomic_t usr1, usr2, alarms, spins;
 static unsigned long handler_cs;
 static char *stack;
 
@@ -46,25 +46,27 @@ static void on_alarm(struct dune_tf *tf)
 	alarms++;
 }
 
-static void on_alarm_at_cpl3(struct dune_tf *tf)
-{
-	(void)tf;
-	alarms++;
-	/* The time of the code at CPL3 is over. */
-	dune_ret_from_user(88);
-}
-
-static void user_spins(void)
-{
-	for (;;)
-		__asm__ volatile("pause");
-}
-
 static void start_timer(void)
 {
 	struct itimerval timer = { .it_value = { .tv_usec = 2000 } };
 
 	assert(setitimer(ITIMER_REAL, &timer, NULL) == 0);
+}
+
+static void on_alarm_at_cpl3(struct dune_tf *tf)
+{
+	(void)tf;
+	alarms++;
+	/* The time of the code at CPL3 is over, if it has begun. */
+	if (spins)
+		dune_ret_from_user(88);
+	start_timer();
+}
+
+static void user_spins(void)
+{
+	for (;;)
+		spins = 1;
 }
 
 static void test_plain_handler(void)
@@ -114,7 +116,7 @@ static void test_timer_at_cpl3(void)
 	tf.rip = (unsigned long)user_spins;
 	tf.rsp = (unsigned long)stack + 65536 - 8;
 	assert(dune_jump_to_user(&tf) == 88);
-	assert(alarms == 2 && (code_segment() & 3) == 0);
+	assert(alarms >= 2 && (code_segment() & 3) == 0);
 	/* As after siglongjmp without a mask. */
 	sigemptyset(&mask);
 	assert(sigprocmask(SIG_SETMASK, &mask, NULL) == 0);

@@ -143,6 +143,7 @@ impl<'a> Thread<'a> {
     /// The table must be one of this process, not of the one that it was forked from outside Dune mode. It must map the
     /// code that runs, its stack, libdune and what libdune keeps for the thread, as the default table and its duplicates
     /// do unless that was taken out.
+    #[inline]
     pub unsafe fn load(&self, table: &AddressSpace<'_>) {
         let block = self.block();
         debug_assert!(table.is_of(block.process), "a page table of another process");

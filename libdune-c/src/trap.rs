@@ -78,9 +78,8 @@ pub(crate) fn call(vector: Vector, tf: &mut dune_tf, address: u64, error_code: u
 }
 
 fn handle(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
-    let before = *frame;
-    let is_refused = frame.host_refused();
-    if is_refused && is_hopeless(&before, thread) {
+    let refused = frame.host_refused().then_some(*frame);
+    if refused.is_some_and(|refused| is_hopeless(&refused, thread)) {
         return Outcome::Unhandled;
     }
     let mut tf = dune_tf::of_trap(frame);
@@ -92,8 +91,8 @@ fn handle(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
         unsafe { pop(tf) };
     }
     tf.store(frame);
-    if is_refused {
-        note(&before, thread);
+    if let Some(refused) = refused {
+        note(&refused, thread);
     }
     Outcome::Resume
 }

@@ -170,7 +170,7 @@ fn protect_entry(word: &AtomicU64, bits: u64) {
 }
 
 /// Gives the pages of a range other permissions, by 4 KiB where they were not mapped with PERM_BIG. Pages that are mapped
-/// to nothing are passed over. With PERM_NONE a page keeps what it is mapped to.
+/// to nothing are passed over. A large page that the range has a part of is split. With PERM_NONE a page keeps what it is mapped to.
 ///
 /// 0, -EINVAL, -ENOMEM.
 #[no_mangle]
@@ -192,7 +192,8 @@ pub unsafe extern "C" fn dune_vm_mprotect(
     change().err().unwrap_or(0)
 }
 
-/// Calls `visit` for each entry of a range that there is: of 4 KiB, or large where the program mapped it so.
+/// Calls `visit` for each entry of a range that there is: of 4 KiB, or large where the program mapped it so and the range
+/// has all of it.
 fn each_entry<'s>(
     space: &AddressSpace<'s>,
     start: Gva,
@@ -204,9 +205,14 @@ fn each_entry<'s>(
         let at = start.checked_add(done).ok_or(-libc::EINVAL)?;
         match space.entry(at, 1, Missing::Tell) {
             Ok(entry) => {
-                let begin = at.align_down(entry.bytes());
-                visit(begin, entry)?;
-                done += entry.bytes() - (at.as_u64() - begin.as_u64());
+                let is_whole = at.align_down(entry.bytes()) == at && bytes - done >= entry.bytes();
+                if !is_whole {
+                    // The next look splits it.
+                    entry.word.fetch_and(!WHOLE, AcqRel);
+                    continue;
+                }
+                visit(at, entry)?;
+                done += entry.bytes();
             }
             Err(PagingError::NotMapped(_)) => done += space.gap(at),
             Err(error) => return Err(errno(error)),

@@ -160,6 +160,11 @@ static void test_big_pages(void)
 	/* A page inside of it takes it to pieces. */
 	assert(dune_vm_map_pages(pgroot, p + PGSIZE, PGSIZE, PERM_R) == 0);
 	assert(load(p) == 1 && load(p + PGSIZE) == 0 && load(p + 2 * PGSIZE) == 1);
+	assert(dune_vm_mprotect(pgroot, p + BIG + PGSIZE, PGSIZE, PERM_R | PERM_W) == 0);
+	assert(!can_store(p + BIG) && can_store(p + BIG + PGSIZE) && !can_store(p + BIG + 2 * PGSIZE));
+	assert(!(*look_up(pgroot, p + BIG) & PTE_PS));
+	dune_vm_unmap(pgroot, p + BIG + 5 * PGSIZE, PGSIZE);
+	assert(can_load(p + BIG + 4 * PGSIZE) && !can_load(p + BIG + 5 * PGSIZE) && can_load(p + BIG + 6 * PGSIZE));
 }
 
 static void test_walk(void)

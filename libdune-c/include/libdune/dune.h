@@ -263,7 +263,7 @@ uintptr_t dune_stack_addr_to_pa(void *ptr);
 
 /**
  * Gives the pages of a range other permissions, by 4 KiB where they were not mapped with PERM_BIG. Pages that are mapped
- * to nothing are passed over. With PERM_NONE a page keeps what it is mapped to.
+ * to nothing are passed over. A large page that the range has a part of is split. With PERM_NONE a page keeps what it is mapped to.
  *
  * 0, -EINVAL, -ENOMEM.
  */

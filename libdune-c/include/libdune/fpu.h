@@ -5,6 +5,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 struct fxsave_area {
 	uint16_t cwd, swd, twd, fop;
@@ -46,7 +47,9 @@ static inline uint32_t dune_fpu_mask(void)
 /* The state with which a program starts. */
 static inline void dune_fpu_init(struct fpu_area *fp)
 {
-	*fp = (struct fpu_area){ .xsave.fxsave = { .cwd = 0x37f, .mxcsr = 0x1f80 } };
+	memset(fp, 0, sizeof(*fp));
+	fp->xsave.fxsave.cwd = 0x37f;
+	fp->xsave.fxsave.mxcsr = 0x1f80;
 	fp->xsave.header.xstate_bv = 3;
 }
 

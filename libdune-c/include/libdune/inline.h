@@ -6,6 +6,10 @@
 
 #include "fpu.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Top table of the default page table. */
 extern ptent_t *pgroot;
 
@@ -21,6 +25,10 @@ extern uintptr_t dune_page_base;
  * The program may define it: it is called, outside Dune mode, before a Dune thread that cannot go on ends the process.
  */
 void on_dune_exit(struct dune_config *config);
+
+#ifdef __cplusplus
+}
+#endif
 
 static inline unsigned long dune_get_ticks(void)
 {

@@ -269,8 +269,59 @@ static void test_only_what_is_given(void)
 	assert(run(user_reads, (long)secret) == 31 && faults == 1);
 }
 
+static uintptr_t denied_addr;
+static uint64_t denied_fec;
+
+static void deny(uintptr_t addr, uint64_t fec, struct dune_tf *tf)
+{
+	assert((tf->cs & 3) == 3);
+	denied_addr = addr;
+	denied_fec = fec;
+	dune_ret_from_user(-5);
+}
+
+/* Without map_full CPL3 has only what it is given. */
+static void sandbox(void)
+{
+	/* mov (%rdi), %eax; mov %eax, %edi; mov $SYS_DONE, %eax; syscall */
+	static const unsigned char code[] = { 0x8b, 0x07, 0x89, 0xc7, 0xb8, 0xe8, 0x03, 0, 0, 0x0f, 0x05 };
+	int prot = PROT_READ | PROT_WRITE | PROT_EXEC;
+	char *text = mmap(NULL, PGSIZE, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int *secret = mmap(NULL, 2 * PGSIZE, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *given = secret + PGSIZE / 4;
+	void (*f)(long) = (void (*)(long))text;
+
+	assert(text != MAP_FAILED && (void *)secret != MAP_FAILED);
+	memcpy(text, code, sizeof(code));
+	*secret = 41;
+	*given = 42;
+	assert(dune_init(false) == 0 && dune_enter() == 0);
+	dune_register_syscall_handler(on_syscall);
+	dune_register_pgflt_handler(deny);
+	assert(run(f, (long)given) == -5);
+	assert(denied_addr == (uintptr_t)text && denied_fec == (FEC_P | FEC_U | FEC_I));
+	assert(dune_vm_mprotect(pgroot, text, PGSIZE, PERM_UCODE) == 0);
+	assert(run(f, (long)given) == -5);
+	assert(denied_addr == (uintptr_t)given && denied_fec == (FEC_P | FEC_U));
+	assert(dune_vm_mprotect(pgroot, given, PGSIZE, PERM_R | PERM_U) == 0);
+	assert(run(f, (long)given) == 42);
+	assert(run(f, (long)secret) == -5 && denied_addr == (uintptr_t)secret);
+	/* Neither the program's own memory, nor libdune's, nor the pool. */
+	assert(run(f, (long)&stack) == -5 && denied_addr == (uintptr_t)&stack);
+	assert(run(f, (long)pgroot) == -5 && denied_addr == (uintptr_t)pgroot);
+	assert(run(f, dune_page2pa(pages)) == -5);
+}
+
 int main(void)
 {
+	int status;
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		stack = aligned_alloc(PGSIZE, STACK);
+		sandbox();
+		_exit(12);
+	}
+	assert(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 12);
 	stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	assert(stack != MAP_FAILED);
 	assert(dune_init_and_enter() == 0);
@@ -289,6 +340,12 @@ int main(void)
 	assert(run(user_breaks, 0) == 99 && breakpoints == 1);
 	assert(last.cs == (GD_UT | 3) && last.ss == (GD_UD | 3));
 	assert(run(user_is_redirected, 0) == 1234);
+	/* All of the program, but not what libdune keeps. */
+	assert(run(user_reads, (long)&breakpoints) == 1);
+	dune_register_pgflt_handler(deny);
+	assert(run(user_reads, (long)pgroot) == -5 && denied_addr == (uintptr_t)pgroot);
+	assert(run(user_reads, dune_page2pa(pages)) == -5);
+	dune_register_pgflt_handler(on_pgflt);
 	assert(run(user_nests, 20) == 42);
 	assert(WEXITSTATUS(run(user_forks, 0)) == 33);
 	test_segments();

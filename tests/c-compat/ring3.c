@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -101,7 +102,8 @@ static void on_syscall(struct dune_tf *tf)
 	case SYS_NEST:
 		inner.rip = (unsigned long)innermost;
 		inner.rdi = ARG0(tf);
-		inner.rsp = (unsigned long)stack + STACK / 2 - 8;
+		/* Below what the outer code uses of its stack. */
+		inner.rsp = tf->rsp - 4096;
 		tf->rax = dune_jump_to_user(&inner);
 		return;
 	case SYS_unlink:
@@ -269,6 +271,36 @@ static void test_only_what_is_given(void)
 	assert(run(user_reads, (long)secret) == 31 && faults == 1);
 }
 
+static void *visits(void *arg)
+{
+	char *own = malloc(STACK);
+	struct dune_tf tf = { 0 };
+	long i;
+
+	assert(own);
+	for (i = 0; i < 50; i++) {
+		tf.rip = (unsigned long)user_nests;
+		tf.rdi = (long)arg * 1000 + i;
+		tf.rsp = ((unsigned long)own + STACK - 16) & ~15UL;
+		tf.rsp -= 8;
+		assert(dune_jump_to_user(&tf) == 2 * ((long)arg * 1000 + i + 1));
+	}
+	free(own);
+	return arg;
+}
+
+/* Each thread has visits of its own. */
+static void test_threads(void)
+{
+	pthread_t threads[4];
+	long i;
+
+	for (i = 0; i < 4; i++)
+		assert(pthread_create(&threads[i], NULL, visits, (void *)i) == 0);
+	for (i = 0; i < 4; i++)
+		assert(pthread_join(threads[i], NULL) == 0);
+}
+
 static uintptr_t denied_addr;
 static uint64_t denied_fec;
 
@@ -349,6 +381,7 @@ int main(void)
 	assert(run(user_nests, 20) == 42);
 	assert(WEXITSTATUS(run(user_forks, 0)) == 33);
 	test_segments();
+	test_threads();
 	test_only_what_is_given();
 	test_trap_frames();
 	assert(run(user_returns, 8) == 8);

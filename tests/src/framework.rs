@@ -57,7 +57,7 @@ pub enum Suite {
     Programs,
     /// More of them, in `make test-long`.
     ProgramsLong,
-    /// Everything at once, at random, for a minute: one machine.
+    /// Everything at once, at random: one machine.
     Torture,
     /// Tests that make the harness red on purpose.
     Harness,

@@ -37,7 +37,10 @@ pub const TESTS: &[Test] = &[
         page_tables_map_the_same_address_apart,
     ),
     Test::asserting("page_tables_switch_without_an_exit", page_tables_switch_without_an_exit),
-    Test::asserting("page_tables_come_and_go", page_tables_come_and_go).timeout_s(60),
+    Test::asserting("page_tables_come_and_go", page_tables_come_and_go),
+    Test::asserting("page_tables_run_out", page_tables_run_out)
+        .suite(Suite::Long)
+        .timeout_s(60),
     Test::asserting("missing_flush_is_noticed", missing_flush_is_noticed),
     Test::asserting("other_threads_are_shot_down", other_threads_are_shot_down)
         .needs(&[Need::Cpus(2)])
@@ -173,6 +176,11 @@ fn page_tables_come_and_go() {
             unsafe { dune.load(&first) };
         }
     }
+    dune.leave();
+}
+
+fn page_tables_run_out() {
+    let dune = enter();
     let many: Vec<PageTable> = std::iter::from_fn(|| dune.new_page_table().ok()).take(4096).collect();
     assert_eq!(many.len(), 4095);
     assert!(matches!(dune.new_page_table(), Err(libdune::PagingError::OutOfTables)));

@@ -220,6 +220,17 @@ pub(crate) unsafe fn part(process: *const Process, end: impl FnOnce(&Process)) -
     true
 }
 
+/// Calls `f` if the calling thread, which is counted in, is the only one; none comes in meanwhile.
+pub(crate) fn if_alone(process: &Process, f: impl FnOnce()) {
+    let Ok(registry) = registry() else {
+        return;
+    };
+    let _locked = Locked::new(registry);
+    if process.threads.load(Acquire) == 1 {
+        f();
+    }
+}
+
 /// In the child of a fork by a Dune thread: its copy of the arena is what it has, and the calling thread is alone.
 pub(crate) fn adopt(process: &Process, own_area: u64) -> Result<(), Errno> {
     process.threads.store(1 + process.handles.load(Relaxed), Release);

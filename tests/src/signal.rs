@@ -20,6 +20,8 @@ use libdune::Vector;
 use crate::framework::Test;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::install_signal_probe;
+use crate::support::load;
 use crate::support::spawn;
 use crate::support::Map;
 use crate::support::Shared;
@@ -57,6 +59,11 @@ pub const TESTS: &[Test] = &[
         children_outside_have_the_programs_handlers,
     ),
     Test::asserting("queued_signals_all_arrive", queued_signals_all_arrive).timeout_s(60),
+    Test::asserting(
+        "actions_hold_while_threads_come_and_go",
+        actions_hold_while_threads_come_and_go,
+    )
+    .timeout_s(60),
     Test::asserting("ordinary_threads_take_signals_too", ordinary_threads_take_signals_too),
     Test::asserting("sigchld_sigwait_and_signalfd", sigchld_sigwait_and_signalfd),
     Test::asserting("virtual_timer_counts_the_guest", virtual_timer_counts_the_guest),
@@ -866,6 +873,29 @@ fn signals_between_threads() {
     assert!(COUNT.load(SeqCst) >= THREADS as u64);
     assert_eq!(OUTSIDE.load(Relaxed), 0);
     dune.leave();
+}
+
+/// A thread that leaves as the last one gives the program its actions back; one that enters at this moment needs libdune's.
+fn actions_hold_while_threads_come_and_go() {
+    const ROUNDS: usize = 60;
+    install_signal_probe();
+    let hole = Map::new(PAGE);
+    hole.protect(0, PAGE, libc::PROT_NONE);
+    let address = hole.address();
+    let visit = |pause: u64| {
+        for round in 0..ROUNDS as u64 {
+            let dune = enter();
+            assert!(load(address).is_err());
+            std::hint::black_box(compute(round * pause % 40));
+            assert!(load(address).is_err());
+            dune.leave();
+            assert!(load(address).is_err());
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| visit(7));
+        scope.spawn(|| visit(11));
+    });
 }
 
 /// Signals that queue come as often as they were sent, also where one comes at the end of another one's handler.

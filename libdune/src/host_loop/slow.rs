@@ -8,8 +8,6 @@
 //! it runs; user space may write it at any time, so it is read through the raw pointer. Allocates nothing, uses no
 //! TLS and no errno.
 
-use core::sync::atomic::Ordering::Relaxed;
-
 use dune_abi::Event;
 use dune_abi::Exit;
 use dune_abi::RunPage;
@@ -36,6 +34,7 @@ use super::touch;
 use super::touch::Refusal;
 use super::upcall;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
+use crate::process;
 use crate::sys;
 
 /// What the loop does next.
@@ -254,9 +253,7 @@ fn refused(context: &mut HostContext, exit: &Exit, is_mapped: bool) -> Action {
 /// Ends Dune mode for this thread: destroys the vCPU, and gives the program its signals back if it was the last.
 pub(super) fn leave(context: &mut HostContext) {
     destroy(context);
-    if context.process().threads.load(Relaxed) == 1 {
-        signal::restore_from(context.actions());
-    }
+    process::if_alone(context.process(), || signal::restore_from(context.actions()));
 }
 
 /// Destroys the vCPU. Its run page stays mapped, nothing runs on it any more.

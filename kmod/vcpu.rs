@@ -52,6 +52,9 @@ struct Next {
     clear_injection: bool,
 }
 
+/// System calls by which a thread can have perf program the PMU of the CPU it is on: ioctl, prctl, perf_event_open.
+const PMU_CALLS: [u64; 3] = [16, 157, 298];
+
 /// State that user space gave in `Sregs` and that is in no VMCS field.
 #[derive(Clone, Copy, Default)]
 struct Soft {
@@ -62,7 +65,7 @@ struct Soft {
 
 /// A vCPU. Used by its owner only (see [`Space::with_vcpu`]), but for [`Vcpu::is_abandoned`].
 pub(crate) struct Vcpu {
-    owner: Task,
+    pub(crate) owner: Task,
     vmcs: KBox<Vmcs>,
     run: Page,
     _vpid: Vpid,
@@ -158,6 +161,12 @@ impl Vcpu {
         self.next.clear_injection = true;
     }
 
+    /// Address of the VMCALL that stands for a SYSCALL.
+    #[inline(always)]
+    pub(crate) fn syscall_vmcall(&self) -> u64 {
+        self.soft.syscall_vmcall
+    }
+
     pub(crate) fn lstar(&self) -> u64 {
         self.soft.lstar
     }
@@ -185,33 +194,21 @@ impl Vcpu {
         self.take_dirty()?;
         self.host_ran = true;
         loop {
-            match thread::pending() {
-                Pending::Nothing => {}
-                Pending::Reschedule => {
-                    self.host_ran = true;
-                    thread::reschedule();
-                }
-                Pending::Signal => {
-                    self.abort_rseq();
-                    return Err(EINTR);
-                }
-                // Done here, not by a way to user mode: a tracer stops the thread when RUN begins, and each such stop
-                // leaves new work, so that the guest would never run.
-                Pending::UserWork => {
-                    self.abort_rseq();
-                    self.host_ran = true;
-                    thread::do_user_work();
-                    if thread::pending() == Pending::UserWork {
-                        return Ok(self.finish(&AGAIN));
-                    }
-                    continue;
-                }
-            }
             if self.is_interrupt_requested() || self.is_time_over() {
+                // Linux would not find the guest's section on the way to user mode.
+                self.abort_rseq();
                 return Err(EINTR);
             }
-            self.vmcs.clear_elsewhere();
             let flow = match self.enter_once(space) {
+                Window::Syscall => {
+                    self.syscalls += 1;
+                    let number = self.forward();
+                    if PMU_CALLS.contains(&number) {
+                        self.host.forget_pmu();
+                    }
+                    return Ok(number);
+                }
+                Window::Settled => continue,
                 Window::Exited(info) => exit::handle(self, space, &info)?,
                 Window::Failed { instruction_error } => {
                     self.drop_injection();
@@ -227,20 +224,52 @@ impl Vcpu {
                     return Ok(self.finish(&AGAIN));
                 }
                 Window::UserMode => return Ok(self.finish(&AGAIN)),
-                Window::Retry => Flow::Resume,
+                Window::Retry => match self.settle_pending() {
+                    Ok(()) => continue,
+                    Err(answer) => return answer,
+                },
+                Window::Elsewhere => {
+                    self.vmcs.clear_elsewhere();
+                    continue;
+                }
             };
             match flow {
                 Flow::Resume => {}
-                Flow::Syscall => {
-                    self.syscalls += 1;
-                    return Ok(self.forward());
-                }
                 Flow::User(exit) => {
                     self.sync()?;
                     return Ok(self.finish(&exit));
                 }
             }
         }
+    }
+}
+
+impl Vcpu {
+    /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead.
+    #[cold]
+    fn settle_pending(&mut self) -> Result<(), Result<u64>> {
+        match thread::pending() {
+            Pending::Nothing => {}
+            Pending::Reschedule => {
+                self.host_ran = true;
+                thread::reschedule();
+            }
+            Pending::Signal => {
+                self.abort_rseq();
+                return Err(Err(EINTR));
+            }
+            // Done here, not by a way to user mode: a tracer stops the thread when RUN begins, and each such stop
+            // leaves new work, so that the guest would never run.
+            Pending::UserWork => {
+                self.abort_rseq();
+                self.host_ran = true;
+                thread::do_user_work();
+                if thread::pending() == Pending::UserWork {
+                    return Err(Ok(self.finish(&AGAIN)));
+                }
+            }
+        }
+        Ok(())
     }
 }
 

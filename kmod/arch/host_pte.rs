@@ -189,7 +189,45 @@ pub struct LeafMaker {
     plain: u64,
 }
 
+/// As [`LeafMaker`], for entries that differ from one in nothing but their address and what EPT leaves do not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LikeOne {
+    entry: u64,
+    /// The leaf of that one without its address.
+    plain: u64,
+}
+
+impl LikeOne {
+    /// The leaf for an entry; `None` where it is not like that one.
+    #[inline(always)]
+    pub const fn make(&self, entry: HostPte) -> Option<u64> {
+        if (entry.0 ^ self.entry) & LeafMaker::LOOKED_AT == 0 {
+            Some(self.plain | entry.0 & HostPte::ADDRESS_MASK)
+        } else {
+            None
+        }
+    }
+}
+
 impl LeafMaker {
+    /// What [`LeafMaker::make`] looks at, besides the address.
+    const LOOKED_AT: u64 = HostPte::PRESENT
+        | HostPte::USER
+        | HostPte::WRITABLE
+        | HostPte::DIRTY
+        | HostPte::PAT_4K
+        | HostPte::CACHE_DISABLE
+        | HostPte::WRITE_THROUGH
+        | HostPte::NO_EXECUTE;
+
+    /// For entries of the table like `entry`, of which [`LeafMaker::make`] makes a leaf.
+    pub const fn like(&self, entry: HostPte) -> LikeOne {
+        LikeOne {
+            entry: entry.0,
+            plain: self.make(entry) & !EptEntry::ADDRESS_MASK,
+        }
+    }
+
     /// For the table that `walk` got to.
     pub const fn new(walk: Walk, pat: u64) -> Self {
         Self {

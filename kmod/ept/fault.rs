@@ -10,6 +10,7 @@ use super::host_walk;
 use super::host_walk::Around;
 use super::host_walk::Format;
 use super::invalidate::Translations;
+use super::tree;
 use super::tree::Install;
 use super::tree::PageCache;
 use super::tree::Tree;
@@ -179,6 +180,46 @@ impl Ept {
             drop(locked);
             spare = Some(ZeroedSlice::new(needed)?);
         }
+    }
+
+    /// Settles an EPT violation at `gpa` where the process has the page, and neither a table nor a flush is needed. Waits for
+    /// nobody: the caller's CPU may count as in the guest, and whoever holds the lock may wait for that.
+    ///
+    /// Here the entry is read under the lock, while no invalidation goes on: one that comes finds what is installed.
+    #[inline(never)]
+    pub(crate) fn fault_at_once(&self, mm: Mm, gpa: Gpa, access: Access, irq: &IrqOff) -> Option<Mapped> {
+        if crate::sys::knob_slow_faults() {
+            return None;
+        }
+        let mut guard = self.lock.try_lock()?;
+        let locked = &mut *guard;
+        if locked.invalidating != 0 {
+            return None;
+        }
+        let hva = locked.slots.hva_of(gpa)?;
+        let tree = locked.tree.as_mut()?;
+        let found = host_walk::find(mm, hva, self.traits.format, irq)?;
+        let leaf = found.leaf;
+        if !allows(&leaf, access) {
+            return None;
+        }
+        let level = self.level_for(&leaf);
+        let piece = leaf.piece(hva, level);
+        let entry = EptEntry::leaf(piece.hpa, level, piece.perms(), piece.mem_type);
+        let table = tree.table_at(gpa, level)?;
+        if !tree::set_at_once(&table[level.index(gpa.as_u64())], entry, level) {
+            return None;
+        }
+        let around = if self.traits.accessed_dirty && leaf.level == Level::Page4K {
+            found.install_around(table, self.traits.format)
+        } else {
+            0
+        };
+        Some(Mapped {
+            large: level == Level::Page2M,
+            io: piece.mem_type != MemType::Wb,
+            around,
+        })
     }
 
     /// Settles an EPT violation at `gpa`; may sleep. The caller is a thread of the process. ENOMEM.

@@ -3,6 +3,7 @@
 //! Reads the process' own page table. With interrupts off its tables cannot be freed: Linux frees one only after an
 //! interrupt on, or an RCU grace period of, every CPU that could be walking (mm/gup.c, "lockless_pages_from_mm").
 
+use super::tree::ENTRIES;
 use crate::arch::addr::Hva;
 use crate::arch::addr::Level;
 use crate::arch::cr::cr4;
@@ -17,6 +18,8 @@ use crate::sys::mm::Mm;
 use crate::sys::regs;
 use core::mem::MaybeUninit;
 use core::ptr::addr_of_mut;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 /// How this machine's page tables are to be read; the same for all processes.
 #[derive(Clone, Copy)]
@@ -87,9 +90,49 @@ impl Around {
     }
 }
 
-/// The leaf that maps `hva` for user mode, as it is now; if it is of 4 KiB, with what is wanted around it. The caller must
-/// be a thread of the process.
-pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, around: Option<&mut Around>, _: &IrqOff) -> Option<HostLeaf> {
+/// A leaf, and where it was found.
+pub(crate) struct Found {
+    pub(crate) leaf: HostLeaf,
+    /// The entry, in the table where it stands.
+    table: *const u64,
+    index: usize,
+    entry: HostPte,
+    /// How far the walk had got.
+    above: Walk,
+}
+
+impl Found {
+    /// Puts leaves of 4 KiB for the neighbours of this one, which is of 4 KiB, where `table`, the EPT's for the same 2 MiB, has
+    /// nothing. Gives how many. Interrupts are off since it was found.
+    #[inline(always)]
+    pub(crate) fn install_around(&self, table: &[AtomicU64; ENTRIES], format: Format) -> u64 {
+        let maker = LeafMaker::new(self.above, format.pat);
+        let like = maker.like(self.entry);
+        let first = self.index & !(Around::PAGES - 1);
+        let mut installed = 0;
+        for (i, slot) in table[first..first + Around::PAGES].iter().enumerate() {
+            if slot.load(Relaxed) != 0 {
+                continue;
+            }
+            // SAFETY: A table of 512 entries, and interrupts are off.
+            let entry = HostPte::new(unsafe { self.table.add(first + i).read_volatile() });
+            let leaf = match like.make(entry) {
+                Some(leaf) => leaf,
+                None => maker.make(entry),
+            };
+            if leaf != 0 {
+                slot.store(leaf, Relaxed);
+                installed += 1;
+            }
+        }
+        installed
+    }
+}
+
+/// The leaf that maps `hva` for user mode, as it is now. The caller must be a thread of the process, and interrupts stay off
+/// while the answer is used.
+#[inline(always)]
+pub(crate) fn find(mm: Mm, hva: Hva, format: Format, _: &IrqOff) -> Option<Found> {
     let mut table = mm.pgd();
     if format.five_levels {
         // User addresses below 2^47 all lie below the first entry of the top level.
@@ -102,20 +145,34 @@ pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, around: Option<&mut Around>
     }
     let mut walk = Walk::START;
     for level in Level::DOWN {
+        let index = level.index(hva.as_u64());
         // SAFETY: A table of 512 entries that, with interrupts off, is not freed. Linux writes entries atomically.
-        let entry = HostPte::new(unsafe { table.add(level.index(hva.as_u64())).read_volatile() });
+        let entry = HostPte::new(unsafe { table.add(index).read_volatile() });
         let above = walk;
         match walk.step(entry, level, format.pat) {
             Step::Absent => return None,
             Step::Leaf(leaf) => {
-                if let (Level::Page4K, Some(around)) = (level, around) {
-                    // SAFETY: The table in which the entry was found.
-                    unsafe { around.read(table, hva, above, format.pat) };
-                }
-                return Some(leaf);
+                return Some(Found {
+                    leaf,
+                    table,
+                    index,
+                    entry,
+                    above,
+                })
             }
             Step::Table(hpa) => table = mem::phys_to_virt(hpa.as_u64()).cast(),
         }
     }
     None
+}
+
+/// The leaf that maps `hva` for user mode, as it is now; if it is of 4 KiB, with what is wanted around it. The caller must
+/// be a thread of the process.
+pub(crate) fn walk(mm: Mm, hva: Hva, format: Format, around: Option<&mut Around>, irq: &IrqOff) -> Option<HostLeaf> {
+    let found = find(mm, hva, format, irq)?;
+    if let (Level::Page4K, Some(around)) = (found.leaf.level, around) {
+        // SAFETY: The table in which the entry was found, and interrupts are off.
+        unsafe { around.read(found.table, hva, found.above, format.pat) };
+    }
+    Some(found.leaf)
 }

@@ -18,7 +18,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
-const ENTRIES: usize = 512;
+pub(super) const ENTRIES: usize = 512;
 
 /// Tables that one installation can need: one of each level below the root.
 const MOST_TABLES: usize = 3;
@@ -123,6 +123,23 @@ impl Tree {
             }
         }
         Install::Blocked
+    }
+
+    /// The table whose entries are of `level`, where `gpa` has one.
+    #[inline(always)]
+    pub(crate) fn table_at(&self, gpa: Gpa, level: Level) -> Option<&[AtomicU64; ENTRIES]> {
+        let mut table = self.root_table();
+        for at in Level::DOWN {
+            if at == level {
+                return Some(table);
+            }
+            let entry = EptEntry::from_raw(table[at.index(gpa.as_u64())].load(Relaxed));
+            if !entry.is_present() || entry.is_leaf(at) {
+                return None;
+            }
+            table = self.table(entry);
+        }
+        None
     }
 
     /// The leaf that translates `gpa`.
@@ -284,6 +301,22 @@ impl Drop for Tree {
         }
         counters::EPT_PAGES.fetch_sub(1, Relaxed);
     }
+}
+
+/// Has `slot`, in a table of `level`, allow what `leaf` does, where that needs no flush; see [`Tree::install`]. False: it does.
+#[inline(always)]
+pub(crate) fn set_at_once(slot: &AtomicU64, leaf: EptEntry, level: Level) -> bool {
+    let old = EptEntry::from_raw(slot.load(Relaxed));
+    if old.is_present() {
+        if old.covers(leaf) {
+            return true;
+        }
+        if !old.is_leaf(level) || !leaf.covers(old) {
+            return false;
+        }
+    }
+    slot.store(leaf.as_u64(), Relaxed);
+    true
 }
 
 /// Answer of [`Tree::install`].

@@ -3,13 +3,14 @@
 //! CPUID: the host's values, without what the guest cannot use; XSETBV: only the host's value.
 
 use super::skip;
+use super::skip_at_once;
 use super::ExitInfo;
 use super::Flow;
 use crate::abi;
 use crate::arch::exit::vector;
 use crate::sys::regs;
-use crate::sys::thread;
 use crate::vcpu::Vcpu;
+use crate::vmx::vmcs::CurrentVmcs;
 
 /// Leaf by which code can tell that it is in Dune mode: EAX is the highest leaf, the signature follows.
 const HYPERVISOR_LEAF: u32 = 0x4000_0000;
@@ -18,22 +19,22 @@ const HYPERVISOR_VERSION_LEAF: u32 = 0x4000_0001;
 /// "DuneDuneDune" in EBX, ECX, EDX.
 const SIGNATURE: u32 = u32::from_le_bytes(*b"Dune");
 
-pub(super) fn handle(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
-    // arch_prctl(ARCH_SET_CPUID, 0): a fault, at CPL0 too.
-    if thread::cpuid_faults() {
-        vcpu.inject_exception(vector::GP, Some(0));
-        return Flow::Resume;
+/// Answers it in the window of the exit. False: not to this thread.
+#[inline(always)]
+pub(super) fn settle(vcpu: &Vcpu, vmcs: &mut CurrentVmcs<'_>) -> bool {
+    if vcpu.owner.cpuid_faults() {
+        return false;
     }
-    let mut gprs = vcpu.gprs();
-    let (leaf, subleaf) = (gprs.rax as u32, gprs.rcx as u32);
-    let [a, b, c, d] = answer(leaf, subleaf);
-    // CPUID clears the upper halves.
-    gprs.rax = a.into();
-    gprs.rbx = b.into();
-    gprs.rcx = c.into();
-    gprs.rdx = d.into();
-    vcpu.set_gprs(&gprs);
-    skip(vcpu, info)
+    let (leaf, subleaf) = vcpu.cpuid_operands();
+    vcpu.set_cpuid_answer(answer(leaf, subleaf));
+    skip_at_once(vmcs);
+    true
+}
+
+/// What [`settle`] left: after arch_prctl(ARCH_SET_CPUID, 0) it is a fault, at CPL0 too.
+pub(super) fn refuse(vcpu: &mut Vcpu) -> Flow {
+    vcpu.inject_exception(vector::GP, Some(0));
+    Flow::Resume
 }
 
 fn answer(leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -9,39 +9,69 @@ use crate::abi::Counters;
 use crate::arch::addr::Gpa;
 use crate::arch::addr::Hva;
 use crate::arch::exit::EptViolation;
+use crate::arch::exit::InterruptionInfo;
+use crate::arch::vmcs_field::exit_info;
 use crate::ept::fault::Access;
 use crate::ept::fault::Effort;
 use crate::ept::fault::Fault;
+use crate::ept::fault::Mapped;
 use crate::space::Space;
+use crate::sys::cpu::IrqOff;
 use crate::vcpu::Vcpu;
+use crate::vmx::vmcs::CurrentVmcs;
 use core::mem::offset_of;
 use kernel::prelude::*;
+
+/// Settles one in the window of the exit, where the process has the page and nobody is in the way. False: [`handle`] does.
+#[inline(always)]
+pub(super) fn settle(vcpu: &mut Vcpu, space: &Space, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) -> bool {
+    let interrupted = InterruptionInfo::new(vmcs.read(exit_info::IDT_VECTORING_INFO) as u32);
+    let violation = EptViolation::new(vmcs.read(exit_info::QUALIFICATION));
+    let gpa = Gpa::new(vmcs.read(exit_info::GUEST_PHYSICAL_ADDRESS));
+    let (false, Some(gpa)) = (interrupted.is_valid(), gpa) else {
+        return false;
+    };
+    match space.ept.fault_at_once(space.mm, gpa, access(violation), irq) {
+        Some(mapped) => {
+            vcpu.host_ran = true;
+            count(vcpu, &mapped);
+            true
+        }
+        None => false,
+    }
+}
+
+fn access(violation: EptViolation) -> Access {
+    Access {
+        write: violation.write(),
+        execute: violation.execute(),
+    }
+}
+
+#[inline(always)]
+fn count(vcpu: &Vcpu, mapped: &Mapped) {
+    let size = if mapped.large {
+        offset_of!(Counters, ept_2m)
+    } else {
+        offset_of!(Counters, ept_4k)
+    };
+    vcpu.count(size, 1);
+    vcpu.count(offset_of!(Counters, ept_around), mapped.around);
+    vcpu.count(offset_of!(Counters, ept_io), mapped.io.into());
+}
 
 pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
     let violation = EptViolation::new(info.qualification);
     let Some(gpa) = Gpa::new(info.gpa) else {
         return Ok(report(info, violation, abi::EXIT_NO_SLOT, None));
     };
-    let access = Access {
-        write: violation.write(),
-        execute: violation.execute(),
-    };
     let mut effort = Effort::default();
     vcpu.host_ran = true;
-    let fault = space.ept.fault(space.mm, gpa, access, &mut effort);
+    let fault = space.ept.fault(space.mm, gpa, access(violation), &mut effort);
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
     vcpu.count(offset_of!(Counters, retries), effort.retries);
     match fault? {
-        Fault::Mapped(mapped) => {
-            let size = if mapped.large {
-                offset_of!(Counters, ept_2m)
-            } else {
-                offset_of!(Counters, ept_4k)
-            };
-            vcpu.count(size, 1);
-            vcpu.count(offset_of!(Counters, ept_around), mapped.around);
-            vcpu.count(offset_of!(Counters, ept_io), mapped.io.into());
-        }
+        Fault::Mapped(mapped) => count(vcpu, &mapped),
         Fault::TryAgain => {}
         Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, Some(hva))),
         Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, Some(hva))),

@@ -12,7 +12,6 @@ mod refused;
 mod vmcall;
 
 use crate::abi;
-use crate::abi::RunPage;
 use crate::arch::exit::EventKind;
 use crate::arch::exit::ExitReason;
 use crate::arch::exit::InterruptionInfo;
@@ -21,6 +20,7 @@ use crate::arch::segment;
 use crate::arch::vmcs_field::exit_info;
 use crate::arch::vmcs_field::guest;
 use crate::space::Space;
+use crate::sys::cpu::IrqOff;
 use crate::sys::thread;
 use crate::vcpu::Vcpu;
 use crate::vmx::vmcs::CurrentVmcs;
@@ -31,8 +31,6 @@ use kernel::prelude::*;
 pub(crate) enum Flow {
     /// Enter again.
     Resume,
-    /// Hand the guest's system call to user space.
-    Syscall,
     /// Hand this to user space.
     User(abi::Exit),
 }
@@ -52,27 +50,54 @@ pub(crate) struct ExitInfo {
     idt_vectoring: u32,
     pub(crate) idt_vectoring_error_code: u32,
     pub(crate) cpl: u32,
-    /// A VMCALL that RUN may hand to user space as it is: its RIP is behind it already.
-    is_syscall: bool,
+}
+
+/// An exit, as its window finds it.
+#[allow(clippy::large_enum_variant)]
+pub(crate) enum Exit {
+    /// The guest can go on at once.
+    Settled,
+    /// A VMCALL at CPL0, which RUN hands to user space; the guest's RIP is behind it already.
+    Syscall,
+    Other(ExitInfo),
+}
+
+/// Why the guest exited, as the VMCS has it.
+#[inline(always)]
+pub(crate) fn read_reason(vmcs: &mut CurrentVmcs<'_>) -> u32 {
+    vmcs.read(exit_info::REASON) as u32
+}
+
+/// Looks at an exit in its window, and settles what can be settled without interrupts, which is what comes often.
+///
+/// Little of the host is as it should be yet: LSTAR is the guest's, the limits of GDT and TSS are those of a VM exit, DR7,
+/// DEBUGCTL and the LDT are clear. Nothing here needs them. This CPU counts as in the guest (`Translations`): whoever holds
+/// the EPT's lock may wait for it, so nobody waits for that lock here.
+#[inline(always)]
+pub(crate) fn look(vcpu: &mut Vcpu, space: &Space, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) -> Exit {
+    let is = |reason: ExitReason| raw_reason == reason.number().into();
+    if is(ExitReason::Cpuid) {
+        if cpuid::settle(vcpu, vmcs) {
+            return Exit::Settled;
+        }
+    } else if is(ExitReason::EptViolation) && ept_violation::settle(vcpu, space, vmcs, irq) {
+        return Exit::Settled;
+    }
+    let cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
+    if is(ExitReason::Vmcall) && cpl == 0 {
+        vmcall::advance(vmcs, vcpu.syscall_vmcall(), vcpu.run_ptr());
+        return Exit::Syscall;
+    }
+    Exit::Other(ExitInfo::read(vmcs, raw_reason, cpl))
 }
 
 impl ExitInfo {
-    /// Reads it, in the window of the exit. Settles VMCALL at CPL0, which is the hot path, on the way.
-    #[inline(always)]
-    pub(crate) fn read(vmcs: &mut CurrentVmcs<'_>, syscall_vmcall: u64, run: *mut RunPage) -> Self {
-        let raw_reason = vmcs.read(exit_info::REASON) as u32;
+    fn read(vmcs: &mut CurrentVmcs<'_>, raw_reason: u32, cpl: u32) -> Self {
         let mut info = Self {
             raw_reason,
+            cpl,
             ..Default::default()
         };
-        info.cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
-        if info.is(ExitReason::Vmcall) {
-            info.is_syscall = info.cpl == 0;
-            if info.is_syscall {
-                vmcall::advance(vmcs, syscall_vmcall, run);
-            }
-            return info;
-        }
         info.rip = vmcs.read(guest::RIP);
         info.qualification = vmcs.read(exit_info::QUALIFICATION);
         if info.is_entry_failure() {
@@ -102,7 +127,7 @@ impl ExitInfo {
     }
 
     /// The basic exit reason's number.
-    pub(crate) fn basic_reason(&self) -> u16 {
+    fn basic_reason(&self) -> u16 {
         self.raw_reason as u16
     }
 
@@ -173,16 +198,13 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         vcpu.drop_injection();
         return Ok(Flow::User(info.report(abi::EXIT_FAIL_ENTRY)));
     }
-    if info.is_syscall {
-        return Ok(Flow::Syscall);
-    }
     // An event that the exit interrupted is delivered by the next entry, unless a handler puts another in its place.
     event::redeliver(vcpu, info);
     Ok(match info.reason() {
         R::ExternalInterrupt => Flow::Resume,
         R::ExceptionOrNmi => event::handle_exception(vcpu, info),
         R::EptViolation => return ept_violation::handle(vcpu, space, info),
-        R::Cpuid => cpuid::handle(vcpu, info),
+        R::Cpuid => cpuid::refuse(vcpu),
         R::Hlt => {
             skip(vcpu, info);
             vcpu.host_ran = true;
@@ -197,6 +219,15 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         R::TripleFault => Flow::User(info.report(abi::EXIT_TRIPLE_FAULT)),
         reason => refused::handle(vcpu, info, reason),
     })
+}
+
+/// Goes on behind the instruction that exited, in the window of the exit.
+#[inline(always)]
+fn skip_at_once(vmcs: &mut CurrentVmcs<'_>) {
+    let rip = vmcs.read(guest::RIP).wrapping_add(vmcs.read(exit_info::INSTRUCTION_LENGTH));
+    vmcs.write(guest::RIP, rip);
+    // As in `Vcpu::write_next`.
+    vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
 }
 
 /// Goes on behind the instruction that exited.

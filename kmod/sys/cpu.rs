@@ -36,6 +36,7 @@ impl Drop for PreemptGuard {
 ///
 /// Made only where they were on before, so dropping it turns them on.
 pub(crate) struct IrqOff {
+    cpu: u32,
     _not_send: PhantomData<*mut ()>,
 }
 
@@ -43,13 +44,24 @@ impl IrqOff {
     /// Turns interrupts off. To be called with interrupts on.
     pub(crate) fn new() -> Self {
         // SAFETY: Undone in `drop`.
-        unsafe { bindings::dune_irq_disable() };
-        Self { _not_send: PhantomData }
+        let cpu = unsafe { bindings::dune_irq_disable() };
+        Self {
+            cpu,
+            _not_send: PhantomData,
+        }
     }
 
     /// The CPU this thread is on and stays on.
+    #[inline]
     pub(crate) fn cpu(&self) -> usize {
-        cpu_hint()
+        self.cpu as usize
+    }
+
+    /// Changes, on one CPU, whenever an interrupt or NMI came in which Linux may have programmed the PMU.
+    #[inline]
+    pub(crate) fn interrupts(&self) -> u32 {
+        // SAFETY: Reads counters of this CPU.
+        unsafe { bindings::dune_interrupt_count() }
     }
 }
 

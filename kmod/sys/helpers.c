@@ -129,6 +129,11 @@ void dune_knob_fault_delay(void)
 	dune_busy(READ_ONCE(dune_fault_delay_us));
 }
 
+bool dune_knob_has_fault_delay(void)
+{
+	return READ_ONCE(dune_fault_delay_us);
+}
+
 void dune_knob_flush_delay(void)
 {
 	dune_busy(READ_ONCE(dune_flush_delay_us));
@@ -231,6 +236,11 @@ void dune_spin_lock(void *lock)
 	spin_lock((spinlock_t *)lock);
 }
 
+bool dune_spin_trylock(void *lock)
+{
+	return spin_trylock((spinlock_t *)lock);
+}
+
 void dune_spin_unlock(void *lock)
 {
 	spin_unlock((spinlock_t *)lock);
@@ -261,9 +271,10 @@ void dune_owner_mutex_unlock(void)
 
 /* CPUs. */
 
-void dune_irq_disable(void)
+unsigned int dune_irq_disable(void)
 {
 	local_irq_disable();
+	return smp_processor_id();
 }
 
 void dune_irq_enable(void)
@@ -574,6 +585,17 @@ void dune_put_task(struct task_struct *task)
 	put_task_struct(task);
 }
 
+const unsigned long dune_flags_before_entry =
+	EXIT_TO_USER_MODE_WORK | _TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY;
+const unsigned long dune_flag_cpuid_faults = _TIF_NOCPUID;
+
+void dune_task_words(struct task_struct *task, struct dune_task_words *words)
+{
+	words->flags = &task_thread_info(task)->flags;
+	words->nvcsw = &task->nvcsw;
+	words->nivcsw = &task->nivcsw;
+}
+
 bool dune_task_is_exiting(const struct task_struct *task)
 {
 	return READ_ONCE(task->flags) & PF_EXITING;
@@ -673,11 +695,6 @@ void dune_wait_until_zero(const unsigned long *count)
 	synchronize_rcu();
 }
 
-bool dune_cpuid_faults(void)
-{
-	return test_thread_flag(TIF_NOCPUID);
-}
-
 void *dune_file_private(const struct file *file)
 {
 	return file->private_data;
@@ -714,16 +731,6 @@ unsigned long dune_read_cr0(void)
 	return read_cr0();
 }
 
-unsigned long dune_read_cr3(void)
-{
-	return __read_cr3();
-}
-
-unsigned long dune_read_cr4(void)
-{
-	return native_read_cr4();
-}
-
 void dune_cr4_set_vmxe(void)
 {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
@@ -740,9 +747,6 @@ void dune_cr4_clear_vmxe(void)
 
 unsigned long dune_fs_base(void)
 {
-	if (static_cpu_has(X86_FEATURE_FSGSBASE))
-		return rdfsbase();
-	/* Without FSGSBASE only system calls change it, and they keep this up to date. */
 	return current->thread.fsbase;
 }
 
@@ -759,19 +763,35 @@ unsigned long dune_tss_base(void)
 	return (unsigned long)&get_cpu_entry_area(raw_smp_processor_id())->tss.x86_tss;
 }
 
-void dune_tss_limit_invalidate(void)
+/* Puts back what a VM exit left wrong: TR's limit, of which only a thread with ports is told, and DR7. */
+void dune_after_exit(void)
 {
-	invalidate_tss_limit();
+	unsigned long dr7;
+
+	/* What invalidate_tss_limit() comes to where nothing is to be done at once. */
+	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
+		invalidate_tss_limit();
+	else
+		this_cpu_write(__tss_limit_invalid, true);
+	dr7 = __this_cpu_read(cpu_dr7);
+	if (unlikely(dr7))
+		set_debugreg(dr7, 7);
 }
 
-unsigned long dune_cpu_dr7(void)
+/*
+ * Interrupts of the kinds in which perf programs the PMU on this CPU, and NMIs. Where the kernel does not count them so
+ * (Kbuild looks): another number each time.
+ */
+unsigned int dune_interrupt_count(void)
 {
-	return __this_cpu_read(cpu_dr7);
-}
+#ifdef DUNE_HAS_IRQ_STAT
+	return this_cpu_read(irq_stat.__nmi_count) + this_cpu_read(irq_stat.apic_timer_irqs) +
+	       this_cpu_read(irq_stat.irq_call_count);
+#else
+	static DEFINE_PER_CPU(unsigned int, asked);
 
-void dune_set_dr7(unsigned long v)
-{
-	set_debugreg(v, 7);
+	return this_cpu_inc_return(asked);
+#endif
 }
 
 int dune_rdmsr_safe(u32 msr, u64 *value)
@@ -782,11 +802,6 @@ int dune_rdmsr_safe(u32 msr, u64 *value)
 u64 dune_xcr0(void)
 {
 	return boot_cpu_has(X86_FEATURE_OSXSAVE) ? xgetbv(XCR_XFEATURE_ENABLED_MASK) : 0;
-}
-
-void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx)
-{
-	cpuid_count(leaf, subleaf, eax, ebx, ecx, edx);
 }
 
 /* From 6.19 on only KVM may turn VMX on. */
@@ -931,16 +946,44 @@ void dune_guest_timing_exit(void)
 	guest_timing_exit_irqoff();
 }
 
-/* noinstr: between the two calls RCU does not watch and lockdep believes that interrupts are on. */
+/*
+ * noinstr: while the guest runs, RCU does not watch and lockdep believes that interrupts are on.
+ *
+ * As guest_state_enter_irqoff() and guest_state_exit_irqoff() around the entry, but that RCU is told once per tick and, by
+ * dune_rcu_note(), when an interrupt ended the guest: what it wants to know is that this CPU gets to a quiescent state
+ * time and again, and nothing looks at the answer more often.
+ */
 noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran)
 {
 	unsigned long ret;
 
-	guest_state_enter_irqoff();
+	instrumentation_begin();
+	trace_hardirqs_on_prepare();
+	lockdep_hardirqs_on_prepare();
+	instrumentation_end();
+	if (!context_tracking_guest_enter() && entry->noted != jiffies) {
+		instrumentation_begin();
+		entry->noted = jiffies;
+		rcu_virt_note_context_switch();
+		instrumentation_end();
+	}
+	lockdep_hardirqs_on(CALLER_ADDR0);
+
 	dune_l1tf_before_entry(host_ran);
 	ret = dune_vmenter(run_page, entry);
-	guest_state_exit_irqoff();
+
+	lockdep_hardirqs_off(CALLER_ADDR0);
+	context_tracking_guest_exit();
+	instrumentation_begin();
+	trace_hardirqs_off_finish();
+	instrumentation_end();
 	return ret;
+}
+
+/* Tells RCU that a guest ran on this CPU until now. With interrupts off. */
+void dune_rcu_note(void)
+{
+	rcu_virt_note_context_switch();
 }
 
 void dune_nmi(void)

@@ -27,6 +27,7 @@ extern unsigned int dune_param_user_vcpus;
 
 #ifdef DUNE_DEBUG_KNOBS
 void dune_knob_fault_delay(void);
+bool dune_knob_has_fault_delay(void);
 void dune_knob_flush_delay(void);
 void dune_knob_open_delay(void);
 #endif
@@ -48,6 +49,7 @@ void dune_vcpus_lock_init(void *lock);
 void dune_global_lock_init(void *lock);
 void dune_registry_lock_init(void *lock);
 void dune_spin_lock(void *lock);
+bool dune_spin_trylock(void *lock);
 void dune_spin_unlock(void *lock);
 unsigned long dune_spin_lock_irqsave(void *lock);
 void dune_spin_unlock_irqrestore(void *lock, unsigned long flags);
@@ -55,7 +57,8 @@ void dune_owner_mutex_lock(void);
 void dune_owner_mutex_unlock(void);
 
 /* CPUs. */
-void dune_irq_disable(void);
+/* Gives the CPU's number. */
+unsigned int dune_irq_disable(void);
 void dune_irq_enable(void);
 void dune_preempt_disable(void);
 void dune_preempt_enable(void);
@@ -116,6 +119,17 @@ int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool wr
 struct task_struct *dune_current(void);
 struct task_struct *dune_get_current(void);
 void dune_put_task(struct task_struct *task);
+
+/* Words of a task that tell without a call what it came to; valid as long as the task is allocated. */
+struct dune_task_words {
+	const unsigned long *flags;	/* of the thread */
+	const unsigned long *nvcsw;	/* how often it was switched out: by its own will, and not */
+	const unsigned long *nivcsw;
+};
+void dune_task_words(struct task_struct *task, struct dune_task_words *words);
+/* Of its flags: those with which a thread does not enter a guest as it is, and that by which CPUID faults. */
+extern const unsigned long dune_flags_before_entry;
+extern const unsigned long dune_flag_cpuid_faults;
 bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 u64 dune_rseq(u32 *signature);
@@ -129,7 +143,6 @@ void dune_cond_resched(void);
 u32 dune_charged_uid(void);
 bool dune_may_exceed(void);
 void dune_wait_until_zero(const unsigned long *count);
-bool dune_cpuid_faults(void);
 void dune_yield(void);
 void *dune_file_private(const struct file *file);
 void dune_file_set_private(struct file *file, void *data);
@@ -138,19 +151,15 @@ void dune_file_set_private(struct file *file, void *data);
 bool dune_user_state_load(void);
 bool dune_user_return_pending(void);
 unsigned long dune_read_cr0(void);
-unsigned long dune_read_cr3(void);
-unsigned long dune_read_cr4(void);
 void dune_cr4_set_vmxe(void);
 void dune_cr4_clear_vmxe(void);
 unsigned long dune_fs_base(void);
 unsigned long dune_percpu_base(void);
 unsigned long dune_tss_base(void);
-void dune_tss_limit_invalidate(void);
-unsigned long dune_cpu_dr7(void);
-void dune_set_dr7(unsigned long v);
+void dune_after_exit(void);
+unsigned int dune_interrupt_count(void);
 int dune_rdmsr_safe(u32 msr, u64 *value);
 u64 dune_xcr0(void);
-void dune_cpuid(u32 leaf, u32 subleaf, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx);
 bool dune_may_own_vmx(void);
 void dune_vmx_emergency_register(void (*off)(void));
 void dune_vmx_emergency_unregister(void (*off)(void));
@@ -197,6 +206,7 @@ void dune_sleep_ms(unsigned int ms);
 void dune_guest_timing_enter(void);
 void dune_guest_timing_exit(void);
 unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran);
+void dune_rcu_note(void);
 void dune_nmi(void);
 void dune_machine_check(void);
 

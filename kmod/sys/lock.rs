@@ -77,6 +77,15 @@ impl<T> SpinLock<T> {
         }
     }
 
+    /// Takes the lock if nobody has it; also with interrupts off.
+    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
+        // SAFETY: As in `lock`.
+        unsafe { bindings::dune_spin_trylock(self.raw.get().cast()) }.then(|| Guard {
+            lock: self,
+            flags: None,
+        })
+    }
+
     /// Takes the lock with interrupts off; for locks that are taken in interrupts or with interrupts off.
     pub(crate) fn lock_irqsave(&self) -> Guard<'_, T> {
         // SAFETY: As in `lock`.

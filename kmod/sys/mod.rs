@@ -47,6 +47,16 @@ pub(crate) fn knob_fault_delay() {
     };
 }
 
+/// Whether that is wanted: faults are to be settled where the window is.
+#[inline(always)]
+pub(crate) fn knob_slow_faults() -> bool {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Reads a parameter.
+    return unsafe { bindings::dune_knob_has_fault_delay() };
+    #[cfg(not(dune_debug_knobs))]
+    false
+}
+
 /// Widens the window between emptying the EPT and flushing, for the test that both happen under one lock; only in such
 /// builds.
 #[inline(always)]

@@ -77,9 +77,12 @@ pub(crate) fn cr0() -> u64 {
 }
 
 /// CR3 as it is now; stays so while interrupts are off.
+#[inline(always)]
 pub(crate) fn cr3(_: &IrqOff) -> u64 {
+    let value;
     // SAFETY: Reads a register.
-    unsafe { bindings::dune_read_cr3() as u64 }
+    unsafe { asm!("mov {}, cr3", out(reg) value, options(nostack, preserves_flags)) };
+    value
 }
 
 /// The TSC, as user space reads it too.
@@ -90,9 +93,12 @@ pub(crate) fn ticks() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+#[inline(always)]
 pub(crate) fn cr4() -> u64 {
+    let value;
     // SAFETY: Reads a register.
-    unsafe { bindings::dune_read_cr4() as u64 }
+    unsafe { asm!("mov {}, cr4", out(reg) value, options(nostack, preserves_flags)) };
+    value
 }
 
 /// Sets CR4.VMXE, and Linux' shadow of it, on this CPU.
@@ -107,9 +113,22 @@ pub(crate) fn clear_cr4_vmxe() {
     unsafe { bindings::dune_cr4_clear_vmxe() };
 }
 
-/// FS base of the current thread's user mode.
-pub(crate) fn fs_base() -> u64 {
-    // SAFETY: Reads a register or the current task.
+/// FS base of the current thread's user mode, where Linux uses FSGSBASE: in the register.
+///
+/// # Safety
+///
+/// Linux must (`cpu::has_fsgsbase`).
+#[inline(always)]
+pub(crate) unsafe fn live_fs_base() -> u64 {
+    let value;
+    // SAFETY: By the caller the CPU has the instruction, and CR4 allows it.
+    unsafe { asm!("rdfsbase {}", out(reg) value, options(nostack, preserves_flags)) };
+    value
+}
+
+/// The same where Linux does not: only system calls change it, which note it.
+pub(crate) fn noted_fs_base() -> u64 {
+    // SAFETY: Reads the current task.
     unsafe { bindings::dune_fs_base() as u64 }
 }
 
@@ -125,21 +144,12 @@ pub(crate) fn tss_base(_: &IrqOff) -> u64 {
     unsafe { bindings::dune_tss_base() as u64 }
 }
 
-/// A VM exit left TR's limit at 0x67: have Linux put it back where a thread uses port I/O.
-pub(crate) fn invalidate_tss_limit(_: &IrqOff) {
-    // SAFETY: Interrupts are off.
-    unsafe { bindings::dune_tss_limit_invalidate() };
-}
-
-/// Puts back DR7, which a VM exit clears, where breakpoints are in use.
-pub(crate) fn restore_dr7(_: &IrqOff) {
-    // SAFETY: `cpu_dr7` is what Linux has in DR7.
-    unsafe {
-        let dr7 = bindings::dune_cpu_dr7();
-        if dr7 != 0 {
-            bindings::dune_set_dr7(dr7);
-        }
-    }
+/// A VM exit left TR's limit at 0x67, and DR7 clear: has Linux put the first back where a thread uses port I/O, and puts
+/// back the second where breakpoints are in use.
+#[inline(always)]
+pub(crate) fn restore_tss_limit_and_dr7(_: &IrqOff) {
+    // SAFETY: Interrupts are off. What Linux has in DR7 is in `cpu_dr7`.
+    unsafe { bindings::dune_after_exit() };
 }
 
 /// Reads IA32_DEBUGCTL.
@@ -255,11 +265,15 @@ pub(crate) fn xcr0() -> u64 {
 }
 
 /// CPUID of this CPU: EAX, EBX, ECX, EDX.
+#[inline(always)]
 pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let [mut a, mut b, mut c, mut d] = [0; 4];
-    // SAFETY: The pointers are valid.
-    unsafe { bindings::dune_cpuid(leaf, subleaf, &mut a, &mut b, &mut c, &mut d) };
-    [a, b, c, d]
+    let (a, b, c, d): (u32, u64, u32, u32);
+    // SAFETY: Reads constants of the CPU; RBX, which the compiler keeps for itself, is saved.
+    unsafe {
+        asm!("mov {b}, rbx", "cpuid", "xchg {b}, rbx", b = out(reg) b,
+             inout("eax") leaf => a, inout("ecx") subleaf => c, out("edx") d, options(nomem, nostack, preserves_flags));
+    }
+    [a, b as u32, c, d]
 }
 
 /// Has in the CPU what it has when this thread is in user mode: the thread's FPU state, and Linux' own LSTAR, STAR, FMASK

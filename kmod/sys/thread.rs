@@ -4,6 +4,7 @@
 
 use super::bindings;
 use super::mm::Mm;
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 /// Address of a task, to be compared only; null is none.
@@ -22,7 +23,10 @@ pub(crate) fn current_id() -> TaskId {
 }
 
 /// A reference to a task.
-pub(crate) struct Task(NonNull<bindings::task_struct>);
+pub(crate) struct Task {
+    task: NonNull<bindings::task_struct>,
+    words: bindings::dune_task_words,
+}
 
 // SAFETY: Reference-counted.
 unsafe impl Send for Task {}
@@ -31,32 +35,67 @@ unsafe impl Sync for Task {}
 
 impl Task {
     pub(crate) fn current() -> Self {
-        // SAFETY: There is always a current task; the reference is given back in `drop`.
-        Self(unsafe { NonNull::new_unchecked(bindings::dune_get_current()) })
+        let mut words = MaybeUninit::uninit();
+        // SAFETY: There is always a current task; the reference is given back in `drop`. All of the words are set.
+        unsafe {
+            let task = NonNull::new_unchecked(bindings::dune_get_current());
+            bindings::dune_task_words(task.as_ptr(), words.as_mut_ptr());
+            Self {
+                task,
+                words: words.assume_init(),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn flags(&self) -> u64 {
+        // SAFETY: A word of the task, which is allocated.
+        unsafe { self.words.flags.read_volatile() as u64 }
+    }
+
+    /// Whether it is not to enter a guest as it is: [`pending`] or `regs::load_user_state` tells why. For the current task.
+    #[inline(always)]
+    pub(crate) fn has_work(&self) -> bool {
+        // SAFETY: A constant.
+        self.flags() & unsafe { bindings::dune_flags_before_entry } as u64 != 0
+    }
+
+    /// Whether CPUID faults in it (arch_prctl(ARCH_CPUID_GET)).
+    #[inline(always)]
+    pub(crate) fn cpuid_faults(&self) -> bool {
+        // SAFETY: A constant.
+        self.flags() & unsafe { bindings::dune_flag_cpuid_faults } as u64 != 0
+    }
+
+    /// Changes whenever it is switched out. For the current task.
+    #[inline(always)]
+    pub(crate) fn switches(&self) -> u64 {
+        // SAFETY: Words of the task, which is allocated.
+        unsafe { (self.words.nvcsw.read_volatile() as u64).wrapping_add(self.words.nivcsw.read_volatile() as u64) }
     }
 
     /// Stands for the task; not another's as long as this reference is held.
     pub(crate) fn id(&self) -> TaskId {
-        self.0.as_ptr().cast()
+        self.task.as_ptr().cast()
     }
 
     /// Whether it is past the point where it could run user code again.
     pub(crate) fn is_exiting(&self) -> bool {
         // SAFETY: The task is allocated.
-        unsafe { bindings::dune_task_is_exiting(self.0.as_ptr()) }
+        unsafe { bindings::dune_task_is_exiting(self.task.as_ptr()) }
     }
 
     /// Whether it runs in the address space `mm` now: not so after it executed another program.
     pub(crate) fn has_mm(&self, mm: Mm) -> bool {
         // SAFETY: The task is allocated; the pointers are compared only.
-        unsafe { bindings::dune_task_has_mm(self.0.as_ptr(), mm.as_ptr()) }
+        unsafe { bindings::dune_task_has_mm(self.task.as_ptr(), mm.as_ptr()) }
     }
 }
 
 impl Drop for Task {
     fn drop(&mut self) {
         // SAFETY: Taken in `current`.
-        unsafe { bindings::dune_put_task(self.0.as_ptr()) };
+        unsafe { bindings::dune_put_task(self.task.as_ptr()) };
     }
 }
 
@@ -175,16 +214,16 @@ pub(crate) fn may_exceed_limits() -> bool {
     unsafe { bindings::dune_may_exceed() }
 }
 
-/// Whether CPUID faults in this thread (arch_prctl(ARCH_CPUID_GET)).
-pub(crate) fn cpuid_faults() -> bool {
-    // SAFETY: Reads a flag of the current thread.
-    unsafe { bindings::dune_cpuid_faults() }
-}
-
 /// Account the time from here on as the guest's, that is, as user time.
 pub(crate) fn guest_timing_enter(_: &super::cpu::IrqOff) {
     // SAFETY: Interrupts are off.
     unsafe { bindings::dune_guest_timing_enter() };
+}
+
+/// Tells RCU that a guest ran until now, in which nothing of the kernel's was in use: for an exit that an interrupt made.
+pub(crate) fn note_quiescent(_: &super::cpu::IrqOff) {
+    // SAFETY: Interrupts are off, and no RCU read lock is held.
+    unsafe { bindings::dune_rcu_note() };
 }
 
 pub(crate) fn guest_timing_exit(_: &super::cpu::IrqOff) {

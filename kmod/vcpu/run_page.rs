@@ -36,7 +36,8 @@ impl Vcpu {
         &self.run
     }
 
-    pub(super) fn run_ptr(&self) -> *mut RunPage {
+    #[inline(always)]
+    pub(crate) fn run_ptr(&self) -> *mut RunPage {
         self.run.as_ptr().cast()
     }
 
@@ -50,6 +51,32 @@ impl Vcpu {
     pub(crate) fn set_gprs(&self, gprs: &abi::Gprs) {
         // SAFETY: As above.
         unsafe { addr_of_mut!((*self.run_ptr()).gprs).write_volatile(*gprs) };
+    }
+
+    /// What CPUID is asked for: EAX and ECX.
+    #[inline(always)]
+    pub(crate) fn cpuid_operands(&self) -> (u32, u32) {
+        let run = self.run_ptr();
+        // SAFETY: As above.
+        unsafe {
+            (
+                addr_of!((*run).gprs.rax).read_volatile() as u32,
+                addr_of!((*run).gprs.rcx).read_volatile() as u32,
+            )
+        }
+    }
+
+    /// What CPUID answers: EAX, EBX, ECX, EDX. It clears the upper halves.
+    #[inline(always)]
+    pub(crate) fn set_cpuid_answer(&self, [a, b, c, d]: [u32; 4]) {
+        let run = self.run_ptr();
+        // SAFETY: As above.
+        unsafe {
+            addr_of_mut!((*run).gprs.rax).write_volatile(a.into());
+            addr_of_mut!((*run).gprs.rbx).write_volatile(b.into());
+            addr_of_mut!((*run).gprs.rcx).write_volatile(c.into());
+            addr_of_mut!((*run).gprs.rdx).write_volatile(d.into());
+        }
     }
 
     /// Adds to the counter of the run page at that offset in [`abi::Counters`].
@@ -99,12 +126,24 @@ impl Vcpu {
     /// Hands a system call to user space: its arguments in the registers where SYSCALL wants them.
     #[inline(always)]
     pub(super) fn forward(&self) -> u64 {
-        let gprs = self.gprs();
-        // SAFETY: The page is there.
-        unsafe { addr_of_mut!((*self.run_ptr()).exit.kind).write_volatile(abi::EXIT_SYSCALL) };
-        let args = [gprs.rdi, gprs.rsi, gprs.rdx, gprs.r10, gprs.r8, gprs.r9];
+        let run = self.run_ptr();
+        // SAFETY: The page is there; each field is read once.
+        let (number, args) = unsafe {
+            addr_of_mut!((*run).exit.kind).write_volatile(abi::EXIT_SYSCALL);
+            (
+                addr_of!((*run).gprs.rax).read_volatile(),
+                [
+                    addr_of!((*run).gprs.rdi).read_volatile(),
+                    addr_of!((*run).gprs.rsi).read_volatile(),
+                    addr_of!((*run).gprs.rdx).read_volatile(),
+                    addr_of!((*run).gprs.r10).read_volatile(),
+                    addr_of!((*run).gprs.r8).read_volatile(),
+                    addr_of!((*run).gprs.r9).read_volatile(),
+                ],
+            )
+        };
         thread::set_user_result(abi::EXIT_SYSCALL, Some(thread::Forward { args }));
         // Linux takes the low 32 bits; zero-extended they are never taken for an error of ours.
-        gprs.rax as u32 as u64
+        number as u32 as u64
     }
 }

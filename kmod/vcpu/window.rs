@@ -6,9 +6,12 @@ use super::Vcpu;
 use crate::abi;
 use crate::arch::controls::exception;
 use crate::arch::controls::VmxCapabilities;
+use crate::arch::exit::ENTRY_FAILURE;
 use crate::arch::vmcs_field::control;
 use crate::arch::vmcs_field::exit_info;
 use crate::arch::vmcs_field::guest;
+use crate::exit;
+use crate::exit::Exit;
 use crate::exit::ExitInfo;
 use crate::space::Space;
 use crate::sys::cpu;
@@ -29,16 +32,26 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
+/// Exits that are settled in one window: between two of them interrupts come on, whatever the guest does. (A CPU exits for
+/// an interrupt that waits; so this is for emulated ones and for whoever else holds interrupts up.)
+const MOST_TURNS: u32 = 32;
+
 /// How a window with an entry ended.
 pub(super) enum Window {
     /// The guest ran and exited.
     Exited(ExitInfo),
+    /// The guest ran and made a system call; it is behind it.
+    Syscall,
     /// The entry failed before anything of the guest ran.
     Failed { instruction_error: u32 },
     /// VMX is not usable on this CPU now.
     Unusable,
-    /// Something came up: look at `pending` again.
+    /// The guest ran; its exits were settled, and it can go on.
+    Settled,
+    /// Something came up: look at `pending`.
     Retry,
+    /// The VMCS is active on another CPU.
+    Elsewhere,
     /// The FPU state can only be loaded, or the MSRs of a KVM guest only be put away, on the way through user mode.
     UserMode,
 }
@@ -73,19 +86,18 @@ impl Vcpu {
     /// One window: load, enter, exit, read why.
     pub(super) fn enter_once(&mut self, space: &Space) -> Window {
         let irq = IrqOff::new();
-        if thread::pending() != Pending::Nothing {
-            return Window::Retry;
-        }
-        if !regs::load_user_state(&irq) {
-            return Window::UserMode;
+        if self.owner.has_work() {
+            if let Some(window) = work_before_entry(&irq) {
+                return window;
+            }
         }
         let (mut vmcs, moved) = match self.vmcs.load(&irq) {
             Loaded::Here { vmcs, moved } => (vmcs, moved),
-            Loaded::Elsewhere => return Window::Retry,
+            Loaded::Elsewhere => return Window::Elsewhere,
             Loaded::Unusable => return Window::Unusable,
         };
         let moved = moved || self.host.is_new();
-        self.host.refresh(&mut vmcs, moved, &irq);
+        self.host.refresh(&mut vmcs, moved, &self.owner, &irq);
         self.write_next(&mut vmcs);
 
         // From here on an invalidation interrupts this CPU.
@@ -103,14 +115,32 @@ impl Vcpu {
             last_space.store(space.number, Relaxed);
             cpu::branch_prediction_barrier(&irq);
         }
-        let host_ran = core::mem::take(&mut self.host_ran);
         // It is Linux' own now, beside KVM too (`load_user_state`).
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
         unsafe { regs::write_lstar(self.soft.lstar, &irq) };
         self.host.quiet(&irq);
         thread::guest_timing_enter(&irq);
-        // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
-        let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, host_ran, &irq) };
+        let mut turns = MOST_TURNS;
+        let (entered, exit) = loop {
+            let host_ran = core::mem::take(&mut self.host_ran);
+            // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
+            let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, host_ran, &irq) };
+            if entered != Entered::Exit {
+                break (entered, Exit::Settled);
+            }
+            let raw_reason = exit::read_reason(&mut vmcs);
+            let exit = exit::look(self, space, raw_reason, &mut vmcs, &irq);
+            self.count_exit(raw_reason, &mut vmcs);
+            turns -= 1;
+            if !matches!(exit, Exit::Settled)
+                || turns == 0
+                || self.owner.has_work()
+                || self.is_interrupt_requested()
+                || self.is_time_over()
+            {
+                break (entered, exit);
+            }
+        };
         // SAFETY: Linux' own value.
         unsafe { regs::write_lstar(self.host_lstar, &irq) };
         self.host.unquiet(&irq);
@@ -129,11 +159,19 @@ impl Vcpu {
             return Window::Failed { instruction_error };
         }
         self.host.restore_after_exit(&irq);
-        let info = ExitInfo::read(&mut vmcs, self.soft.syscall_vmcall, self.run_ptr());
-        self.count_exit(&info, &vmcs);
-        if !info.is_entry_failure() {
-            self.vmcs.entry.launched.store(1, Relaxed);
-        }
+        self.count_window();
+        let info = match exit {
+            Exit::Other(info) => info,
+            exit => {
+                let is_fine = vmcs.end(&irq);
+                thread::guest_timing_exit(&irq);
+                return match exit {
+                    _ if !is_fine => Window::Unusable,
+                    Exit::Syscall => Window::Syscall,
+                    _ => Window::Settled,
+                };
+            }
+        };
         if info.is_nmi() {
             enter::handle_nmi(&irq);
         } else if info.is_machine_check() {
@@ -148,6 +186,7 @@ impl Vcpu {
             return Window::Unusable;
         }
         if info.is_external_interrupt() {
+            thread::note_quiescent(&irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();
             drop(irq);
@@ -199,22 +238,41 @@ impl Vcpu {
         unsafe { ops::invvpid(self.invvpid_single.then_some(self.vpid.into())) }.is_ok()
     }
 
-    fn count_exit(&self, info: &ExitInfo, vmcs: &CurrentVmcs<'_>) {
-        let reason = (info.basic_reason() as usize).min(abi::EXIT_REASONS - 1);
+    #[inline(always)]
+    fn count_exit(&self, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>) {
+        let reason = (raw_reason as u16 as usize).min(abi::EXIT_REASONS - 1);
         self.count(offset_of!(abi::Counters, exits) + 8 * reason, 1);
-        if !info.is_entry_failure() {
+        if raw_reason & ENTRY_FAILURE == 0 {
             self.count(offset_of!(abi::Counters, entries), 1);
+            self.vmcs.entry.launched.store(1, Relaxed);
         }
         if cfg!(dune_count_ops) {
-            let ops = vmcs.ops;
+            let ops = core::mem::take(&mut vmcs.ops);
             self.count(offset_of!(abi::Counters, vmreads), ops.vmreads);
             self.count(offset_of!(abi::Counters, vmwrites), ops.vmwrites);
-            // DEBUGCTL and PEBS_ENABLE.
-            self.count(offset_of!(abi::Counters, rdmsrs), ops.rdmsrs + self.host.reads());
-            // LSTAR, in and out.
-            self.count(offset_of!(abi::Counters, wrmsrs), ops.wrmsrs + 2);
         }
     }
+
+    #[inline(always)]
+    fn count_window(&self) {
+        if cfg!(dune_count_ops) {
+            self.count(offset_of!(abi::Counters, rdmsrs), self.host.reads());
+            // LSTAR, in and out.
+            self.count(offset_of!(abi::Counters, wrmsrs), 2);
+        }
+    }
+}
+
+/// What keeps the thread out of a guest as it is; `None`: it may enter now.
+#[cold]
+fn work_before_entry(irq: &IrqOff) -> Option<Window> {
+    if thread::pending() != Pending::Nothing {
+        return Some(Window::Retry);
+    }
+    if !regs::load_user_state(irq) {
+        return Some(Window::UserMode);
+    }
+    None
 }
 
 // Windows rely on these exits, however the guest sets its IDT.

@@ -4,6 +4,12 @@
 //!
 //! CR3, CR4 and the FS base are compared on every entry with interrupts off (a context switch may change any of them);
 //! what belongs to a CPU is written when the vCPU comes to another one.
+//!
+//! IA32_DEBUGCTL and IA32_PEBS_ENABLE are perf's and ptrace's. While either is not 0 both are read on every entry; else only
+//! where they may have changed: when the thread was switched out, when an interrupt of the kinds in which perf programs the
+//! PMU came to this CPU, or after a system call by which a thread programs it itself ([`HostState::forget_pmu`]). What is
+//! missed otherwise (a write through /dev/cpu/N/msr by the thread itself) is 0 again after the next exit, as a VM exit makes
+//! it; nothing is ever written back that was not read right before the entry.
 
 use super::vmcs::CurrentVmcs;
 use crate::arch::msr;
@@ -12,6 +18,7 @@ use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::regs;
 use crate::sys::regs::TableRegister;
+use crate::sys::thread::Task;
 
 /// Linux' selectors (asm/segment.h).
 const KERNEL_CS: u64 = 0x10;
@@ -27,6 +34,7 @@ pub(crate) struct HostState {
     /// Without FSGSBASE Linux does not look at what user mode's GS base is in the CPU: it must stay what Linux wrote,
     /// although a guest's SWAPGS changes it.
     keeps_gs_base: bool,
+    has_fsgsbase: bool,
     kernel_gs_base: u64,
     /// What a VM exit clears, as it was before the entry: the LDT's selector, and IA32_DEBUGCTL (LBR, BTS, single-stepping
     /// of branches), which perf and ptrace change at any time.
@@ -36,6 +44,10 @@ pub(crate) struct HostState {
     /// PEBS writes its records through linear addresses, which in a guest are the guest's: off there.
     pebs: u64,
     has_pebs: bool,
+    /// When these two were read: [`Task::switches`] and [`IrqOff::interrupts`].
+    pmu_read_at: Option<(u64, u32)>,
+    /// MSRs that were read for this entry, with `DUNE_COUNT_OPS=y`.
+    rdmsrs: u64,
 }
 
 impl HostState {
@@ -47,12 +59,15 @@ impl HostState {
             fs_base: !0,
             gdt: TableRegister { limit: 0, base: 0 },
             keeps_gs_base: !cpu::has_fsgsbase() && !cfg!(dune_mutate_swapgs),
+            has_fsgsbase: cpu::has_fsgsbase(),
             kernel_gs_base: 0,
             ldt: 0,
             debugctl: 0,
             pebs: 0,
             has_pebs: regs::has_pebs(),
             has_debugctl: regs::read_msr(msr::IA32_DEBUGCTL).is_ok(),
+            pmu_read_at: None,
+            rdmsrs: 0,
         }
     }
 
@@ -81,7 +96,7 @@ impl HostState {
 
     /// Brings the area up to date for an entry on this CPU.
     #[inline(always)]
-    pub(crate) fn refresh(&mut self, vmcs: &mut CurrentVmcs<'_>, moved: bool, irq: &IrqOff) {
+    pub(crate) fn refresh(&mut self, vmcs: &mut CurrentVmcs<'_>, moved: bool, thread: &Task, irq: &IrqOff) {
         if moved {
             self.gdt = regs::sgdt();
             vmcs.write(host::GDTR_BASE, self.gdt.base);
@@ -93,13 +108,12 @@ impl HostState {
             self.kernel_gs_base = regs::kernel_gs_base(irq);
         }
         self.ldt = regs::sldt(irq);
-        if self.has_debugctl {
-            // SAFETY: As just checked.
-            self.debugctl = unsafe { regs::debugctl(irq) };
-        }
-        if self.has_pebs {
-            // SAFETY: As just checked.
-            self.pebs = unsafe { regs::pebs_enable(irq) };
+        let now = Some((thread.switches(), irq.interrupts()));
+        if now != self.pmu_read_at || self.debugctl | self.pebs != 0 {
+            self.pmu_read_at = now;
+            self.read_pmu(irq);
+        } else if cfg!(dune_count_ops) {
+            self.rdmsrs = self.keeps_gs_base.into();
         }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
@@ -111,16 +125,43 @@ impl HostState {
             self.cr4 = cr4;
             vmcs.write(host::CR4, cr4);
         }
-        let fs_base = regs::fs_base();
+        let fs_base = if self.has_fsgsbase {
+            // SAFETY: As just checked.
+            unsafe { regs::live_fs_base() }
+        } else {
+            regs::noted_fs_base()
+        };
         if fs_base != self.fs_base {
             self.fs_base = fs_base;
             vmcs.write(host::FS_BASE, fs_base);
         }
     }
 
-    /// MSRs that each entry reads.
+    #[cold]
+    fn read_pmu(&mut self, irq: &IrqOff) {
+        if self.has_debugctl {
+            // SAFETY: As just checked.
+            self.debugctl = unsafe { regs::debugctl(irq) };
+        }
+        if self.has_pebs {
+            // SAFETY: As just checked.
+            self.pebs = unsafe { regs::pebs_enable(irq) };
+        }
+        if cfg!(dune_count_ops) {
+            self.rdmsrs =
+                u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base);
+        }
+    }
+
+    /// The thread may program the PMU itself before the next entry.
+    #[inline(always)]
+    pub(crate) fn forget_pmu(&mut self) {
+        self.pmu_read_at = None;
+    }
+
+    /// MSRs that were read for the last entry, where that is counted.
     pub(crate) fn reads(&self) -> u64 {
-        u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base)
+        self.rdmsrs
     }
 
     /// Right before an entry, of which [`Self::unquiet`] follows in any case.
@@ -158,7 +199,6 @@ impl HostState {
             // SAFETY: As above.
             unsafe { regs::restore_kernel_gs_base(self.kernel_gs_base, irq) };
         }
-        regs::invalidate_tss_limit(irq);
-        regs::restore_dr7(irq);
+        regs::restore_tss_limit_and_dr7(irq);
     }
 }

@@ -41,6 +41,8 @@ pub(crate) struct Entry {
     pub(crate) host_rsp: AtomicU64,
     /// Not 0: entered since it was last cleared, so the next entry is a VMRESUME.
     pub(crate) launched: AtomicU64,
+    /// When RCU was told of an entry, in ticks of Linux.
+    noted: AtomicU64,
 }
 
 /// An owned VMCS region, in the list of all.
@@ -111,6 +113,7 @@ impl Vmcs {
                 entry: Entry {
                     host_rsp: AtomicU64::new(!0),
                     launched: AtomicU64::new(0),
+                    noted: AtomicU64::new(0),
                 },
                 prev: null_mut(),
                 next: null_mut(),
@@ -333,8 +336,6 @@ impl Drop for Vmcs {
 pub(crate) struct OpCounts {
     pub(crate) vmreads: u64,
     pub(crate) vmwrites: u64,
-    pub(crate) rdmsrs: u64,
-    pub(crate) wrmsrs: u64,
 }
 
 /// [`CurrentVmcs::state`]: VMX is ours, and all is well.

@@ -38,6 +38,7 @@
 struct dune_entry {
 	unsigned long host_rsp;	/* what HOST_RSP of the VMCS holds; ~0 = unknown */
 	unsigned long launched;	/* 0: VMLAUNCH, else VMRESUME */
+	unsigned long noted;	/* jiffies when RCU was told of an entry */
 };
 
 unsigned long dune_vmenter(void *run_page, struct dune_entry *entry);

@@ -298,3 +298,26 @@ proptest! {
         prop_assert_eq!(LeafMaker::new(walk, LINUX_PAT).make(pte), expected);
     }
 }
+
+proptest! {
+    /// Entries like one get the leaf that they would get alone.
+    #[test]
+    fn leaves_like_one_are_those_of_the_maker(
+        one in any::<u64>(),
+        other in any::<u64>(),
+        flips in any::<u64>(),
+        writable: bool,
+    ) {
+        let mut walk = Walk::START;
+        walk.step(HostPte::new(0x1000 | P | U | if writable { W } else { 0 }), Level::P512G, LINUX_PAT);
+        let maker = LeafMaker::new(walk, LINUX_PAT);
+        let one = HostPte::new(one | P | U);
+        for other in [other, one.as_u64() ^ flips, one.as_u64() ^ (flips & 0x000f_ffff_ffff_f000), one.as_u64() ^ 1 << 5] {
+            let other = HostPte::new(other);
+            if let Some(leaf) = maker.like(one).make(other) {
+                prop_assert_eq!(leaf, maker.make(other));
+            }
+        }
+        prop_assert_eq!(maker.like(one).make(one), Some(maker.make(one)));
+    }
+}

@@ -38,13 +38,24 @@ impl FileOps for Space {
         self.show(to);
     }
 
-    fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {
-        // First and alone, so that the hot path is short.
-        if cmd == abi::DUNE_RUN {
-            self.check_mm()?;
-            return self.with_vcpu(arg, |vcpu| vcpu.run(self));
+    const HOT: u32 = abi::DUNE_RUN;
+
+    #[inline(never)]
+    fn hot(&self, arg: u64) -> isize {
+        match self.with_own_vcpu(arg, |vcpu| vcpu.run(self)) {
+            Ok(answer) => answer as isize,
+            Err(e) => e.to_errno() as isize,
         }
+    }
+
+    fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {
         match cmd {
+            abi::DUNE_RUN => {
+                return match self.hot(arg) {
+                    answer @ 0.. => Ok(answer as u64),
+                    errno => Err(Error::from_errno(errno as i32)),
+                }
+            }
             abi::DUNE_NEW_SPACE => return Ok(chardev::new_fd::<Space>()? as u64),
             abi::DUNE_GET_INFO
             | abi::DUNE_CREATE_VCPU

@@ -62,6 +62,7 @@ impl Drop for Vmx {
 impl kernel::Module for DuneModule {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         space::check_parameters()?;
+        sys::mem::init();
         vmx::vmcs::init();
         vmx::vpid::init();
         limits::init();

@@ -30,6 +30,7 @@ use crate::sys::mm::NotifierOps;
 use crate::sys::module;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
+use crate::sys::thread::TaskId;
 use crate::vcpu::Vcpu;
 use crate::vmx::capability;
 use crate::vmx::guest_state::Cr4Policy;
@@ -405,6 +406,12 @@ impl Space {
 
     /// The place of the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.
     fn find(&self, number: u64) -> Result<&Place> {
+        self.find_of(thread::current_id(), number)
+    }
+
+    /// The same, of the thread that calls.
+    #[inline(always)]
+    fn find_of(&self, caller: TaskId, number: u64) -> Result<&Place> {
         let place = usize::try_from(number)
             .ok()
             .filter(|n| *n < self.places.len())
@@ -412,13 +419,26 @@ impl Space {
             .and_then(|n| self.places.get(cpu::index_nospec(n, self.places.len())))
             .ok_or(ENOENT)?;
         let owner = place.owner.load(Relaxed);
-        if owner == thread::current_id() {
+        if owner == caller {
             Ok(place)
         } else if owner.is_null() {
             Err(ENOENT)
         } else {
             Err(EPERM)
         }
+    }
+
+    /// Calls `f` with the vCPU with that number, if this is the calling process' and it the calling thread's. EXDEV, ENOENT,
+    /// EPERM.
+    #[inline(always)]
+    pub(crate) fn with_own_vcpu<R>(&self, number: u64, f: impl FnOnce(&mut Vcpu) -> Result<R>) -> Result<R> {
+        let (caller, mm) = thread::caller();
+        if mm != Some(self.mm) {
+            return Err(EXDEV);
+        }
+        let vcpu = self.find_of(caller, number)?.vcpu.load(Relaxed);
+        // SAFETY: As in `with_vcpu`.
+        f(unsafe { &mut *vcpu })
     }
 
     /// Calls `f` with the vCPU with that number, if it is the calling thread's. ENOENT, EPERM.

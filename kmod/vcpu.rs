@@ -46,6 +46,8 @@ pub(crate) struct Injection {
 /// What the next window writes before it enters.
 #[derive(Clone, Copy, Default)]
 struct Next {
+    /// Something of the rest is there.
+    any: bool,
     rip: Option<u64>,
     injection: Option<Injection>,
     /// ENTRY_INTERRUPTION_INFO may be valid in the VMCS although nothing is to be injected (an entry failed).
@@ -139,6 +141,7 @@ impl Vcpu {
     /// The next entry goes on at `rip`.
     pub(crate) fn resume_at(&mut self, rip: u64) {
         self.next.rip = Some(rip);
+        self.next.any = true;
     }
 
     /// The next entry delivers that exception.
@@ -153,12 +156,20 @@ impl Vcpu {
     /// The next entry delivers that event.
     pub(crate) fn inject(&mut self, injection: Injection) {
         self.next.injection = Some(injection);
+        self.next.any = true;
     }
 
     /// The last entry failed: what it was to deliver may still stand in the VMCS.
     pub(crate) fn drop_injection(&mut self) {
         self.next.injection = None;
         self.next.clear_injection = true;
+        self.next.any = true;
+    }
+
+    /// Whether an exit may be settled in its window: nobody wants anything of the thread, and CPUID does not fault.
+    #[inline(always)]
+    pub(crate) fn may_settle(&self) -> bool {
+        !self.owner.has_work_or_cpuid_faults() && !self.is_interrupt_requested() && !self.is_time_over()
     }
 
     /// Address of the VMCALL that stands for a SYSCALL.
@@ -201,14 +212,13 @@ impl Vcpu {
             }
             let flow = match self.enter_once(space) {
                 Window::Syscall => {
-                    self.syscalls += 1;
+                    self.syscalls = self.syscalls.wrapping_add(1);
                     let number = self.forward();
                     if PMU_CALLS.contains(&number) {
                         self.host.forget_pmu();
                     }
                     return Ok(number);
                 }
-                Window::Settled => continue,
                 Window::Exited(info) => exit::handle(self, space, &info)?,
                 Window::Failed { instruction_error } => {
                     self.drop_injection();

@@ -82,6 +82,7 @@ impl HostPte {
     }
 
     /// The page, when this is a leaf of `level`: the bits below its size are flags (PAT) or zero.
+    #[inline(always)]
     pub const fn leaf_hpa(self, level: Level) -> Hpa {
         self.hpa().align_down(level.bytes())
     }
@@ -100,6 +101,7 @@ impl HostPte {
     }
 
     /// Which of the eight fields of IA32_PAT gives the memory type, when this is a leaf of `level`.
+    #[inline(always)]
     pub const fn pat_index(self, level: Level) -> u32 {
         let pat = match level {
             Level::Page4K => Self::PAT_4K,
@@ -117,6 +119,7 @@ const HPA_ZERO: Hpa = match Hpa::new(0) {
 /// Memory type in field `index` (below 8) of an IA32_PAT value; UC- is UC, since EPT has no MTRR to yield to.
 ///
 /// A reserved encoding, which WRMSR refuses, is UC.
+#[inline(always)]
 pub const fn pat_mem_type(pat: u64, index: u32) -> MemType {
     match MemType::from_raw(pat >> ((index & 7) * 8) & 7) {
         Some(mem_type) => mem_type,
@@ -153,6 +156,7 @@ impl HostLeaf {
     /// The 4 KiB, 2 MiB or 1 GiB piece of this page that holds the same offset as `hva`, at most as large as the page.
     ///
     /// For mapping less than the host's leaf covers; `level` above the leaf's gives the leaf itself.
+    #[inline(always)]
     pub fn piece(&self, hva: super::addr::Hva, level: Level) -> Self {
         if level >= self.level {
             return *self;
@@ -173,8 +177,8 @@ impl HostLeaf {
 /// isolation sets NX in the top level of every process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walk {
-    writable: bool,
-    user: bool,
+    /// Of the bits that count, those that all entries had.
+    all: u64,
 }
 
 /// EPT leaves of 4 KiB for the entries of one table, as [`Walk::step`] and [`HostLeaf::perms`] would have them, faster.
@@ -193,16 +197,17 @@ pub struct LeafMaker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LikeOne {
     entry: u64,
-    /// The leaf of that one without its address.
-    plain: u64,
+    /// The leaf of that one.
+    leaf: u64,
 }
 
 impl LikeOne {
     /// The leaf for an entry; `None` where it is not like that one.
     #[inline(always)]
     pub const fn make(&self, entry: HostPte) -> Option<u64> {
-        if (entry.0 ^ self.entry) & LeafMaker::LOOKED_AT == 0 {
-            Some(self.plain | entry.0 & HostPte::ADDRESS_MASK)
+        let difference = entry.0 ^ self.entry;
+        if difference & LeafMaker::LOOKED_AT == 0 {
+            Some(self.leaf ^ (difference & HostPte::ADDRESS_MASK))
         } else {
             None
         }
@@ -224,15 +229,15 @@ impl LeafMaker {
     pub const fn like(&self, entry: HostPte) -> LikeOne {
         LikeOne {
             entry: entry.0,
-            plain: self.make(entry) & !EptEntry::ADDRESS_MASK,
+            leaf: self.make(entry),
         }
     }
 
     /// For the table that `walk` got to.
     pub const fn new(walk: Walk, pat: u64) -> Self {
         Self {
-            user: walk.user,
-            writable: walk.writable,
+            user: walk.is_user(),
+            writable: walk.is_writable(),
             pat,
             plain: EptEntry::leaf(HPA_ZERO, Level::Page4K, EptPerms::READ, pat_mem_type(pat, 0)).as_u64(),
         }
@@ -275,18 +280,25 @@ pub enum Step {
 impl Walk {
     /// At the root.
     pub const START: Self = Self {
-        writable: true,
-        user: true,
+        all: HostPte::WRITABLE | HostPte::USER,
     };
 
+    const fn is_writable(self) -> bool {
+        self.all & HostPte::WRITABLE != 0
+    }
+
+    const fn is_user(self) -> bool {
+        self.all & HostPte::USER != 0
+    }
+
     /// Takes the entry read at `level`; `pat` is this CPU's IA32_PAT.
+    #[inline(always)]
     pub const fn step(&mut self, entry: HostPte, level: Level, pat: u64) -> Step {
         if !entry.is_present() {
             return Step::Absent;
         }
-        self.writable &= entry.is_writable();
-        self.user &= entry.is_user();
-        if !self.user {
+        self.all &= entry.0;
+        if !self.is_user() {
             return Step::Absent;
         }
         if !entry.is_leaf(level) {
@@ -295,8 +307,8 @@ impl Walk {
         Step::Leaf(HostLeaf {
             hpa: entry.leaf_hpa(level),
             level,
-            writable: self.writable,
-            writable_and_dirty: self.writable && entry.is_dirty(),
+            writable: self.is_writable(),
+            writable_and_dirty: self.is_writable() && entry.is_dirty(),
             executable: !entry.is_no_execute(),
             mem_type: pat_mem_type(pat, entry.pat_index(level)),
             special: entry.is_special(),

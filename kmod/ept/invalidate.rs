@@ -11,6 +11,7 @@ use crate::sys::cpu::IrqOff;
 use crate::sys::mem::ZeroedSlice;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::Release;
 use core::sync::atomic::Ordering::SeqCst;
 use kernel::prelude::*;
 
@@ -19,20 +20,19 @@ pub(crate) struct Translations {
     /// Starts at 1, so that a CPU that never flushed (0) does on its first entry: the root's page may have been another
     /// EPT's before.
     generation: AtomicU64,
-    /// By CPU: the generation that its last INVEPT saw. Only that CPU writes it.
-    flushed: ZeroedSlice<AtomicU64>,
-    /// A bit per CPU that is in the guest.
-    in_guest: ZeroedSlice<AtomicU64>,
+    /// By CPU: twice the generation that its last INVEPT saw, and [`IN_GUEST`]. Only that CPU writes it.
+    cpus: ZeroedSlice<AtomicU64>,
 }
+
+/// The CPU is in the guest, or about to be.
+const IN_GUEST: u64 = 1;
 
 impl Translations {
     /// ENOMEM.
     pub(crate) fn new() -> Result<Self> {
-        let cpus = cpu::nr_cpu_ids();
         Ok(Self {
             generation: AtomicU64::new(1),
-            flushed: ZeroedSlice::new(cpus)?,
-            in_guest: ZeroedSlice::new(cpus.div_ceil(64))?,
+            cpus: ZeroedSlice::new(cpu::nr_cpu_ids())?,
         })
     }
 
@@ -48,36 +48,36 @@ impl Translations {
             return;
         }
         self.generation.fetch_add(1, SeqCst);
-        for (i, word) in self.in_guest.iter().enumerate() {
-            let mut bits = word.load(SeqCst);
-            while bits != 0 {
-                let cpu = i * 64 + bits.trailing_zeros() as usize;
-                bits &= bits - 1;
+        for (cpu, state) in self.cpus.iter().enumerate() {
+            if state.load(SeqCst) & IN_GUEST != 0 {
                 cpu::kick(cpu);
             }
         }
     }
 
     /// Publishes that this CPU is about to be in the guest; true: INVEPT first.
+    #[inline(always)]
     pub(crate) fn enter(&self, irq: &IrqOff) -> bool {
-        let cpu = irq.cpu();
-        self.in_guest[cpu / 64].fetch_or(1 << (cpu % 64), SeqCst);
-        let generation = self.generation.load(SeqCst);
-        if self.flushed[cpu].load(Relaxed) == generation {
+        let state = &self.cpus[irq.cpu()];
+        let flushed = state.load(Relaxed);
+        state.swap(flushed | IN_GUEST, SeqCst);
+        let generation = self.generation.load(SeqCst).wrapping_mul(2);
+        if flushed == generation {
             return false;
         }
-        self.flushed[cpu].store(generation, Relaxed);
+        state.store(generation | IN_GUEST, Relaxed);
         true
     }
 
-    /// The flush that [`Translations::enter`] asked for failed: it is still to be done.
+    /// The flush that [`Translations::enter`] asked for failed: it is still to be done. This CPU is not in the guest.
     pub(crate) fn forget(&self, irq: &IrqOff) {
-        self.flushed[irq.cpu()].store(0, Relaxed);
+        self.cpus[irq.cpu()].store(0, Release);
     }
 
     /// This CPU is out of the guest.
+    #[inline(always)]
     pub(crate) fn leave(&self, irq: &IrqOff) {
-        let cpu = irq.cpu();
-        self.in_guest[cpu / 64].fetch_and(!(1 << (cpu % 64)), SeqCst);
+        let state = &self.cpus[irq.cpu()];
+        state.store(state.load(Relaxed) & !IN_GUEST, Release);
     }
 }

@@ -19,30 +19,38 @@ const HYPERVISOR_VERSION_LEAF: u32 = 0x4000_0001;
 /// "DuneDuneDune" in EBX, ECX, EDX.
 const SIGNATURE: u32 = u32::from_le_bytes(*b"Dune");
 
-/// Answers it in the window of the exit. False: not to this thread.
+/// Answers it in the window of the exit. The thread must not be one in which CPUID faults.
 #[inline(always)]
-pub(super) fn settle(vcpu: &Vcpu, vmcs: &mut CurrentVmcs<'_>) -> bool {
-    if vcpu.owner.cpuid_faults() {
-        return false;
-    }
-    let (leaf, subleaf) = vcpu.cpuid_operands();
-    vcpu.set_cpuid_answer(answer(leaf, subleaf));
+pub(super) fn settle(vcpu: &Vcpu, vmcs: &mut CurrentVmcs<'_>) {
+    execute(vcpu);
     skip_at_once(vmcs);
-    true
 }
 
-/// What [`settle`] left: after arch_prctl(ARCH_SET_CPUID, 0) it is a fault, at CPL0 too.
-pub(super) fn refuse(vcpu: &mut Vcpu) -> Flow {
-    vcpu.inject_exception(vector::GP, Some(0));
-    Flow::Resume
+/// What was not settled there.
+pub(super) fn handle(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
+    // arch_prctl(ARCH_SET_CPUID, 0): a fault, at CPL0 too.
+    if vcpu.owner.cpuid_faults() {
+        vcpu.inject_exception(vector::GP, Some(0));
+        return Flow::Resume;
+    }
+    execute(vcpu);
+    skip(vcpu, info)
+}
+
+/// Has the answer in the guest's registers.
+#[inline(always)]
+fn execute(vcpu: &Vcpu) {
+    let (leaf, subleaf) = vcpu.cpuid_operands();
+    vcpu.set_cpuid_answer(answer(leaf, subleaf));
 }
 
 fn answer(leaf: u32, subleaf: u32) -> [u32; 4] {
-    match leaf {
-        HYPERVISOR_LEAF => return [HYPERVISOR_VERSION_LEAF, SIGNATURE, SIGNATURE, SIGNATURE],
-        HYPERVISOR_VERSION_LEAF => return [abi::ABI_VERSION, 0, 0, 0],
-        0x4000_0002..=0x4fff_ffff => return [0; 4],
-        _ => {}
+    if (HYPERVISOR_LEAF..=0x4fff_ffff).contains(&leaf) {
+        return match leaf {
+            HYPERVISOR_LEAF => [HYPERVISOR_VERSION_LEAF, SIGNATURE, SIGNATURE, SIGNATURE],
+            HYPERVISOR_VERSION_LEAF => [abi::ABI_VERSION, 0, 0, 0],
+            _ => [0; 4],
+        };
     }
     let [mut a, mut b, mut c, mut d] = regs::cpuid(leaf, subleaf);
     match (leaf, subleaf) {

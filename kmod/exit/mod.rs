@@ -74,21 +74,41 @@ pub(crate) fn read_reason(vmcs: &mut CurrentVmcs<'_>) -> u32 {
 /// DEBUGCTL and the LDT are clear. Nothing here needs them. This CPU counts as in the guest (`Translations`): whoever holds
 /// the EPT's lock may wait for it, so nobody waits for that lock here.
 #[inline(always)]
-pub(crate) fn look(vcpu: &mut Vcpu, space: &Space, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) -> Exit {
-    let is = |reason: ExitReason| raw_reason == reason.number().into();
-    if is(ExitReason::Cpuid) {
-        if cpuid::settle(vcpu, vmcs) {
+pub(crate) fn look(
+    vcpu: &mut Vcpu,
+    space: &Space,
+    raw_reason: u32,
+    may_settle: bool,
+    vmcs: &mut CurrentVmcs<'_>,
+    irq: &IrqOff,
+) -> Exit {
+    const VMCALL: u32 = ExitReason::Vmcall.number() as u32;
+    const CPUID: u32 = ExitReason::Cpuid.number() as u32;
+    const EPT_VIOLATION: u32 = ExitReason::EptViolation.number() as u32;
+
+    if raw_reason == CPUID {
+        if may_settle && vcpu.may_settle() {
+            cpuid::settle(vcpu, vmcs);
+            vcpu.count_exit(CPUID, vmcs);
             return Exit::Settled;
         }
-    } else if is(ExitReason::EptViolation) && ept_violation::settle(vcpu, space, vmcs, irq) {
+    } else if raw_reason == EPT_VIOLATION
+        && may_settle
+        && vcpu.may_settle()
+        && ept_violation::settle(vcpu, space, vmcs, irq)
+    {
+        vcpu.count_exit(EPT_VIOLATION, vmcs);
         return Exit::Settled;
     }
     let cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
-    if is(ExitReason::Vmcall) && cpl == 0 {
+    if raw_reason == VMCALL && cpl == 0 {
         vmcall::advance(vmcs, vcpu.syscall_vmcall(), vcpu.run_ptr());
+        vcpu.count_exit(VMCALL, vmcs);
         return Exit::Syscall;
     }
-    Exit::Other(ExitInfo::read(vmcs, raw_reason, cpl))
+    let info = ExitInfo::read(vmcs, raw_reason, cpl);
+    vcpu.count_exit(raw_reason, vmcs);
+    Exit::Other(info)
 }
 
 impl ExitInfo {
@@ -204,7 +224,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         R::ExternalInterrupt => Flow::Resume,
         R::ExceptionOrNmi => event::handle_exception(vcpu, info),
         R::EptViolation => return ept_violation::handle(vcpu, space, info),
-        R::Cpuid => cpuid::refuse(vcpu),
+        R::Cpuid => cpuid::handle(vcpu, info),
         R::Hlt => {
             skip(vcpu, info);
             vcpu.host_ran = true;

@@ -27,6 +27,10 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     ///
     /// `this` comes from [`FileOps::open`], and is given back once for each time that it was given.
     unsafe fn release(this: NonNull<Self>);
+    /// The request that is made again and again.
+    const HOT: u32;
+    /// That one: what `ioctl(2)` returns, an error as −errno.
+    fn hot(&self, arg: u64) -> isize;
     /// `ioctl(2)`; what is returned is what the caller sees.
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
     /// `read(2)`, which may not touch the buffer; what is returned is what the caller sees.
@@ -123,7 +127,15 @@ unsafe extern "C" fn release<T: FileOps>(_inode: *mut bindings::inode, file: *mu
 unsafe extern "C" fn ioctl<T: FileOps>(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     // SAFETY: Set in `open` or `new_fd`; the file, and so the data, lives during the call.
     let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
-    match data.ioctl(cmd, arg as u64) {
+    if cmd == T::HOT {
+        return data.hot(arg as u64) as c_long;
+    }
+    other_ioctl(data, cmd, arg as u64)
+}
+
+#[inline(never)]
+fn other_ioctl<T: FileOps>(data: &T, cmd: u32, arg: u64) -> c_long {
+    match data.ioctl(cmd, arg) {
         Ok(v) => v as c_long,
         Err(e) => e.to_errno() as c_long,
     }

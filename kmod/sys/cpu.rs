@@ -36,7 +36,7 @@ impl Drop for PreemptGuard {
 ///
 /// Made only where they were on before, so dropping it turns them on.
 pub(crate) struct IrqOff {
-    cpu: u32,
+    here: bindings::dune_here,
     _not_send: PhantomData<*mut ()>,
 }
 
@@ -44,9 +44,9 @@ impl IrqOff {
     /// Turns interrupts off. To be called with interrupts on.
     pub(crate) fn new() -> Self {
         // SAFETY: Undone in `drop`.
-        let cpu = unsafe { bindings::dune_irq_disable() };
+        let here = unsafe { bindings::dune_irq_disable() };
         Self {
-            cpu,
+            here,
             _not_send: PhantomData,
         }
     }
@@ -54,14 +54,23 @@ impl IrqOff {
     /// The CPU this thread is on and stays on.
     #[inline]
     pub(crate) fn cpu(&self) -> usize {
-        self.cpu as usize
+        self.here.cpu as usize
     }
 
-    /// Changes, on one CPU, whenever an interrupt or NMI came in which Linux may have programmed the PMU.
+    /// Changes, on one CPU, whenever an interrupt or NMI came in which Linux may have programmed the PMU. As of when
+    /// interrupts were turned off; below 2^32.
     #[inline]
-    pub(crate) fn interrupts(&self) -> u32 {
-        // SAFETY: Reads counters of this CPU.
-        unsafe { bindings::dune_interrupt_count() }
+    pub(crate) fn interrupts(&self) -> u64 {
+        self.here.interrupts as u64
+    }
+
+    /// Turns interrupts on behind an exit that was no interrupt's: after `regs::restore_tss_limit_and_dr7` and
+    /// `thread::guest_timing_exit`, which are in it.
+    #[inline]
+    pub(crate) fn end_window(self) {
+        core::mem::forget(self);
+        // SAFETY: `new` was called with interrupts on; the rest as there.
+        unsafe { bindings::dune_window_end() };
     }
 }
 
@@ -125,6 +134,13 @@ pub(crate) fn branch_prediction_barrier(_: &IrqOff) {
     unsafe { bindings::dune_ibpb() };
 }
 
+/// Whether entries may empty the L1 data cache.
+#[inline(always)]
+pub(crate) fn flushes_l1d() -> bool {
+    // SAFETY: Set while no guest runs.
+    unsafe { bindings::dune_l1d_flushes }
+}
+
 /// Has entries empty the L1 data cache, where guests could read it (L1TF).
 pub(crate) struct L1tf(());
 
@@ -137,8 +153,7 @@ impl L1tf {
     }
 
     pub(crate) fn flushes(&self) -> bool {
-        // SAFETY: Reads a flag.
-        unsafe { bindings::dune_l1d_flush_is_on() }
+        flushes_l1d()
     }
 }
 

@@ -271,10 +271,26 @@ void dune_owner_mutex_unlock(void)
 
 /* CPUs. */
 
-unsigned int dune_irq_disable(void)
+/*
+ * Interrupts of the kinds in which perf programs the PMU on this CPU, and NMIs. Where the kernel does not count them so
+ * (Kbuild looks): another number each time.
+ */
+static __always_inline unsigned int dune_interrupt_count(void)
+{
+#ifdef DUNE_HAS_IRQ_STAT
+	return this_cpu_read(irq_stat.__nmi_count) + this_cpu_read(irq_stat.apic_timer_irqs) +
+	       this_cpu_read(irq_stat.irq_call_count);
+#else
+	static DEFINE_PER_CPU(unsigned int, asked);
+
+	return this_cpu_inc_return(asked);
+#endif
+}
+
+struct dune_here dune_irq_disable(void)
 {
 	local_irq_disable();
-	return smp_processor_id();
+	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
 }
 
 void dune_irq_enable(void)
@@ -575,6 +591,11 @@ struct task_struct *dune_current(void)
 	return current;
 }
 
+struct dune_caller dune_caller(void)
+{
+	return (struct dune_caller){ current, current->mm };
+}
+
 struct task_struct *dune_get_current(void)
 {
 	return get_task_struct(current);
@@ -585,15 +606,18 @@ void dune_put_task(struct task_struct *task)
 	put_task_struct(task);
 }
 
-const unsigned long dune_flags_before_entry =
-	EXIT_TO_USER_MODE_WORK | _TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY;
+#define DUNE_BEFORE_ENTRY (EXIT_TO_USER_MODE_WORK | _TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY)
+
+const unsigned long dune_flags_before_entry = DUNE_BEFORE_ENTRY;
 const unsigned long dune_flag_cpuid_faults = _TIF_NOCPUID;
+const unsigned long dune_flags_before_settling = DUNE_BEFORE_ENTRY | _TIF_NOCPUID;
 
 void dune_task_words(struct task_struct *task, struct dune_task_words *words)
 {
 	words->flags = &task_thread_info(task)->flags;
 	words->nvcsw = &task->nvcsw;
 	words->nivcsw = &task->nivcsw;
+	words->regs = task_pt_regs(task);
 }
 
 bool dune_task_is_exiting(const struct task_struct *task)
@@ -620,11 +644,6 @@ u64 dune_rseq(u32 *signature)
 #else
 	return 0;
 #endif
-}
-
-struct pt_regs *dune_current_pt_regs(void)
-{
-	return current_pt_regs();
 }
 
 bool dune_signal_pending(void)
@@ -763,14 +782,19 @@ unsigned long dune_tss_base(void)
 	return (unsigned long)&get_cpu_entry_area(raw_smp_processor_id())->tss.x86_tss;
 }
 
+static noinline __cold void dune_reload_tss_limit(void)
+{
+	invalidate_tss_limit();
+}
+
 /* Puts back what a VM exit left wrong: TR's limit, of which only a thread with ports is told, and DR7. */
-void dune_after_exit(void)
+static __always_inline void dune_put_back(void)
 {
 	unsigned long dr7;
 
-	/* What invalidate_tss_limit() comes to where nothing is to be done at once. */
+	/* Else what invalidate_tss_limit() comes to where nothing is to be done at once. */
 	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
-		invalidate_tss_limit();
+		dune_reload_tss_limit();
 	else
 		this_cpu_write(__tss_limit_invalid, true);
 	dr7 = __this_cpu_read(cpu_dr7);
@@ -778,21 +802,19 @@ void dune_after_exit(void)
 		set_debugreg(dr7, 7);
 }
 
-/*
- * Interrupts of the kinds in which perf programs the PMU on this CPU, and NMIs. Where the kernel does not count them so
- * (Kbuild looks): another number each time.
- */
-unsigned int dune_interrupt_count(void)
+void dune_after_exit(void)
 {
-#ifdef DUNE_HAS_IRQ_STAT
-	return this_cpu_read(irq_stat.__nmi_count) + this_cpu_read(irq_stat.apic_timer_irqs) +
-	       this_cpu_read(irq_stat.irq_call_count);
-#else
-	static DEFINE_PER_CPU(unsigned int, asked);
-
-	return this_cpu_inc_return(asked);
-#endif
+	dune_put_back();
 }
+
+/* All that is left to do after an exit that was no interrupt's: dune_after_exit, dune_guest_timing_exit, dune_irq_enable. */
+void dune_window_end(void)
+{
+	dune_put_back();
+	guest_timing_exit_irqoff();
+	local_irq_enable();
+}
+
 
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {
@@ -953,30 +975,51 @@ void dune_guest_timing_exit(void)
  * dune_rcu_note(), when an interrupt ended the guest: what it wants to know is that this CPU gets to a quiescent state
  * time and again, and nothing looks at the answer more often.
  */
-noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran)
+static __always_inline void dune_state_enter(struct dune_entry *entry, bool note)
 {
-	unsigned long ret;
-
 	instrumentation_begin();
 	trace_hardirqs_on_prepare();
 	lockdep_hardirqs_on_prepare();
 	instrumentation_end();
-	if (!context_tracking_guest_enter() && entry->noted != jiffies) {
+	if (!context_tracking_guest_enter() && note) {
 		instrumentation_begin();
 		entry->noted = jiffies;
 		rcu_virt_note_context_switch();
 		instrumentation_end();
 	}
 	lockdep_hardirqs_on(CALLER_ADDR0);
+}
 
-	dune_l1tf_before_entry(host_ran);
-	ret = dune_vmenter(run_page, entry);
-
+static __always_inline void dune_state_exit(void)
+{
 	lockdep_hardirqs_off(CALLER_ADDR0);
 	context_tracking_guest_exit();
 	instrumentation_begin();
 	trace_hardirqs_off_finish();
 	instrumentation_end();
+}
+
+/* Where RCU was told in this tick, and no L1 data cache is ever flushed. */
+noinstr unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry)
+{
+	unsigned long ret;
+
+	dune_state_enter(entry, false);
+	ret = dune_vmenter(run_page, entry);
+	dune_state_exit();
+	return ret;
+}
+
+/* `host_ran`: see dune_l1tf_before_entry. */
+noinstr unsigned long dune_guest_enter_slowly(void *run_page, struct dune_entry *entry, bool host_ran)
+{
+	unsigned long ret;
+
+	dune_state_enter(entry, entry->noted != jiffies);
+	if (dune_l1d_flushes)
+		dune_l1tf_before_entry(host_ran);
+	ret = dune_vmenter(run_page, entry);
+	dune_state_exit();
 	return ret;
 }
 

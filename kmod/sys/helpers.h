@@ -57,8 +57,13 @@ void dune_owner_mutex_lock(void);
 void dune_owner_mutex_unlock(void);
 
 /* CPUs. */
-/* Gives the CPU's number. */
-unsigned int dune_irq_disable(void);
+/* This CPU, and a count of interrupts on it (see helpers.c). Both come in registers. */
+struct dune_here {
+	unsigned long cpu;
+	unsigned long interrupts;
+};
+struct dune_here dune_irq_disable(void);
+void dune_window_end(void);
 void dune_irq_enable(void);
 void dune_preempt_disable(void);
 void dune_preempt_enable(void);
@@ -72,7 +77,7 @@ bool dune_cpu_has_fred(void);
 /* Mitigations (mitigations.c). */
 int dune_l1tf_start(void);
 void dune_l1tf_stop(void);
-bool dune_l1d_flush_is_on(void);
+extern bool dune_l1d_flushes;
 void dune_l1tf_before_entry(bool host_ran);
 void dune_ibpb(void);
 bool dune_cpu_has_pebs(void);
@@ -117,6 +122,12 @@ int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool wr
 
 /* The thread. */
 struct task_struct *dune_current(void);
+/* The calling thread; both come in registers. */
+struct dune_caller {
+	struct task_struct *task;
+	struct mm_struct *mm;
+};
+struct dune_caller dune_caller(void);
 struct task_struct *dune_get_current(void);
 void dune_put_task(struct task_struct *task);
 
@@ -125,15 +136,16 @@ struct dune_task_words {
 	const unsigned long *flags;	/* of the thread */
 	const unsigned long *nvcsw;	/* how often it was switched out: by its own will, and not */
 	const unsigned long *nivcsw;
+	struct pt_regs *regs;	/* of its system call */
 };
 void dune_task_words(struct task_struct *task, struct dune_task_words *words);
 /* Of its flags: those with which a thread does not enter a guest as it is, and that by which CPUID faults. */
 extern const unsigned long dune_flags_before_entry;
+extern const unsigned long dune_flags_before_settling;	/* either */
 extern const unsigned long dune_flag_cpuid_faults;
 bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 u64 dune_rseq(u32 *signature);
-struct pt_regs *dune_current_pt_regs(void);
 bool dune_signal_pending(void);
 bool dune_work_pending(void);
 bool dune_user_work_pending(void);
@@ -157,7 +169,6 @@ unsigned long dune_fs_base(void);
 unsigned long dune_percpu_base(void);
 unsigned long dune_tss_base(void);
 void dune_after_exit(void);
-unsigned int dune_interrupt_count(void);
 int dune_rdmsr_safe(u32 msr, u64 *value);
 u64 dune_xcr0(void);
 bool dune_may_own_vmx(void);
@@ -205,7 +216,8 @@ void dune_sleep_ms(unsigned int ms);
 /* The guest. */
 void dune_guest_timing_enter(void);
 void dune_guest_timing_exit(void);
-unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry, bool host_ran);
+unsigned long dune_guest_enter(void *run_page, struct dune_entry *entry);
+unsigned long dune_guest_enter_slowly(void *run_page, struct dune_entry *entry, bool host_ran);
 void dune_rcu_note(void);
 void dune_nmi(void);
 void dune_machine_check(void);

@@ -6,6 +6,8 @@ use super::bindings;
 use core::ops::Deref;
 use core::ops::DerefMut;
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicUsize;
+use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
 /// An owned, zeroed page of 4 KiB.
@@ -104,10 +106,19 @@ impl Drop for Pile {
     }
 }
 
-/// Where the kernel's linear mapping has `hpa`.
-pub(crate) fn phys_to_virt(hpa: u64) -> *mut u8 {
+/// Where the kernel's linear mapping begins.
+static LINEAR_MAPPING: AtomicUsize = AtomicUsize::new(0);
+
+/// To be called once, before any page is used.
+pub(crate) fn init() {
     // SAFETY: Address arithmetic only.
-    unsafe { bindings::dune_phys_to_virt(hpa) }.cast()
+    LINEAR_MAPPING.store(unsafe { bindings::dune_phys_to_virt(0) } as usize, Relaxed);
+}
+
+/// Where the kernel's linear mapping has `hpa`.
+#[inline(always)]
+pub(crate) fn phys_to_virt(hpa: u64) -> *mut u8 {
+    LINEAR_MAPPING.load(Relaxed).wrapping_add(hpa as usize) as *mut u8
 }
 
 /// An owned, zeroed slice of memory, of up to some MiB.

@@ -28,7 +28,8 @@ MODULE_PARM_DESC(allow_l1tf, "Load on a CPU with L1TF also where hyper-threading
 #define DUNE_L1D_ORDER 4
 #define DUNE_L1D_BYTES (PAGE_SIZE << DUNE_L1D_ORDER)
 
-static DEFINE_STATIC_KEY_FALSE(dune_l1d_flushes);
+/* Entries empty the L1 data cache. Set before the first and until behind the last. */
+bool dune_l1d_flushes;
 static DEFINE_STATIC_KEY_FALSE(dune_l1d_always);
 static void *dune_l1d_pages;
 
@@ -83,21 +84,16 @@ int dune_l1tf_start(void)
 	}
 	if (dune_l1tf_is_full())
 		static_branch_enable(&dune_l1d_always);
-	static_branch_enable(&dune_l1d_flushes);
+	dune_l1d_flushes = true;
 	return 0;
 }
 
 void dune_l1tf_stop(void)
 {
-	static_branch_disable(&dune_l1d_flushes);
+	dune_l1d_flushes = false;
 	static_branch_disable(&dune_l1d_always);
 	free_pages((unsigned long)dune_l1d_pages, DUNE_L1D_ORDER);
 	dune_l1d_pages = NULL;
-}
-
-bool dune_l1d_flush_is_on(void)
-{
-	return static_key_enabled(&dune_l1d_flushes);
 }
 
 static noinstr void dune_l1d_flush(void)
@@ -121,10 +117,9 @@ static noinstr void dune_l1d_flush(void)
  * Empties the L1 data cache before an entry where a guest could read it (L1TF), unless only code that handles no secret
  * ran since the last entry: `host_ran` says whether other code did, Linux' own flag whether an interrupt came.
  */
+/* Called where `dune_l1d_flushes` is on. */
 noinstr void dune_l1tf_before_entry(bool host_ran)
 {
-	if (!static_branch_unlikely(&dune_l1d_flushes))
-		return;
 #if IS_ENABLED(CONFIG_KVM_INTEL)
 	host_ran |= kvm_get_cpu_l1tf_flush_l1d();
 	kvm_clear_cpu_l1tf_flush_l1d();

@@ -30,6 +30,11 @@ impl Mm {
         NonNull::new(unsafe { bindings::dune_current_mm() }).map(Self)
     }
 
+    #[inline(always)]
+    pub(super) fn from_raw(mm: *mut bindings::mm_struct) -> Option<Self> {
+        NonNull::new(mm).map(Self)
+    }
+
     pub(super) fn as_ptr(self) -> *const bindings::mm_struct {
         self.0.as_ptr()
     }

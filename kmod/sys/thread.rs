@@ -22,6 +22,14 @@ pub(crate) fn current_id() -> TaskId {
     unsafe { bindings::dune_current().cast() }
 }
 
+/// The calling thread, and its address space.
+#[inline(always)]
+pub(crate) fn caller() -> (TaskId, Option<Mm>) {
+    // SAFETY: Reads the current task.
+    let caller = unsafe { bindings::dune_caller() };
+    (caller.task.cast(), Mm::from_raw(caller.mm))
+}
+
 /// A reference to a task.
 pub(crate) struct Task {
     task: NonNull<bindings::task_struct>,
@@ -47,6 +55,26 @@ impl Task {
         }
     }
 
+    /// Puts `exit_kind` into R12 of its system call's caller, and the arguments of a call to make into its registers. For the
+    /// current task, in a system call.
+    #[inline(always)]
+    pub(crate) fn set_user_result(&self, exit_kind: u32, forward: Option<Forward>) {
+        // SAFETY: The current thread is in a system call, so its registers are there and nobody else uses them.
+        let regs = unsafe { &mut *self.words.regs };
+        regs.r12 = exit_kind as _;
+        if let Some(Forward {
+            args: [di, si, dx, r10, r8, r9],
+        }) = forward
+        {
+            regs.di = di as _;
+            regs.si = si as _;
+            regs.dx = dx as _;
+            regs.r10 = r10 as _;
+            regs.r8 = r8 as _;
+            regs.r9 = r9 as _;
+        }
+    }
+
     #[inline(always)]
     fn flags(&self) -> u64 {
         // SAFETY: A word of the task, which is allocated.
@@ -58,6 +86,13 @@ impl Task {
     pub(crate) fn has_work(&self) -> bool {
         // SAFETY: A constant.
         self.flags() & unsafe { bindings::dune_flags_before_entry } as u64 != 0
+    }
+
+    /// The same, or CPUID faults in it.
+    #[inline(always)]
+    pub(crate) fn has_work_or_cpuid_faults(&self) -> bool {
+        // SAFETY: Constants.
+        self.flags() & unsafe { bindings::dune_flags_before_settling } as u64 != 0
     }
 
     /// Whether CPUID faults in it (arch_prctl(ARCH_CPUID_GET)).
@@ -104,23 +139,6 @@ pub(crate) struct Forward {
     pub(crate) args: [u64; 6],
 }
 
-/// Puts `exit_kind` into R12 of the current system call's caller, and the arguments of a call to make into its registers.
-pub(crate) fn set_user_result(exit_kind: u32, forward: Option<Forward>) {
-    // SAFETY: The current thread is in a system call, so its registers are there and nobody else uses them.
-    let regs = unsafe { &mut *bindings::dune_current_pt_regs() };
-    regs.r12 = exit_kind as _;
-    if let Some(Forward {
-        args: [di, si, dx, r10, r8, r9],
-    }) = forward
-    {
-        regs.di = di as _;
-        regs.si = si as _;
-        regs.dx = dx as _;
-        regs.r10 = r10 as _;
-        regs.r8 = r8 as _;
-        regs.r9 = r9 as _;
-    }
-}
 
 /// What Linux wants of this thread before it goes on in user mode, or in a guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -218,6 +236,13 @@ pub(crate) fn may_exceed_limits() -> bool {
 pub(crate) fn guest_timing_enter(_: &super::cpu::IrqOff) {
     // SAFETY: Interrupts are off.
     unsafe { bindings::dune_guest_timing_enter() };
+}
+
+/// Ticks of Linux since it started.
+#[inline(always)]
+pub(crate) fn tick() -> u64 {
+    // SAFETY: A counter that is there for everybody to read.
+    unsafe { (&raw const bindings::jiffies).read_volatile() as u64 }
 }
 
 /// Tells RCU that a guest ran until now, in which nothing of the kernel's was in use: for an exit that an interrupt made.

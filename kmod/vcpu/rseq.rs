@@ -63,7 +63,7 @@ impl Vcpu {
         }
         let signature: u32 = user::read(section.abort.wrapping_sub(4))?;
         if signature == rseq.signature {
-            self.next.rip = Some(section.abort);
+            self.resume_at(section.abort);
             // What was to be delivered where the guest was is void: the instruction is not made.
             self.next.injection = None;
             user::write(rseq.section, &0u64)?;

@@ -119,7 +119,7 @@ impl Vcpu {
     pub(super) fn finish(&self, exit: &abi::Exit) -> u64 {
         // SAFETY: The page is there.
         unsafe { addr_of_mut!((*self.run_ptr()).exit).write_volatile(*exit) };
-        thread::set_user_result(exit.kind, None);
+        self.owner.set_user_result(exit.kind, None);
         0
     }
 
@@ -142,7 +142,8 @@ impl Vcpu {
                 ],
             )
         };
-        thread::set_user_result(abi::EXIT_SYSCALL, Some(thread::Forward { args }));
+        self.owner
+            .set_user_result(abi::EXIT_SYSCALL, Some(thread::Forward { args }));
         // Linux takes the low 32 bits; zero-extended they are never taken for an error of ours.
         number as u32 as u64
     }

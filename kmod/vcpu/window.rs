@@ -25,7 +25,6 @@ use crate::vmx::enter::Entered;
 use crate::vmx::host_state::HostState;
 use crate::vmx::ops;
 use crate::vmx::owner;
-use crate::vmx::percpu;
 use crate::vmx::vmcs::CurrentVmcs;
 use crate::vmx::vmcs::Loaded;
 use core::mem::offset_of;
@@ -46,8 +45,6 @@ pub(super) enum Window {
     Failed { instruction_error: u32 },
     /// VMX is not usable on this CPU now.
     Unusable,
-    /// The guest ran; its exits were settled, and it can go on.
-    Settled,
     /// Something came up: look at `pending`.
     Retry,
     /// The VMCS is active on another CPU.
@@ -98,19 +95,20 @@ impl Vcpu {
         };
         let moved = moved || self.host.is_new();
         self.host.refresh(&mut vmcs, moved, &self.owner, &irq);
-        self.write_next(&mut vmcs);
+        if self.next.any {
+            self.write_next(&mut vmcs);
+        }
 
         // From here on an invalidation interrupts this CPU.
         let stale = space.ept.translations.enter(&irq);
         if (stale && !self.flush_ept()) || (moved && !self.flush_vpid()) {
             // Never with translations that could not be flushed.
             space.ept.translations.forget(&irq);
-            space.ept.translations.leave(&irq);
             self.host = HostState::new();
             vmcs.end(&irq);
             return Window::Unusable;
         }
-        let last_space = &percpu::of(irq.cpu()).last_space;
+        let last_space = &vmcs.percpu().last_space;
         if last_space.load(Relaxed) != space.number {
             last_space.store(space.number, Relaxed);
             cpu::branch_prediction_barrier(&irq);
@@ -122,22 +120,15 @@ impl Vcpu {
         thread::guest_timing_enter(&irq);
         let mut turns = MOST_TURNS;
         let (entered, exit) = loop {
-            let host_ran = core::mem::take(&mut self.host_ran);
             // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
-            let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, host_ran, &irq) };
+            let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &mut self.host_ran, &irq) };
             if entered != Entered::Exit {
-                break (entered, Exit::Settled);
+                break (entered, Exit::Syscall);
             }
             let raw_reason = exit::read_reason(&mut vmcs);
-            let exit = exit::look(self, space, raw_reason, &mut vmcs, &irq);
-            self.count_exit(raw_reason, &mut vmcs);
             turns -= 1;
-            if !matches!(exit, Exit::Settled)
-                || turns == 0
-                || self.owner.has_work()
-                || self.is_interrupt_requested()
-                || self.is_time_over()
-            {
+            let exit = exit::look(self, space, raw_reason, turns != 0, &mut vmcs, &irq);
+            if !matches!(exit, Exit::Settled) {
                 break (entered, exit);
             }
         };
@@ -158,18 +149,19 @@ impl Vcpu {
             vmcs.end(&irq);
             return Window::Failed { instruction_error };
         }
-        self.host.restore_after_exit(&irq);
         self.count_window();
         let info = match exit {
-            Exit::Other(info) => info,
-            exit => {
+            Exit::Other(info) => {
+                self.host.restore_after_exit(&irq);
+                regs::restore_tss_limit_and_dr7(&irq);
+                info
+            }
+            Exit::Syscall | Exit::Settled => {
+                self.host.restore_after_exit(&irq);
                 let is_fine = vmcs.end(&irq);
-                thread::guest_timing_exit(&irq);
-                return match exit {
-                    _ if !is_fine => Window::Unusable,
-                    Exit::Syscall => Window::Syscall,
-                    _ => Window::Settled,
-                };
+                // With what `restore_tss_limit_and_dr7` does.
+                irq.end_window();
+                return if is_fine { Window::Syscall } else { Window::Unusable };
             }
         };
         if info.is_nmi() {
@@ -200,8 +192,8 @@ impl Vcpu {
     }
 
     /// Writes what earlier exits, or user space, left for this entry.
-    #[inline]
     fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        self.next.any = false;
         if let Some(rip) = self.next.rip.take() {
             vmcs.write(guest::RIP, rip);
             // Behind an emulated instruction nothing is blocked any more by the STI or MOV SS before it. (Blocking by SMI,
@@ -238,8 +230,9 @@ impl Vcpu {
         unsafe { ops::invvpid(self.invvpid_single.then_some(self.vpid.into())) }.is_ok()
     }
 
+    /// Notes an exit in the run page, and that the VMCS is launched.
     #[inline(always)]
-    fn count_exit(&self, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>) {
+    pub(crate) fn count_exit(&self, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>) {
         let reason = (raw_reason as u16 as usize).min(abi::EXIT_REASONS - 1);
         self.count(offset_of!(abi::Counters, exits) + 8 * reason, 1);
         if raw_reason & ENTRY_FAILURE == 0 {

@@ -5,8 +5,11 @@
 use super::vmcs::Entry;
 use crate::abi;
 use crate::sys::bindings;
+use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
+use crate::sys::thread;
 use core::mem::offset_of;
+use core::sync::atomic::Ordering::Relaxed;
 
 // vmenter.h says the same as abi.rs.
 const _: () = {
@@ -54,17 +57,23 @@ pub(crate) fn exit_rip() -> u64 {
 /// Enters the guest with the registers of `run`, and stores them there on its exit.
 ///
 /// `host_ran`: other code of the host ran since the last entry than that which settles simple exits. Where a guest could
-/// read the L1 data cache, it is emptied then.
+/// read the L1 data cache, it is emptied then, and this cleared.
 ///
 /// # Safety
 ///
 /// A VMCS made by `setup` with `entry`'s values must be current, its host state up to date, the thread's FPU state loaded.
 /// `run` must point to a run page. The caller runs what has to follow an exit before interrupts come on.
 #[inline]
-pub(crate) unsafe fn enter(run: *mut abi::RunPage, entry: &Entry, host_ran: bool, _: &IrqOff) -> Entered {
-    let entry_ptr: *const Entry = entry;
-    // SAFETY: By the caller.
-    let result = unsafe { bindings::dune_guest_enter(run.cast(), entry_ptr.cast_mut().cast(), host_ran) };
+pub(crate) unsafe fn enter(run: *mut abi::RunPage, entry: &Entry, host_ran: &mut bool, _: &IrqOff) -> Entered {
+    let entry_ptr: *mut bindings::dune_entry = (&raw const *entry).cast_mut().cast();
+    let result = if entry.noted.load(Relaxed) == thread::tick() && !cpu::flushes_l1d() {
+        // SAFETY: By the caller.
+        unsafe { bindings::dune_guest_enter(run.cast(), entry_ptr) }
+    } else {
+        let host_ran = core::mem::take(host_ran);
+        // SAFETY: By the caller.
+        unsafe { bindings::dune_guest_enter_slowly(run.cast(), entry_ptr, host_ran) }
+    };
     match result as u32 {
         bindings::DUNE_ENTER_EXIT => Entered::Exit,
         bindings::DUNE_ENTER_FAIL_VALID => Entered::FailValid,

@@ -44,8 +44,10 @@ pub(crate) struct HostState {
     /// PEBS writes its records through linear addresses, which in a guest are the guest's: off there.
     pebs: u64,
     has_pebs: bool,
-    /// When these two were read: [`Task::switches`] and [`IrqOff::interrupts`].
-    pmu_read_at: Option<(u64, u32)>,
+    /// When these two were read: [`Task::switches`] and [`IrqOff::interrupts`], which is never all ones.
+    pmu_read_at: (u64, u64),
+    /// More is to be put back after an exit than the GDT's limit.
+    is_unusual: bool,
     /// MSRs that were read for this entry, with `DUNE_COUNT_OPS=y`.
     rdmsrs: u64,
 }
@@ -66,7 +68,8 @@ impl HostState {
             pebs: 0,
             has_pebs: regs::has_pebs(),
             has_debugctl: regs::read_msr(msr::IA32_DEBUGCTL).is_ok(),
-            pmu_read_at: None,
+            pmu_read_at: (0, !0),
+            is_unusual: false,
             rdmsrs: 0,
         }
     }
@@ -104,16 +107,13 @@ impl HostState {
             vmcs.write(host::GS_BASE, regs::percpu_base(irq));
             vmcs.write(host::SYSENTER_ESP, regs::read_msr(msr::IA32_SYSENTER_ESP).unwrap_or(0));
         }
-        if self.keeps_gs_base {
-            self.kernel_gs_base = regs::kernel_gs_base(irq);
-        }
-        self.ldt = regs::sldt(irq);
-        let now = Some((thread.switches(), irq.interrupts()));
-        if now != self.pmu_read_at || self.debugctl | self.pebs != 0 {
-            self.pmu_read_at = now;
-            self.read_pmu(irq);
+        let (switches, interrupts) = (thread.switches(), irq.interrupts());
+        let ldt = regs::sldt(irq);
+        if (switches ^ self.pmu_read_at.0) | (interrupts ^ self.pmu_read_at.1) | u64::from(ldt) != 0 || self.is_unusual {
+            self.pmu_read_at = (switches, interrupts);
+            self.read_unusual(ldt, irq);
         } else if cfg!(dune_count_ops) {
-            self.rdmsrs = self.keeps_gs_base.into();
+            self.rdmsrs = 0;
         }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
@@ -138,7 +138,11 @@ impl HostState {
     }
 
     #[cold]
-    fn read_pmu(&mut self, irq: &IrqOff) {
+    fn read_unusual(&mut self, ldt: u16, irq: &IrqOff) {
+        self.ldt = ldt;
+        if self.keeps_gs_base {
+            self.kernel_gs_base = regs::kernel_gs_base(irq);
+        }
         if self.has_debugctl {
             // SAFETY: As just checked.
             self.debugctl = unsafe { regs::debugctl(irq) };
@@ -147,6 +151,7 @@ impl HostState {
             // SAFETY: As just checked.
             self.pebs = unsafe { regs::pebs_enable(irq) };
         }
+        self.is_unusual = self.keeps_gs_base || self.ldt != 0 || self.debugctl | self.pebs != 0;
         if cfg!(dune_count_ops) {
             self.rdmsrs =
                 u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base);
@@ -156,7 +161,7 @@ impl HostState {
     /// The thread may program the PMU itself before the next entry.
     #[inline(always)]
     pub(crate) fn forget_pmu(&mut self) {
-        self.pmu_read_at = None;
+        self.pmu_read_at.1 = !0;
     }
 
     /// MSRs that were read for the last entry, where that is counted.
@@ -167,7 +172,7 @@ impl HostState {
     /// Right before an entry, of which [`Self::unquiet`] follows in any case.
     #[inline(always)]
     pub(crate) fn quiet(&self, irq: &IrqOff) {
-        if self.pebs != 0 {
+        if self.is_unusual && self.pebs != 0 {
             // SAFETY: Undone by `unquiet`.
             unsafe { regs::set_pebs_enable(0, irq) };
         }
@@ -176,17 +181,24 @@ impl HostState {
     /// Right after it, whether it succeeded or not.
     #[inline(always)]
     pub(crate) fn unquiet(&self, irq: &IrqOff) {
-        if self.pebs != 0 {
+        if self.is_unusual && self.pebs != 0 {
             // SAFETY: What `refresh` read on this CPU; interrupts were off since.
             unsafe { regs::set_pebs_enable(self.pebs, irq) };
         }
     }
 
-    /// Puts back what a VM exit does not load from the host-state area.
+    /// Puts back what a VM exit does not load from the host-state area, but for TR's limit and DR7.
     #[inline(always)]
     pub(crate) fn restore_after_exit(&self, irq: &IrqOff) {
         // SAFETY: What `refresh` read on this CPU; interrupts were off since.
         unsafe { regs::lgdt(&self.gdt, irq) };
+        if self.is_unusual {
+            self.restore_unusual(irq);
+        }
+    }
+
+    #[cold]
+    fn restore_unusual(&self, irq: &IrqOff) {
         if self.ldt != 0 {
             // SAFETY: As above, and after the GDT is back.
             unsafe { regs::lldt(self.ldt, irq) };
@@ -199,6 +211,5 @@ impl HostState {
             // SAFETY: As above.
             unsafe { regs::restore_kernel_gs_base(self.kernel_gs_base, irq) };
         }
-        regs::restore_tss_limit_and_dr7(irq);
     }
 }

@@ -12,6 +12,7 @@
 
 use super::ops;
 use super::percpu;
+use super::percpu::PerCpu;
 use crate::arch::cr::cr4;
 use crate::arch::vmcs_field::Field;
 use crate::arch::vmcs_field::ReadWrite;
@@ -42,7 +43,7 @@ pub(crate) struct Entry {
     /// Not 0: entered since it was last cleared, so the next entry is a VMRESUME.
     pub(crate) launched: AtomicU64,
     /// When RCU was told of an entry, in ticks of Linux.
-    noted: AtomicU64,
+    pub(crate) noted: AtomicU64,
 }
 
 /// An owned VMCS region, in the list of all.
@@ -169,6 +170,7 @@ impl Vmcs {
         }
         Loaded::Here {
             vmcs: CurrentVmcs {
+                percpu,
                 state,
                 ops: OpCounts::default(),
                 _irq: PhantomData,
@@ -349,6 +351,8 @@ const LENT: u64 = 2;
 /// [`CurrentVmcs::end`] on every path.
 #[must_use]
 pub(crate) struct CurrentVmcs<'a> {
+    /// Of this CPU.
+    percpu: &'static PerCpu,
     /// One of the above: a single comparison tells the common case, at the end of a window.
     state: u64,
     pub(crate) ops: OpCounts,
@@ -356,6 +360,12 @@ pub(crate) struct CurrentVmcs<'a> {
 }
 
 impl CurrentVmcs<'_> {
+    /// What the module has on this CPU.
+    #[inline(always)]
+    pub(crate) fn percpu(&self) -> &'static PerCpu {
+        self.percpu
+    }
+
     #[inline(always)]
     pub(crate) fn read<W, A>(&mut self, field: Field<W, A>) -> u64 {
         if cfg!(dune_count_ops) {

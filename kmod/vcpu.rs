@@ -197,6 +197,7 @@ impl Vcpu {
     ///
     /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, `interrupt_request` or `deadline`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
     /// taken away.
+    #[inline(always)]
     pub(crate) fn run(&mut self, space: &Space) -> Result<u64> {
         // A VM exit would load null there.
         if regs::data_selectors() != 0 {

@@ -131,6 +131,12 @@ impl EptEntry {
             }
     }
 
+    /// Whether this is what [`Self::table`] makes, in a table of a level above [`Level::Page4K`].
+    #[inline(always)]
+    pub const fn is_table(self) -> bool {
+        self.0 & (Self::RWX | Self::LEAF) == Self::RWX
+    }
+
     /// The page or the table.
     pub const fn hpa(self) -> Hpa {
         match Hpa::new(self.0 & Self::ADDRESS_MASK) {

@@ -4,6 +4,8 @@
 
 use core::fmt;
 
+use super::ept::EptEntry;
+
 macro_rules! exit_reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
         /// Basic exit reason (SDM, appendix "VMX Basic Exit Reasons").
@@ -161,6 +163,13 @@ impl EptViolation {
     /// The access was an instruction fetch.
     pub const fn execute(self) -> bool {
         self.has(2)
+    }
+
+    /// What an EPT leaf must allow for the access: the bits are those of an entry.
+    #[inline(always)]
+    pub const fn wanted(self) -> u64 {
+        const _: () = assert!(EptEntry::READ == 1 && EptEntry::WRITE == 2 && EptEntry::EXECUTE == 4);
+        self.0 & (EptEntry::READ | EptEntry::WRITE | EptEntry::EXECUTE)
     }
 
     /// The EPT entries allow reading the GPA.

@@ -202,14 +202,19 @@ pub struct LikeOne {
 }
 
 impl LikeOne {
-    /// The leaf for an entry; `None` where it is not like that one.
+    /// The leaf for an entry.
+    ///
+    /// # Errors
+    ///
+    /// The entry, where it is not like that one.
     #[inline(always)]
-    pub const fn make(&self, entry: HostPte) -> Option<u64> {
+    pub const fn make(&self, entry: HostPte) -> Result<u64, HostPte> {
         let difference = entry.0 ^ self.entry;
         if difference & LeafMaker::LOOKED_AT == 0 {
-            Some(self.leaf ^ (difference & HostPte::ADDRESS_MASK))
+            Ok(self.leaf ^ (difference & HostPte::ADDRESS_MASK))
         } else {
-            None
+            // Not `entry`, which would be kept in a register for nothing.
+            Err(HostPte(difference ^ self.entry))
         }
     }
 }
@@ -225,25 +230,38 @@ impl LeafMaker {
         | HostPte::WRITE_THROUGH
         | HostPte::NO_EXECUTE;
 
-    /// For entries of the table like `entry`, of which [`LeafMaker::make`] makes a leaf.
-    pub const fn like(&self, entry: HostPte) -> LikeOne {
+    /// For entries of the table like `entry`, of which [`LeafMaker::make`] makes `leaf`.
+    #[inline(always)]
+    pub const fn like(&self, entry: HostPte, leaf: EptEntry) -> LikeOne {
         LikeOne {
             entry: entry.0,
-            leaf: self.make(entry),
+            leaf: leaf.as_u64(),
+        }
+    }
+
+    /// A leaf without its address, of the memory type of PAT field 0.
+    pub const fn plain_for(pat: u64) -> u64 {
+        EptEntry::leaf(HPA_ZERO, Level::Page4K, EptPerms::READ, pat_mem_type(pat, 0)).as_u64()
+    }
+
+    /// For the table that `walk` got to; `plain` is that for `pat`.
+    #[inline(always)]
+    pub const fn of(walk: Walk, pat: u64, plain: u64) -> Self {
+        Self {
+            user: walk.is_user(),
+            writable: walk.is_writable(),
+            pat,
+            plain,
         }
     }
 
     /// For the table that `walk` got to.
     pub const fn new(walk: Walk, pat: u64) -> Self {
-        Self {
-            user: walk.is_user(),
-            writable: walk.is_writable(),
-            pat,
-            plain: EptEntry::leaf(HPA_ZERO, Level::Page4K, EptPerms::READ, pat_mem_type(pat, 0)).as_u64(),
-        }
+        Self::of(walk, pat, Self::plain_for(pat))
     }
 
     /// The leaf for an entry; 0 where there is none.
+    #[inline(always)]
     pub const fn make(&self, entry: HostPte) -> u64 {
         const CACHING: u64 = HostPte::PAT_4K | HostPte::CACHE_DISABLE | HostPte::WRITE_THROUGH;
         const NEEDED: u64 = HostPte::PRESENT | HostPte::USER;

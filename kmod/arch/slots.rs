@@ -170,8 +170,8 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         if slot >= self.capacity {
             return None;
         }
-        let (reverse, _) = split_ref(self.storage.as_ref(), self.capacity);
-        let gib = reverse[slot as usize].checked_sub(1)?;
+        // The first `capacity` words.
+        let gib = self.storage.as_ref().get(slot as usize)?.checked_sub(1)?;
         Hva::new((u64::from(gib) << SLOT_SHIFT) | (gpa.as_u64() & (GIB_BYTES - 1)))
     }
 

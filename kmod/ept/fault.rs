@@ -6,11 +6,10 @@
 //! table without a lock, then, under the lock, install only if no invalidation of the range is going on and none has ended
 //! since the count was read. docs/architecture.md, "Life of an EPT violation".
 
+use super::at_once::AtOnce;
 use super::host_walk;
-use super::host_walk::Around;
 use super::host_walk::Format;
 use super::invalidate::Translations;
-use super::tree;
 use super::tree::Install;
 use super::tree::PageCache;
 use super::tree::Tree;
@@ -56,6 +55,13 @@ pub(crate) struct Access {
     pub(crate) execute: bool,
 }
 
+impl Access {
+    /// Bits that an EPT leaf must have for it.
+    fn wanted(self) -> u64 {
+        EptEntry::READ | if self.write { EptEntry::WRITE } else { 0 } | if self.execute { EptEntry::EXECUTE } else { 0 }
+    }
+}
+
 /// What became of an EPT violation.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -73,13 +79,40 @@ pub(crate) enum Fault {
 
 /// What was installed, for the counters.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mapped {
+pub(crate) struct Mapped(u64);
+
+/// One word, so that it is returned in a register.
+impl Mapped {
+    const LARGE: u64 = 1 << 62;
+    const IO: u64 = 1 << 63;
+
+    /// `around`: neighbours that came along; below 2^62.
+    #[inline(always)]
+    pub(super) fn new(level: Level, mem_type: Option<MemType>, around: u64) -> Self {
+        let large = if level == Level::Page2M { Self::LARGE } else { 0 };
+        let io = if mem_type == Some(MemType::Wb) { 0 } else { Self::IO };
+        Self(around | large | io)
+    }
+
     /// A leaf of 2 MiB.
-    pub(crate) large: bool,
+    pub(crate) fn is_large(self) -> bool {
+        self.0 & Self::LARGE != 0
+    }
+
     /// Another memory type than write-back.
-    pub(crate) io: bool,
+    pub(crate) fn is_io(self) -> bool {
+        self.0 & Self::IO != 0
+    }
+
     /// Neighbours that came along.
-    pub(crate) around: u64,
+    pub(crate) fn around(self) -> u64 {
+        self.0 & !(Self::LARGE | Self::IO)
+    }
+
+    /// A leaf of 4 KiB of write-back memory, and [`Self::around`].
+    pub(crate) fn is_plain(self) -> bool {
+        self.0 & (Self::LARGE | Self::IO) == 0
+    }
 }
 
 /// What a fault did on its way, for the counters.
@@ -90,23 +123,23 @@ pub(crate) struct Effort {
 }
 
 /// Protected by the space's lock.
-struct Locked {
+pub(super) struct Locked {
     /// None: the address space is gone, and nothing is installed any more.
-    tree: Option<Tree>,
-    slots: SlotTable<ZeroedSlice<u32>>,
+    pub(super) tree: Option<Tree>,
+    pub(super) slots: SlotTable<ZeroedSlice<u32>>,
     /// Invalidations that have begun and not ended.
-    invalidating: usize,
+    pub(super) invalidating: usize,
     /// What they cover, together.
     range: Range<u64>,
 }
 
 /// A space's EPT with its slots.
 pub(crate) struct Ept {
-    lock: SpinLock<Locked>,
+    pub(super) lock: SpinLock<Locked>,
     /// Counts ended invalidations; written under the lock.
     sequence: AtomicU64,
     pub(crate) translations: Translations,
-    traits: Traits,
+    pub(super) traits: Traits,
     root: u64,
 }
 
@@ -182,63 +215,43 @@ impl Ept {
         }
     }
 
-    /// Settles an EPT violation at `gpa` where the process has the page, and neither a table nor a flush is needed. Waits for
-    /// nobody: the caller's CPU may count as in the guest, and whoever holds the lock may wait for that.
-    ///
-    /// Here the entry is read under the lock, while no invalidation goes on: one that comes finds what is installed.
-    #[inline(never)]
-    pub(crate) fn fault_at_once(&self, mm: Mm, gpa: Gpa, access: Access, irq: &IrqOff) -> Option<Mapped> {
-        if crate::sys::knob_slow_faults() {
-            return None;
-        }
-        let mut guard = self.lock.try_lock()?;
-        let locked = &mut *guard;
-        if locked.invalidating != 0 {
-            return None;
-        }
-        let hva = locked.slots.hva_of(gpa)?;
-        let tree = locked.tree.as_mut()?;
-        let found = host_walk::find(mm, hva, self.traits.format, irq)?;
-        let leaf = found.leaf;
-        if !allows(&leaf, access) {
-            return None;
-        }
-        let level = self.level_for(&leaf);
-        let piece = leaf.piece(hva, level);
-        let entry = EptEntry::leaf(piece.hpa, level, piece.perms(), piece.mem_type);
-        let table = tree.table_at(gpa, level)?;
-        if !tree::set_at_once(&table[level.index(gpa.as_u64())], entry, level) {
-            return None;
-        }
-        let around = if self.traits.accessed_dirty && leaf.level == Level::Page4K {
-            found.install_around(table, self.traits.format)
-        } else {
-            0
-        };
-        Some(Mapped {
-            large: level == Level::Page2M,
-            io: piece.mem_type != MemType::Wb,
-            around,
-        })
-    }
-
-    /// Settles an EPT violation at `gpa`; may sleep. The caller is a thread of the process. ENOMEM.
+    /// Settles an EPT violation at `gpa`; may sleep. `absent`: where [`Ept::fault_at_once`] found no page that allows the
+    /// access. The caller is a thread of the process. ENOMEM.
     // Apart from the run loop, whose other exits it would slow down.
     #[inline(never)]
-    pub(crate) fn fault(&self, mm: Mm, gpa: Gpa, access: Access, effort: &mut Effort) -> Result<Fault> {
+    pub(crate) fn fault(
+        &self,
+        mm: Mm,
+        gpa: Gpa,
+        absent: Option<Hva>,
+        access: Access,
+        effort: &mut Effort,
+    ) -> Result<Fault> {
+        if let Some(hva) = absent {
+            match mm.fault_in(hva.as_u64(), access.write, access.execute) {
+                FaultIn::Done => effort.mm_faults += 1,
+                FaultIn::NotNow => return Ok(Fault::Touch(hva)),
+                FaultIn::NotExecutable => return Ok(Fault::Refused(hva)),
+            }
+            // Linux has just looked around itself, where that makes sense.
+            if let AtOnce::Mapped(mapped) = self.fault_at_once(mm, gpa, access.wanted(), false, &IrqOff::new()) {
+                return Ok(Fault::Mapped(mapped));
+            }
+        }
+        self.fault_slowly(mm, gpa, access, effort)
+    }
+
+    #[inline(never)]
+    fn fault_slowly(&self, mm: Mm, gpa: Gpa, access: Access, effort: &mut Effort) -> Result<Fault> {
         let mut pages = PageCache::new();
         // Linux may take a page away again before we look: after some rounds let the host loop try.
         let mut rounds = 0;
-        let mut around = Around::new();
         loop {
             let Some(hva) = self.lock.lock().slots.hva_of(gpa) else {
                 return Ok(Fault::NoSlot);
             };
             let sequence = self.sequence.load(Acquire);
-            around.clear();
-            // Neighbours only where the page was there anyway, and where accessed bits tell what was used of them.
-            let wanted = (rounds == 0 && self.traits.accessed_dirty).then_some(&mut around);
-            let leaf = host_walk::walk(mm, hva, self.traits.format, wanted, &IrqOff::new());
+            let leaf = host_walk::walk(mm, hva, self.traits.format, &IrqOff::new());
             let Some(leaf) = leaf.filter(|leaf| allows(leaf, access)) else {
                 rounds += 1;
                 if rounds > 4 {
@@ -252,7 +265,7 @@ impl Ept {
                 continue;
             };
             crate::sys::knob_fault_delay();
-            match self.install(gpa, hva, leaf, &around, sequence, &mut pages) {
+            match self.install(gpa, hva, leaf, sequence, &mut pages) {
                 Installed::Done(mapped) => return Ok(Fault::Mapped(mapped)),
                 Installed::NeedPages => pages.fill()?,
                 Installed::Raced => {
@@ -267,20 +280,12 @@ impl Ept {
         }
     }
 
-    fn install(
-        &self,
-        gpa: Gpa,
-        hva: Hva,
-        leaf: HostLeaf,
-        around: &Around,
-        sequence: u64,
-        pages: &mut PageCache,
-    ) -> Installed {
+    fn install(&self, gpa: Gpa, hva: Hva, leaf: HostLeaf, sequence: u64, pages: &mut PageCache) -> Installed {
         let whole = self.level_for(&leaf);
         let mut tables = Pile::new();
         let mut guard = self.lock.lock();
         let locked = &mut *guard;
-        let bytes = whole.bytes().max(Around::BYTES);
+        let bytes = whole.bytes();
         let start = hva.align_down(bytes).as_u64();
         if !cfg!(dune_mutate_retry) && self.has_raced(locked, start..start + bytes, sequence) {
             return Installed::Raced;
@@ -291,17 +296,11 @@ impl Ept {
         let piece = leaf.piece(hva, whole);
         let entry = EptEntry::leaf(piece.hpa, whole, piece.perms(), piece.mem_type);
         let result = tree.install(gpa, entry, whole, pages);
-        let mut mapped = Mapped {
-            large: whole == Level::Page2M,
-            io: piece.mem_type != MemType::Wb,
-            around: 0,
-        };
+        let mapped = Mapped::new(whole, Some(piece.mem_type), 0);
         if matches!(result, Install::Blocked) {
             // A larger leaf than the host has: its notifier will have zapped it, but do not depend on that.
             let start = gpa.align_down(Level::Page2M.bytes()).as_u64();
             tree.zap(start..start + Level::Page2M.bytes(), &mut tables);
-        } else if !around.leaves().is_empty() && !matches!(result, Install::NeedPages) {
-            mapped.around = tree.install_around(gpa.align_down(Around::BYTES), around.leaves()) as u64;
         }
         // A flush comes before the lock goes: else another invalidation that finds nothing left to zap would return, and
         // let Linux free a page that some CPU can still reach.
@@ -329,7 +328,7 @@ impl Ept {
     }
 
     /// Size of the EPT leaf for a host leaf: never larger than the host's.
-    fn level_for(&self, leaf: &HostLeaf) -> Level {
+    pub(super) fn level_for(&self, leaf: &HostLeaf) -> Level {
         let large = leaf.level != Level::Page4K
             && self.traits.page_2m
             && leaf.mem_type == MemType::Wb
@@ -357,6 +356,7 @@ impl Ept {
         };
         drop(locked);
         self.zap(&range, may_sleep);
+        crate::sys::knob_invalidate_delay();
     }
 
     /// Zaps and flushes the range, slot by slot, so that the lock is not held for longer than one slot takes.
@@ -501,6 +501,7 @@ enum Installed {
     Dead,
 }
 
-fn allows(leaf: &HostLeaf, access: Access) -> bool {
+#[inline(always)]
+pub(super) fn allows(leaf: &HostLeaf, access: Access) -> bool {
     (!access.write || leaf.writable_and_dirty) && (!access.execute || leaf.executable)
 }

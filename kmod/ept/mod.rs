@@ -6,6 +6,7 @@ pub(crate) mod tree;
 
 pub(crate) mod host_walk;
 
+pub(crate) mod at_once;
 pub(crate) mod fault;
 
 pub(crate) mod invalidate;

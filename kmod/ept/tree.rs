@@ -134,7 +134,7 @@ impl Tree {
                 return Some(table);
             }
             let entry = EptEntry::from_raw(table[at.index(gpa.as_u64())].load(Relaxed));
-            if !entry.is_present() || entry.is_leaf(at) {
+            if !entry.is_table() {
                 return None;
             }
             table = self.table(entry);
@@ -208,28 +208,6 @@ impl Tree {
         counters::EPT_PAGES.fetch_sub(1, Relaxed);
         // SAFETY: By the invariant the table is ours, and only `entry` referred to it.
         tables.push(unsafe { Page::from_hpa(entry.hpa().as_u64()) });
-    }
-
-    /// Puts leaves of 4 KiB where nothing is, from `gpa` on, in the table that maps it, if there is one; 0 in `leaves`
-    /// stands for none. Gives how many. Needs no flush.
-    pub(crate) fn install_around(&mut self, gpa: Gpa, leaves: &[u64]) -> usize {
-        let mut table = self.root_table();
-        for level in [Level::P512G, Level::Page1G, Level::Page2M] {
-            let entry = EptEntry::from_raw(table[level.index(gpa.as_u64())].load(Relaxed));
-            if !entry.is_present() || entry.is_leaf(level) {
-                return 0;
-            }
-            table = self.table(entry);
-        }
-        let first = Level::Page4K.index(gpa.as_u64());
-        let mut installed = 0;
-        for (slot, leaf) in table[first..].iter().zip(leaves) {
-            if *leaf != 0 && slot.load(Relaxed) == 0 {
-                slot.store(*leaf, Relaxed);
-                installed += 1;
-            }
-        }
-        installed
     }
 
     /// Whether any leaf that touches the range is marked accessed; `clear` unmarks them.

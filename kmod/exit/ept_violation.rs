@@ -11,6 +11,7 @@ use crate::arch::addr::Hva;
 use crate::arch::exit::EptViolation;
 use crate::arch::exit::InterruptionInfo;
 use crate::arch::vmcs_field::exit_info;
+use crate::ept::at_once::AtOnce;
 use crate::ept::fault::Access;
 use crate::ept::fault::Effort;
 use crate::ept::fault::Fault;
@@ -22,23 +23,21 @@ use crate::vmx::vmcs::CurrentVmcs;
 use core::mem::offset_of;
 use kernel::prelude::*;
 
-/// Settles one in the window of the exit, where the process has the page and nobody is in the way. False: [`handle`] does.
+/// Settles one in the window of the exit, where the process has the page and nobody is in the way. Else [`handle`] does.
 #[inline(always)]
-pub(super) fn settle(vcpu: &mut Vcpu, space: &Space, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) -> bool {
+pub(super) fn settle(vcpu: &mut Vcpu, space: &Space, vmcs: &mut CurrentVmcs<'_>, irq: &IrqOff) -> AtOnce {
     let interrupted = InterruptionInfo::new(vmcs.read(exit_info::IDT_VECTORING_INFO) as u32);
     let violation = EptViolation::new(vmcs.read(exit_info::QUALIFICATION));
     let gpa = Gpa::new(vmcs.read(exit_info::GUEST_PHYSICAL_ADDRESS));
     let (false, Some(gpa)) = (interrupted.is_valid(), gpa) else {
-        return false;
+        return AtOnce::Later;
     };
-    match space.ept.fault_at_once(space.mm, gpa, access(violation), irq) {
-        Some(mapped) => {
-            vcpu.host_ran = true;
-            count(vcpu, &mapped);
-            true
-        }
-        None => false,
+    let answer = space.ept.fault_at_once(space.mm, gpa, violation.wanted(), true, irq);
+    if let AtOnce::Mapped(mapped) = answer {
+        vcpu.host_ran = true;
+        count(vcpu, mapped);
     }
+    answer
 }
 
 fn access(violation: EptViolation) -> Access {
@@ -49,15 +48,25 @@ fn access(violation: EptViolation) -> Access {
 }
 
 #[inline(always)]
-fn count(vcpu: &Vcpu, mapped: &Mapped) {
-    let size = if mapped.large {
+fn count(vcpu: &Vcpu, mapped: Mapped) {
+    if mapped.is_plain() {
+        vcpu.count(offset_of!(Counters, ept_4k), 1);
+        vcpu.count(offset_of!(Counters, ept_around), mapped.around());
+    } else {
+        count_other(vcpu, mapped);
+    }
+}
+
+#[cold]
+fn count_other(vcpu: &Vcpu, mapped: Mapped) {
+    let size = if mapped.is_large() {
         offset_of!(Counters, ept_2m)
     } else {
         offset_of!(Counters, ept_4k)
     };
     vcpu.count(size, 1);
-    vcpu.count(offset_of!(Counters, ept_around), mapped.around);
-    vcpu.count(offset_of!(Counters, ept_io), mapped.io.into());
+    vcpu.count(offset_of!(Counters, ept_around), mapped.around());
+    vcpu.count(offset_of!(Counters, ept_io), mapped.is_io().into());
 }
 
 pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<Flow> {
@@ -67,11 +76,13 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     };
     let mut effort = Effort::default();
     vcpu.host_ran = true;
-    let fault = space.ept.fault(space.mm, gpa, access(violation), &mut effort);
+    let fault = space
+        .ept
+        .fault(space.mm, gpa, info.absent, access(violation), &mut effort);
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
     vcpu.count(offset_of!(Counters, retries), effort.retries);
     match fault? {
-        Fault::Mapped(mapped) => count(vcpu, &mapped),
+        Fault::Mapped(mapped) => count(vcpu, mapped),
         Fault::TryAgain => {}
         Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, Some(hva))),
         Fault::Refused(hva) => return Ok(report(info, violation, abi::EXIT_REFUSED, Some(hva))),

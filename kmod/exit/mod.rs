@@ -12,6 +12,7 @@ mod refused;
 mod vmcall;
 
 use crate::abi;
+use crate::arch::addr::Hva;
 use crate::arch::exit::EventKind;
 use crate::arch::exit::ExitReason;
 use crate::arch::exit::InterruptionInfo;
@@ -19,6 +20,7 @@ use crate::arch::exit::ENTRY_FAILURE;
 use crate::arch::segment;
 use crate::arch::vmcs_field::exit_info;
 use crate::arch::vmcs_field::guest;
+use crate::ept::at_once::AtOnce;
 use crate::space::Space;
 use crate::sys::cpu::IrqOff;
 use crate::sys::thread;
@@ -50,6 +52,8 @@ pub(crate) struct ExitInfo {
     idt_vectoring: u32,
     pub(crate) idt_vectoring_error_code: u32,
     pub(crate) cpl: u32,
+    /// Of an EPT violation: where the process' page table was seen not to allow the access.
+    absent: Option<Hva>,
 }
 
 /// An exit, as its window finds it.
@@ -86,19 +90,22 @@ pub(crate) fn look(
     const CPUID: u32 = ExitReason::Cpuid.number() as u32;
     const EPT_VIOLATION: u32 = ExitReason::EptViolation.number() as u32;
 
+    let mut absent = None;
     if raw_reason == CPUID {
         if may_settle && vcpu.may_settle() {
             cpuid::settle(vcpu, vmcs);
             vcpu.count_exit(CPUID, vmcs);
             return Exit::Settled;
         }
-    } else if raw_reason == EPT_VIOLATION
-        && may_settle
-        && vcpu.may_settle()
-        && ept_violation::settle(vcpu, space, vmcs, irq)
-    {
-        vcpu.count_exit(EPT_VIOLATION, vmcs);
-        return Exit::Settled;
+    } else if raw_reason == EPT_VIOLATION && may_settle && vcpu.may_settle() {
+        match ept_violation::settle(vcpu, space, vmcs, irq) {
+            AtOnce::Mapped(_) => {
+                vcpu.count_exit(EPT_VIOLATION, vmcs);
+                return Exit::Settled;
+            }
+            AtOnce::Absent(hva) => absent = Some(hva),
+            AtOnce::Later => {}
+        }
     }
     let cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
     if raw_reason == VMCALL && cpl == 0 {
@@ -106,7 +113,8 @@ pub(crate) fn look(
         vcpu.count_exit(VMCALL, vmcs);
         return Exit::Syscall;
     }
-    let info = ExitInfo::read(vmcs, raw_reason, cpl);
+    let mut info = ExitInfo::read(vmcs, raw_reason, cpl);
+    info.absent = absent;
     vcpu.count_exit(raw_reason, vmcs);
     Exit::Other(info)
 }
@@ -244,7 +252,9 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
 /// Goes on behind the instruction that exited, in the window of the exit.
 #[inline(always)]
 fn skip_at_once(vmcs: &mut CurrentVmcs<'_>) {
-    let rip = vmcs.read(guest::RIP).wrapping_add(vmcs.read(exit_info::INSTRUCTION_LENGTH));
+    let rip = vmcs
+        .read(guest::RIP)
+        .wrapping_add(vmcs.read(exit_info::INSTRUCTION_LENGTH));
     vmcs.write(guest::RIP, rip);
     // As in `Vcpu::write_next`.
     vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);

@@ -95,6 +95,9 @@ module_param_named(fault_delay_us, dune_fault_delay_us, uint, 0600);
 static unsigned int dune_flush_delay_us;
 module_param_named(flush_delay_us, dune_flush_delay_us, uint, 0600);
 
+static unsigned int dune_invalidate_delay_us;
+module_param_named(invalidate_delay_us, dune_invalidate_delay_us, uint, 0600);
+
 static unsigned int dune_open_delay_ms;
 module_param_named(open_delay_ms, dune_open_delay_ms, uint, 0600);
 
@@ -137,6 +140,11 @@ bool dune_knob_has_fault_delay(void)
 void dune_knob_flush_delay(void)
 {
 	dune_busy(READ_ONCE(dune_flush_delay_us));
+}
+
+void dune_knob_invalidate_delay(void)
+{
+	dune_busy(READ_ONCE(dune_invalidate_delay_us));
 }
 
 void dune_knob_open_delay(void)
@@ -519,6 +527,11 @@ void dune_mmap_write_unlock(struct mm_struct *mm)
 void dune_mmap_read_unlock(struct mm_struct *mm)
 {
 	mmap_read_unlock(mm);
+}
+
+struct vm_area_struct *dune_vma_at(struct mm_struct *mm, unsigned long addr)
+{
+	return vma_lookup(mm, addr);
 }
 
 unsigned long dune_vma_start(const struct vm_area_struct *vma)

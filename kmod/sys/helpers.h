@@ -29,6 +29,7 @@ extern unsigned int dune_param_user_vcpus;
 void dune_knob_fault_delay(void);
 bool dune_knob_has_fault_delay(void);
 void dune_knob_flush_delay(void);
+void dune_knob_invalidate_delay(void);
 void dune_knob_open_delay(void);
 #endif
 
@@ -105,6 +106,7 @@ int dune_mmap_read_lock(struct mm_struct *mm);
 int dune_mmap_write_lock(struct mm_struct *mm);
 void dune_mmap_write_unlock(struct mm_struct *mm);
 void dune_mmap_read_unlock(struct mm_struct *mm);
+struct vm_area_struct *dune_vma_at(struct mm_struct *mm, unsigned long addr);
 unsigned long dune_vma_start(const struct vm_area_struct *vma);
 unsigned long dune_vma_pgoff(const struct vm_area_struct *vma);
 unsigned long dune_vma_bytes(const struct vm_area_struct *vma);

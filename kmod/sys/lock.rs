@@ -120,6 +120,7 @@ impl<T> DerefMut for Guard<'_, T> {
 }
 
 impl<T> Drop for Guard<'_, T> {
+    #[inline(always)]
     fn drop(&mut self) {
         let raw = self.lock.raw.get().cast();
         // SAFETY: The lock is held and was taken in the matching way.

@@ -90,11 +90,8 @@ impl Mm {
             if !bindings::dune_mmap_read_trylock(mm) {
                 return FaultIn::NotNow;
             }
-            let vma = bindings::find_vma(mm, hva as c_ulong);
-            let result = if vma.is_null()
-                || bindings::dune_vma_start(vma) as u64 > hva
-                || bindings::dune_vma_is_userfaultfd(vma)
-            {
+            let vma = bindings::dune_vma_at(mm, hva as c_ulong);
+            let result = if vma.is_null() || bindings::dune_vma_is_userfaultfd(vma) {
                 FaultIn::NotNow
             } else if execute && !bindings::dune_vma_is_executable(vma) {
                 FaultIn::NotExecutable

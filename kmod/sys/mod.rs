@@ -68,6 +68,17 @@ pub(crate) fn knob_flush_delay() {
     };
 }
 
+/// Widens the window between emptying the EPT and Linux' emptying of its page table, for the test that nothing is installed in
+/// between; only in such builds.
+#[inline(always)]
+pub(crate) fn knob_invalidate_delay() {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Waits.
+    unsafe {
+        bindings::dune_knob_invalidate_delay()
+    };
+}
+
 /// Makes opening the device slow, for the test that nobody else waits for it; may sleep; only in such builds.
 #[inline(always)]
 pub(crate) fn knob_open_delay() {

@@ -139,7 +139,6 @@ pub(crate) struct Forward {
     pub(crate) args: [u64; 6],
 }
 
-
 /// What Linux wants of this thread before it goes on in user mode, or in a guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pending {

@@ -119,51 +119,43 @@ impl Vcpu {
         self.host.quiet(&irq);
         thread::guest_timing_enter(&irq);
         let mut turns = MOST_TURNS;
-        let (entered, exit) = loop {
+        let info = loop {
             // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
             let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &mut self.host_ran, &irq) };
             if entered != Entered::Exit {
-                break (entered, Exit::Syscall);
+                self.leave_guest(space, &irq);
+                thread::guest_timing_exit(&irq);
+                let instruction_error = match entered {
+                    Entered::FailValid => vmcs.read(exit_info::INSTRUCTION_ERROR) as u32,
+                    _ => {
+                        vmcs.end(&irq);
+                        return Window::Unusable;
+                    }
+                };
+                vmcs.end(&irq);
+                return Window::Failed { instruction_error };
             }
             let raw_reason = exit::read_reason(&mut vmcs);
             turns -= 1;
-            let exit = exit::look(self, space, raw_reason, turns != 0, &mut vmcs, &irq);
-            if !matches!(exit, Exit::Settled) {
-                break (entered, exit);
-            }
-        };
-        // SAFETY: Linux' own value.
-        unsafe { regs::write_lstar(self.host_lstar, &irq) };
-        self.host.unquiet(&irq);
-        space.ept.translations.leave(&irq);
-
-        if entered != Entered::Exit {
-            thread::guest_timing_exit(&irq);
-            let instruction_error = match entered {
-                Entered::FailValid => vmcs.read(exit_info::INSTRUCTION_ERROR) as u32,
-                _ => {
-                    vmcs.end(&irq);
-                    return Window::Unusable;
+            match exit::look(self, space, raw_reason, turns != 0, &mut vmcs, &irq) {
+                Exit::Settled => {}
+                Exit::Other(info) => break info,
+                // The end of the window for this one is apart, and short.
+                Exit::Syscall => {
+                    self.leave_guest(space, &irq);
+                    self.count_window();
+                    self.host.restore_after_exit(&irq);
+                    let is_fine = vmcs.end(&irq);
+                    // With what `restore_tss_limit_and_dr7` does.
+                    irq.end_window();
+                    return if is_fine { Window::Syscall } else { Window::Unusable };
                 }
-            };
-            vmcs.end(&irq);
-            return Window::Failed { instruction_error };
-        }
-        self.count_window();
-        let info = match exit {
-            Exit::Other(info) => {
-                self.host.restore_after_exit(&irq);
-                regs::restore_tss_limit_and_dr7(&irq);
-                info
-            }
-            Exit::Syscall | Exit::Settled => {
-                self.host.restore_after_exit(&irq);
-                let is_fine = vmcs.end(&irq);
-                // With what `restore_tss_limit_and_dr7` does.
-                irq.end_window();
-                return if is_fine { Window::Syscall } else { Window::Unusable };
             }
         };
+        self.leave_guest(space, &irq);
+        self.count_window();
+        self.host.restore_after_exit(&irq);
+        regs::restore_tss_limit_and_dr7(&irq);
         if info.is_nmi() {
             enter::handle_nmi(&irq);
         } else if info.is_machine_check() {
@@ -189,6 +181,15 @@ impl Vcpu {
             thread::guest_timing_exit(&irq);
         }
         Window::Exited(info)
+    }
+
+    /// This CPU is the host's again, but for what a VM exit left wrong.
+    #[inline(always)]
+    fn leave_guest(&self, space: &Space, irq: &IrqOff) {
+        // SAFETY: Linux' own value.
+        unsafe { regs::write_lstar(self.host_lstar, irq) };
+        self.host.unquiet(irq);
+        space.ept.translations.leave(irq);
     }
 
     /// Writes what earlier exits, or user space, left for this entry.

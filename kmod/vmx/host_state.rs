@@ -109,7 +109,8 @@ impl HostState {
         }
         let (switches, interrupts) = (thread.switches(), irq.interrupts());
         let ldt = regs::sldt(irq);
-        if (switches ^ self.pmu_read_at.0) | (interrupts ^ self.pmu_read_at.1) | u64::from(ldt) != 0 || self.is_unusual {
+        if (switches ^ self.pmu_read_at.0) | (interrupts ^ self.pmu_read_at.1) | u64::from(ldt) != 0 || self.is_unusual
+        {
             self.pmu_read_at = (switches, interrupts);
             self.read_unusual(ldt, irq);
         } else if cfg!(dune_count_ops) {
@@ -153,8 +154,7 @@ impl HostState {
         }
         self.is_unusual = self.keeps_gs_base || self.ldt != 0 || self.debugctl | self.pebs != 0;
         if cfg!(dune_count_ops) {
-            self.rdmsrs =
-                u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base);
+            self.rdmsrs = u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base);
         }
     }
 

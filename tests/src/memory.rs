@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use std::time::Instant;
 
+use libdune::abi::Counters;
 use libdune::Dune;
 use libdune::Gva;
 use libdune::Hva;
@@ -16,6 +17,7 @@ use libdune::Permissions;
 
 use crate::framework::Need;
 use crate::framework::Outcome;
+use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers::pin_to_cpu;
@@ -44,6 +46,14 @@ pub const TESTS: &[Test] = &[
     Test::asserting("retry_closes_the_race", retry_closes_the_race)
         .run_as(User::Root)
         .timeout_s(60),
+    Test::asserting(
+        "violations_settled_at_once_lose_no_race",
+        violations_settled_at_once_lose_no_race,
+    )
+    .suite(Suite::Long)
+    .run_as(User::Root)
+    .needs(&[Need::Cpus(2)])
+    .timeout_s(60),
     Test::asserting(
         "running_guest_loses_its_translations",
         running_guest_loses_its_translations,
@@ -313,6 +323,26 @@ fn ept_keeps_neighbours_on_munmap() {
 /// see what was there before. Without the retry check an EPT violation that races the invalidation installs the old
 /// page: with `DUNE_MUTATE=retry` this test is red.
 fn retry_closes_the_race() {
+    // Between reading the process' page table and installing what was read.
+    let delay = Knob::set("fault_delay_us", 400);
+    let counters = race_with_invalidations();
+    if delay.is_some() && crate::helpers::online_cpus() > 1 {
+        assert!(
+            counters.retries > 0,
+            "no violation raced an invalidation: nothing was tested"
+        );
+    }
+}
+
+/// The same where violations are settled in the window of their exit: those look whether an invalidation goes on, under the
+/// lock. With `DUNE_MUTATE=retry` they do not, and this test is red, too.
+fn violations_settled_at_once_lose_no_race() {
+    // Between emptying the EPT and the emptying of the process' page table.
+    let _delay = Knob::set("invalidate_delay_us", 100);
+    race_with_invalidations();
+}
+
+fn race_with_invalidations() -> Counters {
     static GENERATION: AtomicU64 = AtomicU64::new(1);
     static STOP: AtomicBool = AtomicBool::new(false);
     const PAGES: usize = 4;
@@ -320,8 +350,6 @@ fn retry_closes_the_race() {
     fn word(generation: u64, page: usize) -> u64 {
         generation * PAGES as u64 + page as u64
     }
-    // Between reading the process' page table and installing what was read.
-    let delay = Knob::set("fault_delay_us", 400);
     let map = Map::new(PAGES * PAGE);
     map.advise(0, PAGES * PAGE, libc::MADV_NOHUGEPAGE);
     for page in 0..PAGES {
@@ -387,12 +415,7 @@ fn retry_closes_the_race() {
     }
     assert!(generations > 20, "only {generations} generations: nothing was tested");
     assert!(counters.exits[EXIT_EPT_VIOLATION] > 20);
-    if delay.is_some() && crate::helpers::online_cpus() > 1 {
-        assert!(
-            counters.retries > 0,
-            "no violation raced an invalidation: nothing was tested"
-        );
-    }
+    counters
 }
 
 /// Two threads take the same page away at the same time, while a third is in the guest: the second finds nothing left to

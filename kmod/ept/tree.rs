@@ -165,6 +165,9 @@ impl Tree {
     }
 
     fn zap_table(&self, table: &[AtomicU64; ENTRIES], level: Level, range: Range<u64>, tables: &mut Pile) -> bool {
+        if level == Level::Page4K {
+            return Self::zap_leaves(table, range);
+        }
         let mut found = false;
         let mut at = range.start;
         while at < range.end {
@@ -187,6 +190,23 @@ impl Tree {
                 }
             }
             at = next;
+        }
+        found
+    }
+
+    /// The same in a table of leaves of 4 KiB, which covers the range.
+    fn zap_leaves(table: &[AtomicU64; ENTRIES], range: Range<u64>) -> bool {
+        if range.is_empty() {
+            return false;
+        }
+        let first = Level::Page4K.index(range.start);
+        let last = Level::Page4K.index(range.end - 1);
+        let mut found = false;
+        for slot in table.get(first..=last).unwrap_or(&[]) {
+            if slot.load(Relaxed) != 0 {
+                slot.store(0, Relaxed);
+                found = true;
+            }
         }
         found
     }

@@ -166,7 +166,7 @@ impl Block {
         handlers: Option<&[AtomicUsize; 256]>,
     ) -> *mut Self {
         let block = area as *mut Self;
-        // SAFETY: The caller's; the area is zeroed, which is a value of every field, and nobody else sees it.
+        // SAFETY: The caller's; the area is zeroed but for the IDT, which is a value of every field, and nobody else sees it.
         unsafe {
             let fpu = (*process).fpu;
             (*block).fpu_bytes = fpu.bytes;
@@ -189,7 +189,7 @@ impl Block {
                 area + layout::IST_TOP as u64,
                 area + layout::DOUBLE_TOP as u64,
             ));
-            (&raw mut (*block).idt).write(Idt::new(trap::stubs().0));
+            Idt::write(&raw mut (*block).idt, trap::stubs().0);
         }
         block
     }
@@ -267,23 +267,32 @@ impl Tss {
 }
 
 impl Idt {
-    /// Interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP, #OF and 32-bit system calls also from CPL3.
-    pub fn new(stubs: u64) -> Self {
-        let mut gates = [[0; 2]; 256];
-        for (vector, gate) in gates.iter_mut().enumerate() {
-            let target = stubs + vector as u64 * trap::STUB_BYTES;
-            let ist = if vector == 8 { 2 } else { 1 };
-            let dpl = if FROM_CPL3.contains(&vector) { 3 } else { 0 };
-            gate[0] = target & 0xffff
-                | u64::from(KERNEL_CS) << 16
-                | ist << 32
-                | (0x8e | dpl << 5) << 40
-                | (target >> 16 & 0xffff) << 48;
+    /// Writes interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP, #OF and 32-bit system calls also from
+    /// CPL3. In place: a copy of 4 KiB is what making a thread would cost besides.
+    ///
+    /// # Safety
+    ///
+    /// `idt` must be writable, and nobody else's.
+    pub unsafe fn write(idt: *mut Self, stubs: u64) {
+        const GATE: u64 = (KERNEL_CS as u64) << 16 | 1 << 32 | 0x8e << 40;
+        const DPL3: u64 = 3 << 45;
+        // SAFETY: The caller's.
+        let gates = unsafe { &mut (*idt).0 };
+        let mut target = stubs;
+        for gate in gates.iter_mut() {
+            gate[0] = GATE | target & 0xffff | (target & 0xffff_0000) << 32;
             gate[1] = target >> 32;
+            target += trap::STUB_BYTES;
         }
-        Self(gates)
+        for vector in FROM_CPL3 {
+            gates[vector][0] |= DPL3;
+        }
+        gates[DOUBLE_FAULT][0] ^= (1 ^ 2) << 32;
     }
 }
+
+/// Vector of #DF.
+const DOUBLE_FAULT: usize = 8;
 
 #[cfg(test)]
 mod tests {
@@ -323,7 +332,9 @@ mod tests {
     #[test]
     fn gates_lead_to_their_stubs() {
         let stubs = 0x7fff_dead_b000;
-        let idt = Idt::new(stubs);
+        let mut idt = Idt([[0x5555; 2]; 256]);
+        // SAFETY: Our own.
+        unsafe { Idt::write(&mut idt, stubs) };
         for (vector, gate) in idt.0.iter().enumerate() {
             let target = gate[0] & 0xffff | gate[0] >> 48 << 16 | gate[1] << 32;
             assert_eq!(target, stubs + 16 * vector as u64);

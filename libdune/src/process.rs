@@ -14,6 +14,7 @@
 //! The arena is alive as long as a thread is counted in `Process::threads`. Only what is atomic changes while more
 //! than one thread can see it.
 
+use core::mem::offset_of;
 use core::ptr;
 use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicPtr;
@@ -33,6 +34,7 @@ use crate::paging::memory::Memory;
 use crate::paging::tables::Tables;
 use crate::percpu;
 use crate::percpu::Block;
+use crate::percpu::Idt;
 use crate::sys;
 use crate::sys::Errno;
 
@@ -434,10 +436,12 @@ impl Process {
         } else if self.stays_warm(area) {
             // Stacks and images are written before they are read. What the last thread had seen of page tables holds for
             // the empty TLB of the next one.
+            // The IDT, the last of a block, is written anew as a whole.
+            const _: () = assert!(offset_of!(Block, idt) + size_of::<Idt>() == size_of::<Block>());
             // SAFETY: The area is the caller's, accessible, and nothing refers to it.
             unsafe {
-                (area as *mut Block).write_bytes(0, 1);
-                ((area + layout::HOST as u64) as *mut HostContext).write_bytes(0, 1);
+                sys::clear_words(area, offset_of!(Block, idt));
+                sys::clear_words(area + layout::HOST as u64, size_of::<HostContext>());
             }
         }
         Ok(area)

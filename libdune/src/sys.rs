@@ -28,6 +28,20 @@ pub(crate) fn ticks() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// Makes `bytes`, a multiple of 8, at `address` zero.
+///
+/// # Safety
+///
+/// They must be writable, and nobody else's.
+pub(crate) unsafe fn clear_words(address: u64, bytes: usize) {
+    debug_assert!(bytes % 8 == 0);
+    // SAFETY: The caller's.
+    unsafe {
+        core::arch::asm!("rep stosq", inout("rcx") bytes / 8 => _, inout("rdi") address => _, in("rax") 0u64,
+             options(nostack, preserves_flags));
+    }
+}
+
 /// Makes a system call and returns what Linux leaves in RAX.
 ///
 /// # Safety

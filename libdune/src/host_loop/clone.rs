@@ -122,10 +122,8 @@ fn read_clone_args<'a>(context: &'a mut HostContext, gprs: &Gprs) -> Result<&'a 
         return Err(libc::EINVAL);
     }
     context.clone_args = [0; 32];
-    for index in 0..bytes / 8 {
-        let word = gprs.rdi.checked_add(index * 8).ok_or(libc::EFAULT)?;
-        context.clone_args[index as usize] = touch::read(word).map_err(|_| libc::EFAULT)?;
-    }
+    let words = &mut context.clone_args[..(bytes / 8) as usize];
+    touch::read_words(gprs.rdi, words).map_err(|_| libc::EFAULT)?;
     context.call[1] = context.clone_args.as_ptr() as u64;
     Ok(&context.clone_args)
 }

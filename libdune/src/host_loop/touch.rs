@@ -154,6 +154,16 @@ pub(super) fn read<T: Copy>(address: u64) -> Result<T, BadAddress> {
     Ok(unsafe { (address as *const T).read_unaligned() })
 }
 
+/// Copies words from the program.
+pub(super) fn read_words(address: u64, words: &mut [u64]) -> Result<(), BadAddress> {
+    readable(address, size_of_val(words))?;
+    for (index, word) in words.iter_mut().enumerate() {
+        // SAFETY: As in `read`.
+        *word = unsafe { (address as *const u64).add(index).read_unaligned() };
+    }
+    Ok(())
+}
+
 /// Copies a plain structure to the program.
 pub(super) fn write<T: Copy>(address: u64, value: &T) -> Result<(), BadAddress> {
     touch_range(address, size_of::<T>(), true)?;

@@ -589,9 +589,9 @@ fn check_stack(stack: &AltStack) -> Result<AltStack, i32> {
 
 /// sigaltstack: the program's is kept here, Linux has none for a Dune thread.
 pub(super) fn sigaltstack(context: &mut HostContext, gprs: &Gprs) -> Result<Action, i32> {
-    let rsp = sync(context)?.gprs.rsp;
     let mut old = context.alt_stack;
-    let is_on_it = old.holds(rsp) && old.flags & AltStack::AUTODISARM == 0;
+    // The module is asked for RSP only where it matters.
+    let is_on_it = old.is_enabled() && old.flags & AltStack::AUTODISARM == 0 && old.holds(sync(context)?.gprs.rsp);
     if is_on_it {
         old.flags |= libc::SS_ONSTACK;
     }

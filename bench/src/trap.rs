@@ -30,8 +30,21 @@ static ENTERED: AtomicU64 = AtomicU64::new(0);
 static PROTECT: AtomicUsize = AtomicUsize::new(0);
 static TRAPS: AtomicUsize = AtomicUsize::new(0);
 
+/// What the handler does.
+#[derive(Clone, Copy)]
+enum How {
+    /// Takes the time, and makes the page writable.
+    Timed,
+    /// Makes the page writable.
+    Unprotect,
+    /// The same, and protects another.
+    Exchange,
+}
+
 /// What protects pages.
 trait Pager {
+    /// Has faults handled in a way.
+    fn handle(&self, how: How);
     fn protect(&self, memory: &Memory, offset: usize, bytes: usize);
     fn unprotect(&self, memory: &Memory, offset: usize, bytes: usize);
 }
@@ -42,7 +55,7 @@ pub fn measure(system: &System<'_>) {
     }
     match system.dune {
         Some(dune) => {
-            let before = dune.set_exception_handler(Vector::PF, on_page_fault);
+            let before = dune.set_exception_handler(Vector::PF, unprotect);
             all(system, &OwnTable(dune));
             match before {
                 Some(before) => dune.set_exception_handler(Vector::PF, before),
@@ -61,15 +74,19 @@ pub fn measure(system: &System<'_>) {
 fn all(system: &System<'_>, pager: &dyn Pager) {
     let memory = Memory::new(PAGES * PAGE).small().populated();
     PROTECT.store(0, Relaxed);
+    pager.handle(How::Timed);
     let fault = |page: usize| {
         pager.protect(&memory, page * PAGE, PAGE);
+        let address = memory.at(page * PAGE);
         let start = ticks();
-        memory.write(page * PAGE, 1);
+        // SAFETY: In the mapping; a handler makes it writable.
+        unsafe { address.write_volatile(1) };
         let whole = ticks() - start;
         (ENTERED.load(Relaxed) - start, whole)
     };
     system.repeated("trap", 1000, |i| fault(i % PAGES).0);
     system.repeated("trap_fix", 1000, |i| fault(i % PAGES).1);
+    pager.handle(How::Exchange);
     // PROT1, TRAP, UNPROT: each handler makes its page writable and protects another one.
     system.once("appel1", ROUNDS, |_| {
         pager.protect(&memory, 0, PAGES * PAGE);
@@ -87,6 +104,7 @@ fn all(system: &System<'_>, pager: &dyn Pager) {
         pager.unprotect(&memory, 0, PAGES * PAGE);
         ticks
     });
+    pager.handle(How::Unprotect);
     // PROTN, TRAP, UNPROT.
     system.once("appel2", ROUNDS, |_| {
         let before = TRAPS.load(Relaxed);
@@ -102,6 +120,9 @@ fn all(system: &System<'_>, pager: &dyn Pager) {
 struct Mprotect;
 
 impl Pager for Mprotect {
+    /// One for all.
+    fn handle(&self, _: How) {}
+
     fn protect(&self, memory: &Memory, offset: usize, bytes: usize) {
         memory.protect(offset, bytes, libc::PROT_READ);
     }
@@ -154,6 +175,15 @@ impl OwnTable<'_> {
 }
 
 impl Pager for OwnTable<'_> {
+    fn handle(&self, how: How) {
+        let handler = match how {
+            How::Timed => on_timed_page_fault,
+            How::Unprotect => unprotect,
+            How::Exchange => exchange,
+        };
+        self.0.set_exception_handler(Vector::PF, handler);
+    }
+
     fn protect(&self, memory: &Memory, offset: usize, bytes: usize) {
         self.set(memory, offset, bytes, Permissions::READ);
     }
@@ -163,24 +193,44 @@ impl Pager for OwnTable<'_> {
     }
 }
 
-fn on_page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+/// Takes the time before anything else, also before the compiler saves registers for what follows.
+fn on_timed_page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
     ENTERED.store(ticks(), Relaxed);
+    unprotect(frame, thread)
+}
+
+#[inline(never)]
+fn unprotect(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
     TRAPS.fetch_add(1, Relaxed);
-    let space = thread.address_space();
+    make_writable(frame, thread)
+}
+
+/// Makes the page writable and the one before it read-only.
+fn exchange(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+    TRAPS.fetch_add(1, Relaxed);
+    if make_writable(frame, thread) == Outcome::Unhandled {
+        return Outcome::Unhandled;
+    }
+    let Some(other) = Gva::new(PROTECT.load(Relaxed) as u64) else {
+        return Outcome::Unhandled;
+    };
+    match thread.address_space().protect(other, PAGE as u64, Permissions::READ) {
+        Ok(flush) => flush.flush(),
+        Err(_) => return Outcome::Unhandled,
+    }
+    Outcome::Resume
+}
+
+#[inline(always)]
+fn make_writable(frame: &TrapFrame, thread: &Thread<'_>) -> Outcome {
     let Some(gva) = Gva::new(frame.cr2) else {
         return Outcome::Unhandled;
     };
-    match space.protect(gva.align_down(PAGE as u64), PAGE as u64, Permissions::ALL) {
+    let page = gva.align_down(PAGE as u64);
+    match thread.address_space().protect(page, PAGE as u64, Permissions::ALL) {
         // More access: a stale translation only faults, and Linux' own way does not flush either.
         Ok(flush) => flush.ignore(),
         Err(_) => return Outcome::Unhandled,
-    }
-    match Gva::new(PROTECT.load(Relaxed) as u64) {
-        Some(other) if other.as_u64() != 0 => match space.protect(other, PAGE as u64, Permissions::READ) {
-            Ok(flush) => flush.flush(),
-            Err(_) => return Outcome::Unhandled,
-        },
-        _ => {}
     }
     Outcome::Resume
 }

@@ -91,6 +91,12 @@ impl Gva {
         Hva::new(self.0)
     }
 
+    /// The address `bytes` further on, which the caller knows to be in the same half.
+    pub(crate) const fn within_half(self, bytes: u64) -> Self {
+        debug_assert!(Self::new(self.0.wrapping_add(bytes)).is_some());
+        Self(self.0.wrapping_add(bytes))
+    }
+
     /// Index into the table of `level` (1 … 4).
     pub(crate) const fn index(self, level: u32) -> usize {
         (self.0 >> (12 + 9 * (level - 1)) & 0x1ff) as usize
@@ -98,6 +104,17 @@ impl Gva {
 }
 
 impl Gpa {
+    /// The address, which the caller knows to be below 2^48.
+    pub(crate) const fn known(address: u64) -> Self {
+        debug_assert!(Self::new(address).is_some());
+        Self(address)
+    }
+
+    /// The address that the lower 48 bits are.
+    pub(crate) const fn truncated(address: u64) -> Self {
+        Self(address & ((1 << 48) - 1))
+    }
+
     /// The address, if it is below 2^48.
     pub const fn new(address: u64) -> Option<Self> {
         if address >> 48 == 0 {

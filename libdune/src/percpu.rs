@@ -117,10 +117,21 @@ pub(crate) struct Tss(pub [u32; 26]);
 /// What is at the start of the block.
 #[repr(C)]
 pub(crate) struct Block {
+    /// The block itself: so it begins as a `trap::Thread` does.
+    pub own: *const Block,
     /// Bytes that XSAVE writes, rounded up to 64.
     pub fpu_bytes: u64,
     /// 1: XSAVE, 0: FXSAVE.
     pub has_xsave: u64,
+    /// Where frames of exceptions begin that interrupt no handler.
+    pub first_top: u64,
+    /// Where code begins that page faults do not go straight from to a handler.
+    pub inner_start: u64,
+    /// Last byte of it, counted from there. Without a handler for page faults, or where there is more to look at before it is
+    /// called than `trap::stub` does: all of memory.
+    pub inner_last: AtomicU64,
+    /// As long as it does not.
+    pub inner_bytes: u64,
     /// A signal waits for the trap entry to be done with its interrupt stack.
     pub signal: AtomicU32,
     /// Why CALL_FATAL was made: a `trap::Fatal`.
@@ -169,7 +180,12 @@ impl Block {
         // SAFETY: The caller's; the area is zeroed but for the IDT, which is a value of every field, and nobody else sees it.
         unsafe {
             let fpu = (*process).fpu;
+            (*block).own = block;
             (*block).fpu_bytes = fpu.bytes;
+            (*block).first_top = area + (layout::HANDLERS + layout::HANDLER_BYTES) as u64 - fpu.bytes;
+            let (start, end) = inner_code();
+            (*block).inner_start = start;
+            (*block).inner_bytes = end - start;
             (*block).has_xsave = fpu.has_xsave.into();
             (*block).process = process;
             (&raw mut (*block).here).write(paging::start_thread(&*process, table));
@@ -189,7 +205,12 @@ impl Block {
                 area + layout::IST_TOP as u64,
                 area + layout::DOUBLE_TOP as u64,
             ));
-            Idt::write(&raw mut (*block).idt, trap::stubs().0);
+            Idt::write(
+                &raw mut (*block).idt,
+                trap::stubs().0,
+                trap::page_fault_entry(fpu.has_xsave),
+            );
+            trap::update_plain(&*block);
         }
         block
     }
@@ -236,6 +257,13 @@ impl Block {
     }
 }
 
+/// The trap entry and the ways to CPL3, with whatever the linker put between them.
+fn inner_code() -> (u64, u64) {
+    [trap::stubs(), cpl3::code()]
+        .into_iter()
+        .fold((u64::MAX, 0), |all, code| (all.0.min(code.0), all.1.max(code.1)))
+}
+
 impl Gdt {
     /// The table with a busy TSS at `tss`.
     pub fn new(tss: u64) -> Self {
@@ -267,26 +295,32 @@ impl Tss {
 }
 
 impl Idt {
-    /// Writes interrupt gates to the stubs at `stubs`: all on IST 1, #DF on IST 2; #BP, #OF and 32-bit system calls also from
-    /// CPL3. In place: a copy of 4 KiB is what making a thread would cost besides.
+    /// Writes interrupt gates to the stubs at `stubs`, #PF's to `page_fault`: all on IST 1, #DF on IST 2; #BP, #OF and 32-bit
+    /// system calls also from CPL3. In place: a copy of 4 KiB is what making a thread would cost besides.
     ///
     /// # Safety
     ///
     /// `idt` must be writable, and nobody else's.
-    pub unsafe fn write(idt: *mut Self, stubs: u64) {
+    pub unsafe fn write(idt: *mut Self, stubs: u64, page_fault: u64) {
         const GATE: u64 = (KERNEL_CS as u64) << 16 | 1 << 32 | 0x8e << 40;
         const DPL3: u64 = 3 << 45;
+        let to = |target: u64| {
+            [
+                GATE | target & 0xffff | (target & 0xffff_0000) << 32,
+                target >> 32,
+            ]
+        };
         // SAFETY: The caller's.
         let gates = unsafe { &mut (*idt).0 };
         let mut target = stubs;
         for gate in gates.iter_mut() {
-            gate[0] = GATE | target & 0xffff | (target & 0xffff_0000) << 32;
-            gate[1] = target >> 32;
+            *gate = to(target);
             target += trap::STUB_BYTES;
         }
         for vector in FROM_CPL3 {
             gates[vector][0] |= DPL3;
         }
+        gates[usize::from(trap::Vector::PF.0)] = to(page_fault);
         gates[DOUBLE_FAULT][0] ^= (1 ^ 2) << 32;
     }
 }
@@ -332,12 +366,18 @@ mod tests {
     #[test]
     fn gates_lead_to_their_stubs() {
         let stubs = 0x7fff_dead_b000;
+        let page_fault = stubs + 0x1234;
         let mut idt = Idt([[0x5555; 2]; 256]);
         // SAFETY: Our own.
-        unsafe { Idt::write(&mut idt, stubs) };
+        unsafe { Idt::write(&mut idt, stubs, page_fault) };
         for (vector, gate) in idt.0.iter().enumerate() {
             let target = gate[0] & 0xffff | gate[0] >> 48 << 16 | gate[1] << 32;
-            assert_eq!(target, stubs + 16 * vector as u64);
+            let expected = if vector == 14 {
+                page_fault
+            } else {
+                stubs + 16 * vector as u64
+            };
+            assert_eq!(target, expected);
             assert_eq!(gate[0] >> 32 & 7, if vector == 8 { 2 } else { 1 });
             assert_eq!(gate[0] >> 40 & 0x9f, 0x8e);
             assert_eq!(gate[0] >> 16 & 0xffff, 0x10);

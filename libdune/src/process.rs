@@ -24,6 +24,7 @@ use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::Ordering::Release;
+use core::sync::atomic::Ordering::SeqCst;
 
 use dune_abi::Info;
 
@@ -37,6 +38,7 @@ use crate::percpu::Block;
 use crate::percpu::Idt;
 use crate::sys;
 use crate::sys::Errno;
+use crate::trap;
 
 /// How the FPU state is saved.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +70,8 @@ pub(crate) struct Process {
     pub fpu: Fpu,
     pub info: Info,
     pub memory: Memory,
+    /// Some page table has, or had, pages that are copied on write.
+    pub has_copies: AtomicBool,
     /// Handles of page tables, each of which counts in `threads` too.
     handles: AtomicU32,
     /// One of the handles is no page table, and stays.
@@ -301,6 +305,7 @@ impl Process {
                 cr4: percpu::cr4(&info),
                 info,
                 memory: Memory::new(fd, has_1g, start),
+                has_copies: AtomicBool::new(false),
                 handles: AtomicU32::new(0),
                 kept: AtomicBool::new(false),
                 has_pcid: info.cr4_guest_owned & CR4_PCIDE != 0,
@@ -315,6 +320,7 @@ impl Process {
     }
 
     /// The page tables.
+    #[inline]
     pub fn tables(&self) -> Tables<'_> {
         Tables::new(&self.memory)
     }
@@ -366,6 +372,30 @@ impl Process {
             }
         }
         false
+    }
+
+    /// Pages are going to be copied on write: no page fault goes straight to a handler any more.
+    pub fn expect_copies(&self) {
+        self.has_copies.store(true, SeqCst);
+        let words = (self.areas_end.load(Acquire) as usize).div_ceil(64);
+        for (word, ready) in self.ready.iter().enumerate().take(words) {
+            let mut areas = ready.load(Acquire);
+            while areas != 0 {
+                let area = self.area(word * 64 + areas.trailing_zeros() as usize);
+                areas &= areas - 1;
+                // SAFETY: Accessible; a block, or zeroes where there is none yet or no more.
+                trap::forbid_plain(unsafe { &*(area as *const Block) });
+            }
+        }
+    }
+
+    /// Whether there is one Dune thread at most. Asked by a Dune thread it means: no other, and who becomes one later
+    /// starts with an empty TLB, and sees in page tables what the caller has exchanged before.
+    #[inline]
+    pub fn is_single(&self) -> bool {
+        // An exchange is a full fence on this architecture.
+        let used = self.used[0].load(SeqCst);
+        self.areas_end.load(SeqCst) <= 64 && used & used.wrapping_sub(1) == 0
     }
 
     fn is_ready(&self, area: u64) -> bool {

@@ -709,9 +709,9 @@ fn large_pages_split_and_merge() {
 }
 
 fn sealed_table_fills_nothing_in() {
-    // A GiB that nothing else is in.
+    // A GiB that nothing else is in, and far from what a fresh table has around libdune's code.
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let map = Map::at(0, 2 << 30, libc::PROT_READ | libc::PROT_WRITE, flags);
+    let map = Map::at(0, 3 << 30, libc::PROT_READ | libc::PROT_WRITE, flags);
     let offset = map.address().next_multiple_of(1 << 30) - map.address();
     map.write(offset, 3);
     let dune = enter();

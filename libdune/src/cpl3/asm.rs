@@ -49,6 +49,11 @@ pub(super) fn enter() -> u64 {
     dune_user_enter as *const () as u64
 }
 
+/// Start and end of the assembly.
+pub(super) fn code() -> (u64, u64) {
+    (enter(), dune_user_out_end as *const () as u64)
+}
+
 /// Whether CPL0 at `rip` is on the way in.
 pub(crate) fn is_way_in(rip: u64) -> bool {
     (dune_user_in as *const () as u64..dune_user_in_end as *const () as u64).contains(&rip)

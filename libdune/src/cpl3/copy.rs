@@ -27,6 +27,14 @@ pub(crate) unsafe fn copy(to: u64, from: u64, bytes: usize, is_write: bool, bloc
     unsafe { dune_user_copy(to, from, bytes, block.has_smap.into(), is_write.into()) }
 }
 
+/// Start and end of the assembly that a page fault can go on in.
+pub(super) fn code() -> (u64, u64) {
+    (
+        dune_user_copy_instruction as *const () as u64,
+        dune_user_copy_behind as *const () as u64,
+    )
+}
+
 /// Where a page fault at `rip` goes on, if it is the copy's, and CPL3's side of it that faulted: the other side is the
 /// program's memory, like any.
 pub(crate) fn recovery(rip: u64, is_write: bool, r9: u64) -> Option<u64> {

@@ -137,6 +137,13 @@ pub(crate) fn is_crossing(rip: u64, r11: u64) -> bool {
     asm::is_way_in(rip) || asm::is_way_out(rip) || is_called_by_cpl3(rip, r11)
 }
 
+/// Start and end of all code that [`is_crossing`] and [`recovery`] may be about.
+pub(crate) fn code() -> (u64, u64) {
+    [asm::code(), copy::code(), syscall::code()]
+        .into_iter()
+        .fold((u64::MAX, 0), |all, code| (all.0.min(code.0), all.1.max(code.1)))
+}
+
 fn is_called_by_cpl3(rip: u64, r11: u64) -> bool {
     syscall::is_stub(rip) && r11 & IOPL_CPL0 == 0
 }

@@ -56,9 +56,18 @@ pub(crate) fn vmcall(entry: u64) -> u64 {
     entry + (dune_syscall_vmcall as *const () as u64 - dune_syscall_stubs as *const () as u64)
 }
 
+/// Start and end of the stubs.
+pub(super) fn code() -> (u64, u64) {
+    (
+        dune_syscall_stubs as *const () as u64,
+        dune_syscall_end as *const () as u64,
+    )
+}
+
 /// Whether `rip` is in a stub.
 pub(crate) fn is_stub(rip: u64) -> bool {
-    (dune_syscall_stubs as *const () as u64..dune_syscall_end as *const () as u64).contains(&rip)
+    let (start, end) = code();
+    (start..end).contains(&rip)
 }
 
 global_asm!(

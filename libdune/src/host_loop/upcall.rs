@@ -365,9 +365,10 @@ fn push_frame(
     at: &Point,
     action: &SigAction,
 ) -> Result<u64, BadAddress> {
+    let fpu_bytes = context.process().fpu.bytes;
     let mut sp = if at.is_cpl3 {
-        // What runs at CPL3 is not trusted with the frame.
-        context.area() + (layout::HANDLERS + layout::HANDLER_BYTES) as u64
+        // What runs at CPL3 is not trusted with the frame. The top of the stack is the trap entry's own.
+        context.area() + (layout::HANDLERS + layout::HANDLER_BYTES) as u64 - fpu_bytes
     } else {
         at.gprs.rsp.wrapping_sub(RED_ZONE)
     };
@@ -377,7 +378,6 @@ fn push_frame(
         sp = alternate.start.wrapping_add(alternate.bytes);
     }
     let extended = context.has_xsave != 0;
-    let fpu_bytes = context.process().fpu.bytes;
     let fpu = (sp.wrapping_sub(fpu_bytes + 8)) & !63;
     // Aligned as if the handler had been called.
     let frame = (fpu.wrapping_sub(size_of::<Frame>() as u64) & !15).wrapping_sub(8);

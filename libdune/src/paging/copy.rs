@@ -12,6 +12,7 @@ use core::arch::asm;
 use super::memory::recycle::with_slots;
 use super::protocol::Here;
 use super::share::Unshared;
+use super::tables::Name;
 use super::tlb::flush_page;
 use super::tlb::loaded_root;
 use super::tlb::shoot_down;
@@ -72,7 +73,7 @@ pub(crate) fn settle_write(process: &Process, here: &Here, gva: Gva, from_user: 
             Ok(true)
         }
         Unshared::Copied { released } => {
-            shoot_down(process, Some(number), root, page, 1);
+            shoot_down(process, Name::of(number), page, 1);
             if let Some(frame) = released.and_then(|frame| frames.hva(frame)) {
                 pool.release(frame);
             }

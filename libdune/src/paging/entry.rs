@@ -186,9 +186,23 @@ impl Entry {
     }
 
     /// The same leaf with other permissions. A shared one stays so.
+    #[inline]
     pub const fn with_permissions(self, permissions: Permissions) -> Self {
+        self.with_plain_permissions(permissions).with_write_bits()
+    }
+
+    /// The same of a [plain](Self::is_plain) leaf.
+    #[inline]
+    pub const fn with_plain_permissions(self, permissions: Permissions) -> Self {
         let kept = self.0 & !(PRESENT | WRITABLE | USER | HELD | COPY | NO_EXECUTE);
-        Self(kept | permissions.bits()).with_write_bits()
+        Self(kept | permissions.bits())
+    }
+
+    /// Whether this entry of a lowest table maps a page with some permission, of which a write gets no copy, and which is in
+    /// no pool.
+    #[inline]
+    pub const fn is_plain(self) -> bool {
+        self.0 & (PRESENT | SHARED | OWNED) == PRESENT
     }
 
     /// Of a shared leaf: turns the CPU's write bit into the software's.

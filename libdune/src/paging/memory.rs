@@ -27,6 +27,7 @@ use super::tree::Table;
 use super::PagingError;
 use super::Permissions;
 use crate::addr::Gpa;
+use crate::addr::Gva;
 use crate::addr::Hva;
 use crate::layout;
 use crate::sys;
@@ -40,8 +41,8 @@ const PAGE: u64 = layout::PAGE as u64;
 ///
 /// # Invariants
 ///
-/// `forward` has `GIBS` and `reverse` has `SLOTS` entries, alive as long as this. `next .. end` is unused memory of
-/// the pool, zeroed; `end .. limit` is reserved for it. All of it lies in one GiB, which every tree maps before it is
+/// `forward` has `GIBS` and `reverse` has `SLOTS` entries, alive as long as this. `next .. end()` is unused memory of
+/// the pool, zeroed; `end() .. limit` is reserved for it. All of it lies in one GiB, which every tree maps before it is
 /// used: filling that in needs a page itself. The lower half of `free` is the number + 1 of the first page of a list
 /// linked through their first words, counted from `start`; the upper half counts its changes.
 #[repr(C)]
@@ -51,17 +52,20 @@ pub(crate) struct Memory {
     forward: *const AtomicU32,
     reverse: *const AtomicU32,
     next: AtomicU64,
-    end: AtomicU64,
+    /// Start of the pool.
+    pool: u64,
+    /// Bytes of it that are accessible.
+    pool_bytes: AtomicU64,
+    /// Its GPA, once something was allocated.
+    pool_gpa: AtomicU64,
     free: AtomicU64,
     /// Behind the last slot that was ever handed out.
     slots_end: AtomicU32,
     /// See `recycle`.
     users: AtomicU32,
     limit: u64,
-    /// Start of the arena: what a table's HVA must lie behind.
+    /// Start of the arena.
     start: u64,
-    /// HVA less GPA of the arena, wrapping: every table lies in it.
-    arena_offset: AtomicU64,
     /// CPL3 may use what is filled in, but for the arena.
     fills_for_user: AtomicBool,
 }
@@ -80,13 +84,14 @@ impl Memory {
             forward: (arena + layout::FORWARD as u64) as *const AtomicU32,
             reverse: (arena + layout::REVERSE as u64) as *const AtomicU32,
             next: AtomicU64::new(arena + layout::POOL as u64),
-            end: AtomicU64::new(arena + (layout::POOL + layout::POOL_STEP) as u64),
+            pool: arena + layout::POOL as u64,
+            pool_bytes: AtomicU64::new(layout::POOL_STEP as u64),
+            pool_gpa: AtomicU64::new(0),
             free: AtomicU64::new(0),
             slots_end: AtomicU32::new(0),
             users: AtomicU32::new(0),
             limit: arena + layout::ARENA_BYTES as u64,
             start: arena,
-            arena_offset: AtomicU64::new(0),
             fills_for_user: AtomicBool::new(false),
         }
     }
@@ -135,20 +140,42 @@ impl Memory {
     }
 
     /// Start of the arena.
+    #[inline]
     pub fn start(&self) -> u64 {
         self.start
     }
 
     /// The GPA of a table of the arena, by its address.
     pub fn table_gpa(&self, address: u64) -> Option<Gpa> {
-        let is_table = address >= self.start + layout::POOL as u64 && address < self.end.load(Relaxed);
-        let gpa = address.wrapping_sub(self.arena_offset.load(Relaxed));
-        is_table.then(|| Gpa::new(gpa)).flatten()
+        let offset = address.wrapping_sub(self.pool);
+        let is_table = offset < self.pool_bytes.load(Relaxed);
+        is_table.then(|| Gpa::new(self.pool_gpa.load(Relaxed).wrapping_add(offset))).flatten()
     }
 
     /// The GPA of a byte of the process, which gets a slot if it has none.
     pub fn gpa_of(&self, hva: Hva) -> Result<Gpa, PagingError> {
         recycle::with_slots(self, || self.gpa(hva))
+    }
+
+    /// End of what of the pool is accessible.
+    fn end(&self) -> u64 {
+        self.pool + self.pool_bytes.load(Acquire)
+    }
+
+    /// Number of the page of the pool that this entry of a table is in.
+    pub(super) fn page_of(&self, entry: &AtomicU64) -> u64 {
+        (core::ptr::from_ref(entry) as u64).wrapping_sub(self.pool) / PAGE
+    }
+
+    /// The entry for `gva` in a table whose entries map 4 KiB.
+    ///
+    /// # Safety
+    ///
+    /// `page` must be the number of a page of the pool that is in use as such a table, and stays so for the borrow.
+    #[inline]
+    pub(super) unsafe fn entry_in(&self, page: u64, gva: Gva) -> &AtomicU64 {
+        // SAFETY: The caller's.
+        unsafe { &(*((self.pool + page * PAGE) as *const Table)).0[gva.index(1)] }
     }
 
     /// Calls `f` with the pool of a frame that a table owns.
@@ -198,7 +225,7 @@ impl Memory {
     fn take_new(&self) -> Result<u64, PagingError> {
         let page = self.next.fetch_add(PAGE, Relaxed);
         loop {
-            let end = self.end.load(Acquire);
+            let end = self.end();
             if page < end {
                 return Ok(page);
             }
@@ -211,9 +238,10 @@ impl Memory {
             // SAFETY: The arena's own reserve.
             unsafe { sys::mprotect(end, layout::POOL_STEP, libc::PROT_READ | libc::PROT_WRITE) }
                 .map_err(|errno| PagingError::OutOfMemory(errno.0))?;
+            let bytes = end - self.pool;
             let _ = self
-                .end
-                .compare_exchange(end, end + layout::POOL_STEP as u64, AcqRel, Relaxed);
+                .pool_bytes
+                .compare_exchange(bytes, bytes + layout::POOL_STEP as u64, AcqRel, Relaxed);
         }
     }
 
@@ -250,7 +278,8 @@ unsafe impl Frames for Memory {
         };
         let gpa = self.gpa(Hva::new(page).ok_or(PagingError::Corrupt(page))?)?;
         // INVARIANT: One GiB, one slot: the same number each time.
-        self.arena_offset.store(page.wrapping_sub(gpa.as_u64()), Relaxed);
+        self.pool_gpa
+            .store(gpa.as_u64().wrapping_sub(page - self.pool), Relaxed);
         Ok(gpa)
     }
 
@@ -261,15 +290,12 @@ unsafe impl Frames for Memory {
         }
     }
 
+    #[inline]
     fn table(&self, gpa: Gpa) -> Option<&Table> {
-        let hva = gpa
-            .align_down(PAGE)
-            .as_u64()
-            .wrapping_add(self.arena_offset.load(Relaxed));
+        let offset = gpa.align_down(PAGE).as_u64().wrapping_sub(self.pool_gpa.load(Relaxed));
         // SAFETY: GPAs of tables come from `allocate`: a page of the pool that holds only atomic entries. Whatever
         // else an entry was made to hold, memory of the pool it is.
-        (hva >= self.start + layout::POOL as u64 && hva < self.end.load(Relaxed))
-            .then(|| unsafe { &*(hva as *const Table) })
+        (offset < self.pool_bytes.load(Relaxed)).then(|| unsafe { &*((self.pool + offset) as *const Table) })
     }
 
     fn gpa(&self, hva: Hva) -> Result<Gpa, PagingError> {

@@ -10,11 +10,18 @@
 use core::fmt;
 use core::marker::PhantomData;
 use core::ptr;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::AcqRel;
+use core::sync::atomic::Ordering::Relaxed;
 
+use super::entry::Entry;
 use super::memory::recycle::with_slots;
+use super::memory::recycle::Using;
 use super::memory::Memory;
 use super::owned::PageTable;
 use super::pool::FramePool;
+use super::tables::Name;
+use super::tables::Record;
 use super::tlb::is_cpl0;
 use super::tlb::loaded_root;
 use super::tlb::shoot_down;
@@ -24,6 +31,7 @@ use super::tree::Mapping;
 use super::tree::Merged;
 use super::tree::Retired;
 use super::tree::Tree;
+use super::used::Batch;
 use super::used::Used;
 use super::PagingError;
 use super::Permissions;
@@ -54,14 +62,13 @@ pub struct UsedPage {
 /// time, also from a trap handler: entries change one by one, each at once.
 pub struct AddressSpace<'d> {
     process: *const Process,
-    number: Option<u16>,
-    root: Gpa,
+    name: Name,
     _dune: PhantomData<&'d ()>,
 }
 
 impl fmt::Debug for AddressSpace<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "AddressSpace({})", self.root)
+        write!(f, "AddressSpace({})", self.root())
     }
 }
 
@@ -71,13 +78,11 @@ impl<'d> AddressSpace<'d> {
     /// # Safety
     ///
     /// It must have a user, and the arena be alive, for `'d`.
+    #[inline]
     pub(crate) unsafe fn borrowed(process: *const Process, number: u16) -> Self {
-        // SAFETY: The caller's.
-        let root = unsafe { (*process).tables().get(number).root() };
         Self {
             process,
-            number: Some(number),
-            root,
+            name: Name::of(number),
             _dune: PhantomData,
         }
     }
@@ -90,12 +95,12 @@ impl<'d> AddressSpace<'d> {
     pub(crate) unsafe fn foreign(process: *const Process, root: Gpa) -> Self {
         Self {
             process,
-            number: None,
-            root,
+            name: Name::foreign(root),
             _dune: PhantomData,
         }
     }
 
+    #[inline]
     fn process(&self) -> &Process {
         // SAFETY: Alive for 'd.
         unsafe { &*self.process }
@@ -104,7 +109,7 @@ impl<'d> AddressSpace<'d> {
     fn tree(&self) -> Tree<'_, Memory> {
         Tree {
             frames: &self.process().memory,
-            root: self.root,
+            root: self.root(),
         }
     }
 
@@ -115,9 +120,10 @@ impl<'d> AddressSpace<'d> {
         bytes: u64,
         operation: impl Fn(Tree<'_, Memory>, &Retired) -> Result<(), PagingError>,
     ) -> Result<Flush<'_>, PagingError> {
-        // SAFETY: The table is this one, and borrowed as long as the flush.
-        let flush = unsafe { Flush::new(self.process, self.number, self.root, start, bytes / PAGE_BYTES) };
-        match with_slots(&self.process().memory, || operation(self.tree(), flush.retired())) {
+        let retired = Retired::default();
+        let result = with_slots(&self.process().memory, || operation(self.tree(), &retired));
+        let flush = self.to_be_flushed(start, bytes, retired);
+        match result {
             Ok(()) => Ok(flush),
             Err(error) => {
                 // Pages before the one that failed are changed.
@@ -127,9 +133,54 @@ impl<'d> AddressSpace<'d> {
         }
     }
 
+    #[inline]
+    fn to_be_flushed(&self, start: Gva, bytes: u64, retired: Retired) -> Flush<'_> {
+        // SAFETY: The table is this one, and borrowed as long as the flush.
+        unsafe { Flush::new(self.process, self.name, start, bytes / PAGE_BYTES, retired) }
+    }
+
+    /// Has one page of 4 KiB changed that is mapped by a plain leaf. False where it is not so simple, or another thread was
+    /// quicker.
+    #[inline(always)]
+    fn change_page(&self, page: Gva, change: impl FnOnce(Entry) -> Entry) -> bool {
+        let Some(number) = self.number() else {
+            return false;
+        };
+        let process = self.process();
+        let record = process.tables().get(number);
+        let using = process.memory.begin();
+        let slot = match record.table_page(page) {
+            // SAFETY: The table is borrowed, and nobody gives tables or slots back meanwhile.
+            Some(table) => unsafe { process.memory.entry_in(table, page) },
+            None => match remember(self.again(), record, page) {
+                Some(slot) => slot,
+                None => return false,
+            },
+        };
+        let entry = Entry(slot.load(Relaxed));
+        let is_done = entry.is_plain() && slot.compare_exchange(entry.0, change(entry).0, AcqRel, Relaxed).is_ok();
+        if !is_done {
+            // Out of line, so that the usual way does not keep the answer while it ends.
+            end(using);
+            return false;
+        }
+        true
+    }
+
+    /// The same space, for as long as this is borrowed.
+    #[inline(always)]
+    fn again(&self) -> AddressSpace<'_> {
+        AddressSpace {
+            process: self.process,
+            name: self.name,
+            _dune: PhantomData,
+        }
+    }
+
     /// GPA of the top table.
+    #[inline]
     pub fn root(&self) -> Gpa {
-        self.root
+        self.name.root(&self.process().memory)
     }
 
     /// What an address is mapped to; `None` where nothing is, also in a GiB that was not used yet.
@@ -176,8 +227,18 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// See [`PagingError`]; pages before the one that failed are changed.
+    // So that what a handler changes stays in registers: all else is out of line.
+    #[inline(always)]
     pub fn protect(&self, start: Gva, bytes: u64, permissions: Permissions) -> Result<Flush<'_>, PagingError> {
-        self.change(start, bytes, |tree, _| tree.protect(start, bytes, permissions))
+        // A page by itself is what handlers of page faults change.
+        if bytes == PAGE_BYTES
+            && start.is_aligned(PAGE_BYTES)
+            && self.change_page(start, |entry| entry.with_plain_permissions(permissions))
+        {
+            return Ok(self.to_be_flushed(start, PAGE_BYTES, Retired::default()));
+        }
+        protect_range(self.again(), start, bytes, permissions)?;
+        Ok(self.to_be_flushed(start, bytes, Retired::default()))
     }
 
     /// Maps whole pages to the memory of the process at `to`: by leaves of 2 MiB and 1 GiB where both addresses are
@@ -251,9 +312,9 @@ impl<'d> AddressSpace<'d> {
         start: Gva,
         bytes: u64,
         used: Used,
-        mut visit: impl FnMut(UsedPage),
+        visit: impl FnMut(UsedPage),
     ) -> Result<Flush<'_>, PagingError> {
-        self.for_each_used(start, bytes, used, true, &mut visit)?;
+        self.for_each_used(start, bytes, used, true, visit)?;
         self.change(start, bytes, |_, _| Ok(()))
     }
 
@@ -267,9 +328,23 @@ impl<'d> AddressSpace<'d> {
         start: Gva,
         bytes: u64,
         used: Used,
-        mut visit: impl FnMut(UsedPage),
+        visit: impl FnMut(UsedPage),
     ) -> Result<(), PagingError> {
-        self.for_each_used(start, bytes, used, false, &mut visit)
+        self.for_each_used(start, bytes, used, false, visit)
+    }
+
+    /// What there is to tell of one table behind `done`.
+    #[inline(never)]
+    fn take_batch(
+        &self,
+        start: Gva,
+        bytes: u64,
+        done: u64,
+        used: Used,
+        clear: bool,
+    ) -> Result<Option<Batch>, PagingError> {
+        let _using = self.process().memory.begin();
+        self.tree().take_used(start, bytes, done, used, clear)
     }
 
     fn for_each_used(
@@ -278,31 +353,27 @@ impl<'d> AddressSpace<'d> {
         bytes: u64,
         used: Used,
         clear: bool,
-        visit: &mut dyn FnMut(UsedPage),
+        mut visit: impl FnMut(UsedPage),
     ) -> Result<(), PagingError> {
         super::tree::check_range(start, bytes)?;
         let mut done = 0;
-        loop {
-            let batch = {
-                let _using = self.process().memory.begin();
-                self.tree().take_used(start, bytes, done, used, clear)?
-            };
-            let Some(batch) = batch else { return Ok(()) };
-            for (word, bits) in batch.used.iter().enumerate() {
+        while let Some(batch) = self.take_batch(start, bytes, done, used, clear)? {
+            for (word, (bits, dirty)) in batch.used.iter().zip(&batch.dirty).enumerate() {
                 let mut left = *bits;
                 while left != 0 {
                     let bit = left.trailing_zeros();
                     left &= left - 1;
                     let offset = (word as u64 * 64 + u64::from(bit)) * batch.page_bytes;
                     visit(UsedPage {
-                        start: batch.start.checked_add(offset).unwrap_or(start),
+                        start: batch.start.within_half(offset),
                         bytes: batch.page_bytes,
-                        is_dirty: batch.dirty[word] >> bit & 1 != 0,
+                        is_dirty: dirty >> bit & 1 != 0,
                     });
                 }
             }
             done = batch.done;
         }
+        Ok(())
     }
 
     /// From now on the first write to each page of a range gets a copy of it, from `pool`: a write through this table is
@@ -316,7 +387,8 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::OtherPool`], else see [`PagingError`]; pages before the one that failed are changed.
     pub fn copy_on_write(&self, start: Gva, bytes: u64, pool: &FramePool) -> Result<Flush<'_>, PagingError> {
-        let number = self.number.ok_or(PagingError::Foreign)?;
+        let number = self.number().ok_or(PagingError::Foreign)?;
+        self.process().expect_copies();
         let gib = Gva::new(pool.start().as_u64()).ok_or(PagingError::Foreign)?;
         self.process().tables().get(number).set_pool(pool.header())?;
         self.change(start, bytes, |tree, _| {
@@ -353,7 +425,10 @@ impl<'d> AddressSpace<'d> {
         let (mut filled, mut count) = (0, 0);
         let finish = |merged: &mut [Option<Merged<'_>>]| {
             // All that is mapped may be cached.
-            shoot_down(self.process(), self.number, self.root, start, FLUSH_ALL_PAGES + 1);
+            shoot_down(self.process(), self.name, start, FLUSH_ALL_PAGES + 1);
+            if let Some(number) = self.number() {
+                self.process().tables().get(number).forget_tables();
+            }
             for merged in merged.iter_mut().filter_map(Option::take) {
                 tree.finish_merge(&merged);
             }
@@ -409,7 +484,7 @@ impl<'d> AddressSpace<'d> {
         }
         .and_then(|table| {
             if let Some(pool) = self
-                .number
+                .number()
                 .and_then(|number| self.process().tables().get(number).pool())
             {
                 self.process().tables().get(table.own_number()).set_pool(pool)?;
@@ -431,18 +506,50 @@ impl<'d> AddressSpace<'d> {
 
     /// Whether CR3 holds this space.
     pub fn is_loaded(&self) -> bool {
-        is_cpl0() && loaded_root() == self.root.as_u64()
+        is_cpl0() && loaded_root() == self.root().as_u64()
     }
 
     pub(super) fn process_pointer(&self) -> *const Process {
         self.process
     }
 
+    #[inline]
     pub(crate) fn number(&self) -> Option<u16> {
-        self.number
+        self.name.number()
     }
 
     pub(crate) fn is_of(&self, process: *const Process) -> bool {
         ptr::eq(self.process, process)
     }
+}
+
+/// Finds the entry of a page that is mapped by 4 KiB, and remembers where the table is.
+#[cold]
+#[inline(never)]
+fn remember<'d>(space: AddressSpace<'d>, record: &Record, page: Gva) -> Option<&'d AtomicU64> {
+    // SAFETY: Alive for 'd.
+    let memory = unsafe { &(*space.process).memory };
+    let tree = Tree {
+        frames: memory,
+        root: record.root(),
+    };
+    let (level, slot) = tree.find(page).ok()?;
+    (level == 1).then(|| {
+        record.remember(memory, page, slot);
+        slot
+    })
+}
+
+/// What is retired is nothing.
+#[inline(never)]
+fn protect_range(space: AddressSpace<'_>, start: Gva, bytes: u64, permissions: Permissions) -> Result<(), PagingError> {
+    space
+        .change(start, bytes, |tree, _| tree.protect(start, bytes, permissions))
+        .map(Flush::ignore)
+}
+
+#[cold]
+#[inline(never)]
+fn end(using: Using<'_>) {
+    drop(using);
 }

@@ -21,6 +21,7 @@ use super::pool;
 use super::tree::Tree;
 use super::PagingError;
 use crate::addr::Gpa;
+use crate::addr::Gva;
 use crate::layout;
 
 /// Number of the default table.
@@ -43,9 +44,54 @@ pub(crate) struct Record {
     users: AtomicU32,
     /// The pool that copies come from; null if there is none.
     pool: AtomicPtr<pool::Header>,
+    /// Where tables are whose entries map 4 KiB, of 2 MiB that were changed lately: the address of the 2 MiB, and in its lower
+    /// bits the number of the table's page. Used and written by who keeps slots from being recycled (`recycle`);
+    /// `NOWHERE` if there is none.
+    lately: [AtomicU64; LATELY],
+}
+
+const LATELY: usize = 4;
+/// Not a canonical address.
+const NOWHERE: u64 = 1 << 63;
+/// Bits of an address inside 2 MiB.
+const LARGE_SHIFT: u32 = 21;
+
+const _: () = assert!(layout::ARENA_BYTES / layout::PAGE <= 1 << LARGE_SHIFT);
+
+const fn lately_index(gva: Gva) -> usize {
+    (gva.as_u64() >> LARGE_SHIFT) as usize % LATELY
 }
 
 const _: () = assert!(size_of::<Record>() == layout::TABLE_BYTES);
+
+/// Which table: the number of a record, or the root of a tree that has none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name(u64);
+
+impl Name {
+    #[inline]
+    pub const fn of(number: u16) -> Self {
+        Self(number as u64)
+    }
+
+    /// A tree without a record. No table lies in the first pages of GPA space, which are told from numbers so.
+    pub fn foreign(root: Gpa) -> Self {
+        Self(root.as_u64().max(layout::TABLE_COUNT as u64))
+    }
+
+    #[inline]
+    pub fn number(self) -> Option<u16> {
+        (self.0 < layout::TABLE_COUNT as u64).then_some(self.0 as u16)
+    }
+
+    #[inline]
+    pub fn root(self, memory: &Memory) -> Gpa {
+        match self.number() {
+            Some(number) => Tables(memory).get(number).root(),
+            None => Gpa::known(self.0),
+        }
+    }
+}
 
 /// Taken, but without a root yet.
 const RESERVED: u64 = 1;
@@ -55,10 +101,12 @@ const RESERVED: u64 = 1;
 pub(crate) struct Tables<'m>(&'m Memory);
 
 impl<'m> Tables<'m> {
+    #[inline]
     pub fn new(memory: &'m Memory) -> Self {
         Self(memory)
     }
 
+    #[inline]
     pub fn get(self, number: u16) -> &'m Record {
         let index = usize::from(number) % layout::TABLE_COUNT;
         let address = self.0.start() + (layout::TABLES + index * layout::TABLE_BYTES) as u64;
@@ -75,6 +123,7 @@ impl<'m> Tables<'m> {
             }
             return match tree() {
                 Ok(root) => {
+                    record.forget_tables();
                     // What threads have flushed for is of the table before.
                     record.generation.fetch_add(1, AcqRel);
                     record.users.store(1, Relaxed);
@@ -127,8 +176,30 @@ impl<'m> Tables<'m> {
 }
 
 impl Record {
+    #[inline]
     pub fn root(&self) -> Gpa {
-        Gpa::new(self.root.load(Relaxed)).unwrap_or_default()
+        Gpa::known(self.root.load(Relaxed))
+    }
+
+    /// The number of the page of the pool that is the table with the entry for `gva`, if that was
+    /// [remembered](Self::remember). It stays so as long as nobody gives tables back.
+    #[inline]
+    pub fn table_page(&self, gva: Gva) -> Option<u64> {
+        let found = self.lately[lately_index(gva)].load(Acquire);
+        ((found ^ gva.as_u64()) >> LARGE_SHIFT == 0).then_some(found & ((1 << LARGE_SHIFT) - 1))
+    }
+
+    /// Remembers where an entry for 4 KiB is.
+    pub fn remember(&self, memory: &Memory, gva: Gva, entry: &AtomicU64) {
+        let start = gva.align_down(1 << LARGE_SHIFT).as_u64();
+        self.lately[lately_index(gva)].store(start | memory.page_of(entry), Release);
+    }
+
+    /// Forgets what was remembered: nobody uses it meanwhile, and tables are about to be given back.
+    pub fn forget_tables(&self) {
+        for word in &self.lately {
+            word.store(NOWHERE, Relaxed);
+        }
     }
 
     /// The pool that copies come from.

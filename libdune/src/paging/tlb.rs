@@ -18,8 +18,8 @@ use dune_abi::DUNE_FLUSH;
 use super::pool;
 use super::protocol;
 use super::protocol::Here;
+use super::tables::Name;
 use super::tree::Retired;
-use crate::addr::Gpa;
 use crate::addr::Gva;
 use crate::addr::PAGE_BYTES;
 use crate::layout;
@@ -30,6 +30,7 @@ use crate::sys;
 pub(super) const FLUSH_ALL_PAGES: u64 = 64;
 
 /// Whether the caller runs at CPL0, which a Linux process does in Dune mode only.
+#[inline]
 pub(crate) fn is_cpl0() -> bool {
     let selector: u16;
     // SAFETY: Reads CS.
@@ -37,6 +38,7 @@ pub(crate) fn is_cpl0() -> bool {
     selector & 3 == 0
 }
 
+#[inline]
 pub(crate) fn read_cr3() -> u64 {
     let value: u64;
     // SAFETY: The callers are at CPL0.
@@ -50,16 +52,24 @@ unsafe fn write_cr3(value: u64) {
 }
 
 /// GPA of the top table that CR3 holds.
+#[inline]
 pub(crate) fn loaded_root() -> u64 {
     read_cr3() & !(PAGE_BYTES - 1)
 }
 
 /// Forgets what the TLB has of one page of the loaded table. Does nothing outside Dune mode.
+#[inline]
 pub(crate) fn flush_page(gva: Gva) {
     if is_cpl0() {
-        // SAFETY: At CPL0; forgetting a translation changes nothing else.
-        unsafe { asm!("invlpg [{}]", in(reg) gva.as_u64(), options(nostack, preserves_flags)) };
+        // SAFETY: At CPL0.
+        unsafe { invlpg(gva) };
     }
+}
+
+#[inline]
+unsafe fn invlpg(gva: Gva) {
+    // SAFETY: The caller is at CPL0; forgetting a translation changes nothing else.
+    unsafe { asm!("invlpg [{}]", in(reg) gva.as_u64(), options(nostack, preserves_flags)) };
 }
 
 /// Forgets what the TLB has of the loaded table. Does nothing outside Dune mode.
@@ -98,11 +108,13 @@ unsafe fn seen<'a>(area: u64, number: u16) -> &'a AtomicU64 {
 }
 
 /// Has every Dune thread that may use old translations of these pages forget them, before this returns.
-pub(super) fn shoot_down(process: &Process, number: Option<u16>, root: Gpa, start: Gva, pages: u64) {
+#[inline(never)]
+pub(super) fn shoot_down(process: &Process, name: Name, start: Gva, pages: u64) {
+    let number = name.number();
     let generation = number.map(|number| &process.tables().get(number).generation);
     let raised = generation.map(protocol::raise);
     let area = own_area(process);
-    if area.is_some() && loaded_root() == root.as_u64() {
+    if area.is_some() && loaded_root() == name.root(&process.memory).as_u64() {
         flush_here(start, pages);
         if let (Some(area), Some(number), Some(raised)) = (area, number, raised) {
             // SAFETY: The calling thread's.
@@ -157,75 +169,87 @@ pub(crate) unsafe fn switch(process: &Process, area: u64, here: &Here, number: u
 #[must_use = "TLBs may still hold the old translation: call flush() or ignore()"]
 pub struct Flush<'t> {
     process: *const Process,
-    number: Option<u16>,
-    root: Gpa,
+    name: Name,
     start: Gva,
     pages: u64,
-    retired: Retired,
+    /// Head of the list of [`Retired`].
+    retired: u64,
     _table: PhantomData<&'t ()>,
 }
 
 impl fmt::Debug for Flush<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Flush({} + {} pages of {})", self.start, self.pages, self.root)
+        write!(f, "Flush({} + {} pages of {:?})", self.start, self.pages, self.name)
     }
 }
 
 impl Flush<'_> {
+    /// `retired` are frames that the change took out.
+    ///
     /// # Safety
     ///
-    /// The table with this number and root must be alive, with its process, as long as this.
-    pub(super) unsafe fn new(process: *const Process, number: Option<u16>, root: Gpa, start: Gva, pages: u64) -> Self {
+    /// The table with this name must be alive, with its process, as long as this.
+    #[inline]
+    pub(super) unsafe fn new(process: *const Process, name: Name, start: Gva, pages: u64, retired: Retired) -> Self {
         Self {
             process,
-            number,
-            root,
+            name,
             start,
             pages,
-            retired: Retired::default(),
+            retired: retired.0.get(),
             _table: PhantomData,
         }
-    }
-
-    /// Where frames go that the change takes out.
-    pub(super) fn retired(&self) -> &Retired {
-        &self.retired
     }
 
     /// Has the calling thread and every other Dune thread that may use old translations of the changed pages forget them,
     /// before this returns.
     ///
     /// Costs a system call where another thread has the table in CR3, else INVLPG per page, or MOV CR3 above 64 pages.
+    #[inline(always)]
     pub fn flush(self) {
         // SAFETY: Alive as long as the table.
-        shoot_down(
-            unsafe { &*self.process },
-            self.number,
-            self.root,
-            self.start,
-            self.pages,
-        );
+        let process = unsafe { &*self.process };
+        if self.pages == 1
+            && is_cpl0()
+            && process.is_single()
+            && loaded_root() == self.name.root(&process.memory).as_u64()
+        {
+            // Nobody else has translations of it, and this thread is up to date for its generation, or will flush then.
+            // SAFETY: At CPL0.
+            unsafe { invlpg(self.start) };
+        } else {
+            shoot_down(process, self.name, self.start, self.pages);
+        }
         self.release();
     }
 
     /// The same for the calling thread only: no other has used the pages, or each flushes for itself.
     pub fn flush_local(self) {
-        if is_cpl0() && loaded_root() == self.root.as_u64() {
+        // SAFETY: Alive as long as the table.
+        let process = unsafe { &*self.process };
+        if is_cpl0() && loaded_root() == self.name.root(&process.memory).as_u64() {
             flush_here(self.start, self.pages);
         }
         self.release();
     }
 
     /// Leaves TLBs as they are: the change only added access, or no thread used the pages.
+    #[inline]
     pub fn ignore(self) {
         self.release();
     }
 
-    fn release(&self) {
-        if self.retired.0.get() == 0 {
-            return;
+    #[inline]
+    fn release(self) {
+        if self.retired != 0 {
+            release(self.retired);
         }
-        // SAFETY: The table, whose pool it is, is alive; the flush is done, or the caller says that none is needed.
-        unsafe { pool::Header::release_retired(&self.retired) };
     }
+}
+
+#[cold]
+#[inline(never)]
+fn release(retired: u64) {
+    // SAFETY: The callers' table, whose pool it is, is alive; the flush is done, or the caller says that none is needed.
+    unsafe { pool::Header::release_retired(&Retired(retired.into())) };
 }

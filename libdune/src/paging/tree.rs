@@ -113,8 +113,7 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     fn table_of(&self, entry: Entry) -> Result<&'f Table, PagingError> {
-        let gpa = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
-        self.table(gpa)
+        self.table(Gpa::truncated(entry.address()))
     }
 
     /// The entry that decides about `gva`, and its level: the first one on the way that refers to no table.
@@ -271,19 +270,21 @@ impl<'f, F: Frames> Tree<'f, F> {
         start: Gva,
         bytes: u64,
         retired: &Retired,
-        change: impl Fn(Entry, u32) -> Entry,
+        change: impl Fn(Entry) -> Entry,
     ) -> Result<(), PagingError> {
-        self.change_all(start, bytes, retired, false, change)
+        self.change_all(start, bytes, retired, Unusual::Nothing, &change, &change)
     }
 
-    /// The same; `skip_gone` passes over what is unmapped already.
+    /// The same, with something unusual about it. `change_plain` is `change` for plain leaves.
+    #[inline]
     fn change_all(
         &self,
         start: Gva,
         bytes: u64,
         retired: &Retired,
-        skip_gone: bool,
-        change: impl Fn(Entry, u32) -> Entry,
+        unusual: Unusual,
+        change_plain: impl Fn(Entry) -> Entry,
+        change: impl Fn(Entry) -> Entry,
     ) -> Result<(), PagingError> {
         let mut done = 0;
         while done < bytes {
@@ -296,32 +297,52 @@ impl<'f, F: Frames> Tree<'f, F> {
                 if entry.kind(level) == Kind::Empty && self.fill(at)? {
                     continue;
                 }
-                if entry.kind(level) == Kind::Gone && skip_gone {
+                if entry.kind(level) == Kind::Gone && unusual == Unusual::SkipGone {
                     done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
                     continue;
                 }
                 return Err(PagingError::NotMapped(at));
             }
             let size = leaf_bytes(level);
-            if !at.is_aligned(size) || bytes - done < size {
+            if !at.is_aligned(size) || bytes - done < size || (level > 1 && unusual == Unusual::SplitAll) {
                 self.split(level, slot)?;
                 continue;
             }
-            for slot in self.rest_of_table(slot, at.index(level)) {
-                let entry = Entry(slot.load(Relaxed));
-                if entry.kind(level) != Kind::Leaf || bytes - done < size {
-                    break;
-                }
-                // Where the CPU set a bit, or another thread was first, it is looked at again.
-                let changed = change(entry, level).0;
-                if slot.compare_exchange(entry.0, changed, AcqRel, Relaxed).is_err() {
-                    break;
-                }
-                self.retire(entry, Entry(changed), retired);
-                done += size;
-            }
+            let most = (bytes - done) / size;
+            let slots = self.rest_of_table(slot, at.index(level));
+            let slots = &slots[..slots.len().min(most as usize)];
+            let plain = if level == 1 {
+                change_plain_slots(slots, &change_plain)
+            } else {
+                0
+            };
+            done += (plain as u64 + self.change_slots(&slots[plain..], level, retired, &change)) * size;
         }
         Ok(())
+    }
+
+    /// Replaces entries up to the first that is no leaf, or that the CPU or another thread changes meanwhile: it is to be
+    /// looked at again. Returns how many.
+    fn change_slots(
+        &self,
+        slots: &[AtomicU64],
+        level: u32,
+        retired: &Retired,
+        change: &impl Fn(Entry) -> Entry,
+    ) -> u64 {
+        let mut count = 0;
+        for slot in slots {
+            let entry = Entry(slot.load(Relaxed));
+            let changed = change(entry);
+            if entry.kind(level) != Kind::Leaf || slot.compare_exchange(entry.0, changed.0, AcqRel, Relaxed).is_err() {
+                break;
+            }
+            if entry.is_owner() {
+                self.retire(entry, changed, retired);
+            }
+            count += 1;
+        }
+        count
     }
 
     /// The entries of a table from `slot`, which is number `index`, to its end.
@@ -333,29 +354,35 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// Gives the pages of the range other permissions.
     pub fn protect(&self, start: Gva, bytes: u64, permissions: Permissions) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, &Retired::default(), |entry, _| {
-            entry.with_permissions(permissions)
-        })
+        self.change_all(
+            start,
+            bytes,
+            &Retired::default(),
+            Unusual::Nothing,
+            |plain| plain.with_plain_permissions(permissions),
+            |entry| entry.with_permissions(permissions),
+        )
     }
 
     /// Gives the pages of the range to CPL3 too, or takes them away.
     pub fn set_user(&self, start: Gva, bytes: u64, user: bool) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_user(user))
+        self.change(start, bytes, &Retired::default(), |entry| entry.with_user(user))
     }
 
     /// Gives the pages of the range a protection key.
     pub fn set_key(&self, start: Gva, bytes: u64, key: u8) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_key(key))
+        self.change(start, bytes, &Retired::default(), |entry| entry.with_key(key))
     }
 
     /// From now on the first write to a page of the range gets a copy.
     pub fn share(&self, start: Gva, bytes: u64) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change(start, bytes, &Retired::default(), |entry, _| entry.with_sharing())
+        self.change(start, bytes, &Retired::default(), |entry| entry.with_sharing())
     }
 
+    #[cold]
     fn retire(&self, old: Entry, new: Entry, retired: &Retired) {
         if old.is_owner() && !(new.is_owner() && new.address() == old.address()) {
             if let Some(frame) = Gpa::new(old.address()) {
@@ -367,21 +394,21 @@ impl<'f, F: Frames> Tree<'f, F> {
     /// Clears accessed and dirty of the pages of the range, after splitting them to 4 KiB.
     pub fn clear_accessed_dirty(&self, start: Gva, bytes: u64) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        for page in 0..bytes / PAGE_BYTES {
-            let at = start
-                .checked_add(page * PAGE_BYTES)
-                .ok_or(PagingError::OutOfRange { start, bytes })?;
-            self.change(at, PAGE_BYTES, &Retired::default(), |entry, _| {
-                entry.with_accessed_dirty_clear()
-            })?;
-        }
-        Ok(())
+        let clear = Entry::with_accessed_dirty_clear;
+        self.change_all(start, bytes, &Retired::default(), Unusual::SplitAll, clear, clear)
     }
 
     /// Takes the range out of the table. What lies there in the process stays as it is.
     pub fn unmap(&self, start: Gva, bytes: u64, retired: &Retired) -> Result<(), PagingError> {
         check_range(start, bytes)?;
-        self.change_all(start, bytes, retired, true, |_, _| Entry::GONE)
+        self.change_all(
+            start,
+            bytes,
+            retired,
+            Unusual::SkipGone,
+            |_| Entry::GONE,
+            |_| Entry::GONE,
+        )
     }
 
     /// Maps the range to the memory of the process at `to`, whatever was there before, by the largest leaves that its
@@ -415,15 +442,18 @@ impl<'f, F: Frames> Tree<'f, F> {
             // Memory in one GiB of the process is in one piece in GPA space, too.
             let end = bytes.min(done + leaf_bytes(3) - page.as_u64() % leaf_bytes(3));
             let mut entry = Entry::leaf(page, level, permissions);
-            for slot in self.rest_of_table(slot, at.index(level)) {
+            let most = (end - done) / size;
+            for slot in self.rest_of_table(slot, at.index(level)).iter().take(most as usize) {
                 let old = Entry(slot.load(Relaxed));
-                if end - done < size || (level > 1 && old.kind(level) == Kind::Table) {
+                if level > 1 && old.kind(level) == Kind::Table {
                     break;
                 }
                 if slot.compare_exchange(old.0, entry.0, AcqRel, Relaxed).is_err() {
                     break;
                 }
-                self.retire(old, entry, retired);
+                if old.is_owner() {
+                    self.retire(old, entry, retired);
+                }
                 entry.0 += size;
                 done += size;
             }
@@ -545,6 +575,29 @@ impl<'f, F: Frames> Tree<'f, F> {
         }
         self.frames.free(gpa);
     }
+}
+
+/// Replaces entries up to the first that is not plain; how many. A few instructions each.
+#[inline]
+fn change_plain_slots(slots: &[AtomicU64], change: &impl Fn(Entry) -> Entry) -> usize {
+    for (index, slot) in slots.iter().enumerate() {
+        let entry = Entry(slot.load(Relaxed));
+        let is_done = entry.is_plain() && slot.compare_exchange(entry.0, change(entry).0, AcqRel, Relaxed).is_ok();
+        if !is_done {
+            return index;
+        }
+    }
+    slots.len()
+}
+
+/// What a change does otherwise than most.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unusual {
+    Nothing,
+    /// It passes over what is unmapped already.
+    SkipGone,
+    /// It leaves only leaves of 4 KiB.
+    SplitAll,
 }
 
 /// A table that a leaf took the place of.

@@ -365,8 +365,8 @@ fn a_scan_goes_into_tables_between_large_pages() {
     for used in [Used::Accessed, Used::Dirty, Used::Both] {
         for clear in [false, true] {
             tree.protect(gva(start), 8 << 20, Permissions::ALL).unwrap();
-            tree.change(gva(start), 8 << 20, &Retired::default(), |entry, level| {
-                Entry::leaf(Gpa::new(entry.address()).unwrap(), level, Permissions::ALL)
+            tree.change(gva(start), 8 << 20, &Retired::default(), |entry| {
+                Entry(entry.with_permissions(Permissions::ALL).0 | Used::Both.mask())
             })
             .unwrap();
             let (mut done, mut bytes, mut pages) = (0, 0, 0);

@@ -2,6 +2,7 @@
 
 //! What the CPU notes in page tables: accessed and dirty bits, read and cleared table by table.
 
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Relaxed;
 
@@ -30,6 +31,9 @@ impl Used {
     }
 }
 
+/// Entries that are looked at together at first: most are clear.
+const GROUP: usize = 8;
+
 /// Pages of one table whose bits were read.
 pub(crate) struct Batch {
     /// Address of the first page.
@@ -42,6 +46,49 @@ pub(crate) struct Batch {
     pub dirty: [u64; 8],
     /// Bytes from the start of the range to where to go on.
     pub done: u64,
+}
+
+impl Batch {
+    #[inline(always)]
+    fn note(&mut self, index: usize, is_dirty: bool) {
+        self.used[index / 64] |= 1 << (index % 64);
+        self.dirty[index / 64] |= u64::from(is_dirty) << (index % 64);
+    }
+
+    /// Notes a page of 4 KiB if its entry has one of the bits in `mask`, and clears them if `clear`. Only leaves have them.
+    #[inline(always)]
+    fn note_small(&mut self, index: usize, slot: &AtomicU64, mask: u64, clear: bool) {
+        let mut entry = Entry(slot.load(Relaxed));
+        if entry.0 & mask == 0 {
+            return;
+        }
+        if clear {
+            if entry.0 & mask == mask {
+                // Nothing that the CPU can set meanwhile would be lost.
+                slot.fetch_and(!mask, AcqRel);
+            } else {
+                entry = Entry(slot.fetch_and(!mask, AcqRel));
+            }
+        }
+        self.note(index, entry.is_dirty());
+    }
+
+    /// The same of a larger page.
+    fn note_large(&mut self, index: usize, slot: &AtomicU64, level: u32, mask: u64, clear: bool) {
+        let mut entry = Entry(slot.load(Relaxed));
+        if entry.0 & mask == 0 {
+            return;
+        }
+        if clear {
+            entry = Entry(slot.fetch_and(!mask, AcqRel));
+        }
+        if entry.kind(level) == Kind::Leaf {
+            self.note(index, entry.is_dirty());
+        } else if clear {
+            // Replaced in between by a table, whose entries look used: it says so too.
+            slot.fetch_or(entry.0 & mask, AcqRel);
+        }
+    }
 }
 
 impl<F: Frames> Tree<'_, F> {
@@ -77,28 +124,32 @@ impl<F: Frames> Tree<'_, F> {
             };
             let slots = &self.rest_of_table(slot, first)[..end - first];
             let mask = used.mask();
+            if level == 1 {
+                let groups = slots.chunks_exact(GROUP);
+                let rest = groups.remainder();
+                let mut index = 0;
+                for group in groups {
+                    // Most are clear.
+                    if group.iter().fold(0, |all, slot| all | slot.load(Relaxed)) & mask != 0 {
+                        for (bit, slot) in group.iter().enumerate() {
+                            batch.note_small(index + bit, slot, mask, clear);
+                        }
+                    }
+                    index += GROUP;
+                }
+                for (bit, slot) in rest.iter().enumerate() {
+                    batch.note_small(index + bit, slot, mask, clear);
+                }
+                return Ok(Some(batch));
+            }
             for (index, slot) in slots.iter().enumerate() {
-                let mut entry = Entry(slot.load(Relaxed));
-                if level > 1 && entry.kind(level) == Kind::Table {
+                let entry = Entry(slot.load(Relaxed));
+                if entry.kind(level) == Kind::Table {
                     // The next batch is of that table.
                     batch.done = done + index as u64 * size - (at.as_u64() % size).min(index as u64 * size);
                     break;
                 }
-                if entry.0 & mask == 0 || entry.kind(level) != Kind::Leaf {
-                    continue;
-                }
-                if clear {
-                    entry = Entry(slot.fetch_and(!mask, AcqRel));
-                    if entry.kind(level) != Kind::Leaf {
-                        // Replaced in between by a table, whose entries look used: it says so too.
-                        slot.fetch_or(entry.0 & mask, AcqRel);
-                        continue;
-                    }
-                }
-                batch.used[index / 64] |= 1 << (index % 64);
-                if entry.is_dirty() {
-                    batch.dirty[index / 64] |= 1 << (index % 64);
-                }
+                batch.note_large(index, slot, level, mask, clear);
             }
             return Ok(Some(batch));
         }

@@ -9,6 +9,7 @@
 
 use core::marker::PhantomData;
 use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::SeqCst;
 
 use super::frame::TrapFrame;
 use super::frame::Vector;
@@ -50,6 +51,7 @@ pub(crate) const ANCHOR: *const () = dune_trap_dispatch as *const ();
 
 /// What a handler made of an exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Outcome {
     /// The program goes on with the registers of the frame.
     Resume,
@@ -65,6 +67,7 @@ pub enum Outcome {
 pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 
 /// The Dune thread as a handler sees it.
+#[repr(transparent)]
 pub struct Thread<'a> {
     block: *const Block,
     /// Not `Send`, nor `Sync`, because of the pointer.
@@ -82,12 +85,14 @@ impl<'a> Thread<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn block(&self) -> &'a Block {
         // SAFETY: Alive for 'a.
         unsafe { &*self.block }
     }
 
     /// The default page table of the process, with which its first Dune thread started.
+    #[inline]
     pub fn address_space(&self) -> AddressSpace<'a> {
         // SAFETY: The process has it as long as a Dune thread.
         unsafe { AddressSpace::borrowed(self.block().process, DEFAULT) }
@@ -190,7 +195,14 @@ impl<'a> Thread<'a> {
     }
 
     fn replace_handler(&self, vector: Vector, new: usize) -> Option<Handler> {
+        let is_page_fault = vector == Vector::PF;
+        if is_page_fault && new == 0 {
+            forbid_plain(self.block());
+        }
         let old = self.block().handlers[usize::from(vector.0)].swap(new, Relaxed);
+        if is_page_fault {
+            update_plain(self.block());
+        }
         // SAFETY: Only functions of this type are stored.
         (old != 0).then(|| unsafe { core::mem::transmute::<usize, Handler>(old) })
     }
@@ -199,6 +211,25 @@ impl<'a> Thread<'a> {
     pub fn counters(&self) -> Counters {
         // SAFETY: The run page is mapped as long as the block lives; the module may write it at any time.
         unsafe { (&raw const (*self.block().run).counters).read_volatile() }
+    }
+}
+
+/// No page fault goes straight to a handler any more.
+pub(crate) fn forbid_plain(block: &Block) {
+    block.inner_last.store(u64::MAX, SeqCst);
+}
+
+/// Says whether plain page faults of the thread go straight to its handler: one is there, and no page of the process is
+/// copied on write.
+pub(crate) fn update_plain(block: &Block) {
+    if block.handlers[usize::from(Vector::PF.0)].load(Relaxed) == 0 {
+        forbid_plain(block);
+        return;
+    }
+    block.inner_last.store(block.inner_bytes, SeqCst);
+    // Either this sees that there are copies, or who makes the first one sees what was stored.
+    if block.process().has_copies.load(SeqCst) {
+        forbid_plain(block);
     }
 }
 
@@ -247,22 +278,45 @@ impl Fatal {
     }
 }
 
-/// Decides about an exception. Returns 0 to go on with the frame, or the number of a private VMCALL.
-pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block: *const Block) -> u32 {
-    // SAFETY: The stub passes its frame, which nobody else uses, and the block.
+/// Calls the handler of page faults, which is there.
+///
+/// Not plain "C": a handler must not unwind anyway, and so this is one jump.
+pub(super) unsafe extern "C-unwind" fn dune_trap_plain(frame: *mut TrapFrame, block: *const Block) -> Outcome {
+    // SAFETY: The stub passes its frame and the block, which begins with what a `Thread` is. Only the thread itself takes a
+    // handler away, and only functions of this type are stored.
+    unsafe {
+        let handler = (*block).handlers[Vector::PF.0 as usize].load(Relaxed);
+        let handler = core::mem::transmute::<usize, Handler>(handler);
+        handler(&mut *frame, &*block.cast::<Thread<'_>>())
+    }
+}
+
+/// A signal waits for the end of a trap. Returns as `dune_trap_dispatch`.
+pub(super) unsafe extern "C" fn dune_trap_signalled(frame: *mut TrapFrame, block: *const Block) -> u32 {
+    // SAFETY: The stub's.
     let (frame, block) = unsafe { (&mut *frame, &*block) };
-    let call = dispatch(frame, block);
-    if call == 0 && block.signal.load(Relaxed) != 0 && !cpl3::is_crossing(frame.rip, frame.r11) {
+    if block.signal.load(Relaxed) != 0 && !cpl3::is_crossing(frame.rip, frame.r11) {
         block.signal.store(0, Relaxed);
         return CALL_SIGNAL;
     }
-    call
+    0
+}
+
+/// Decides about an exception. Returns 0 to go on with the frame, or the number of a private VMCALL.
+pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block: *const Block) -> u32 {
+    // SAFETY: The stub passes its frame, which nobody else uses, and the block.
+    match unsafe { dispatch(&mut *frame, &*block) } {
+        // SAFETY: As above.
+        0 => unsafe { dune_trap_signalled(frame, block) },
+        call => call,
+    }
 }
 
 fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
     let fatal = |reason: Fatal| {
         block.fatal.store(reason as u32, Relaxed);
         block.reporting.store(1, Relaxed);
+        forbid_plain(block);
         CALL_FATAL
     };
     if block.reporting.load(Relaxed) != 0 {

@@ -9,8 +9,10 @@
 //! 2. The stub takes the nesting level from the *interrupted* RSP: inside handler stack k means level k + 1. No
 //!    counter: a handler that never returns leaves nothing behind.
 //! 3. It builds a [`TrapFrame`] on that level's stack and goes over to it: the IST stack is free again.
-//! 4. FPU state is saved, `dispatch` fills in page-table leaves that were never used, or calls the handler.
+//! 4. FPU state is saved above the frame, `dispatch` fills in page-table leaves that were never used, or calls the handler.
 //! 5. FPU state and registers are loaded from the frame, IRETQ.
+//!
+//! A page fault that can only be the handler's (`stub.rs` says which) goes to it without 2 and without `dispatch`.
 
 mod dispatch;
 mod frame;
@@ -22,9 +24,12 @@ pub use dispatch::Thread;
 pub use frame::TrapFrame;
 pub use frame::Vector;
 
+pub(crate) use dispatch::forbid_plain;
 pub(crate) use dispatch::prepare_native;
+pub(crate) use dispatch::update_plain;
 pub(crate) use dispatch::Fatal;
 pub(crate) use dispatch::ANCHOR;
 pub(crate) use stub::is_entry;
+pub(crate) use stub::page_fault as page_fault_entry;
 pub(crate) use stub::stubs;
 pub(crate) use stub::STUB_BYTES;

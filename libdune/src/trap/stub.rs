@@ -2,6 +2,10 @@
 
 //! The 256 entry points of the IDT, and the way off the IST stack and back.
 //!
+//! Page faults have an entry of their own, one with XSAVE and one without, for what collectors and the like live on: a
+//! write at CPL0 to a page that is there, in the program's own code, no handler interrupted, with a handler for it. It does
+//! nothing but build the frame and save the FPU state; all else goes the way of the other vectors.
+//!
 //! # Safety
 //!
 //! Assembly. Between `dune_trap_stubs` and `dune_trap_end` it touches only the block, which every page table maps; a
@@ -12,14 +16,23 @@ use core::arch::global_asm;
 use core::mem::offset_of;
 
 use super::dispatch::dune_trap_dispatch;
+use super::dispatch::dune_trap_plain;
+use super::dispatch::dune_trap_signalled;
 use super::dispatch::LEVEL_DOUBLE_FAULT;
 use super::dispatch::LEVEL_TOO_DEEP;
 use super::dispatch::LEVEL_WINDOW;
+use super::frame::TrapFrame;
+use super::frame::Vector;
+use crate::abi::CALL_EXCEPTION;
 use crate::abi::IOPL_CPL0;
 use crate::cpl3;
 use crate::cpl3::Slot;
 use crate::layout;
 use crate::percpu::Block;
+
+/// Error code of a write at CPL0 to a page that is there.
+const PRESENT_WRITE: u32 = 3;
+const PAGE_FAULT: u8 = Vector::PF.0;
 
 /// Distance of the stubs.
 pub(crate) const STUB_BYTES: u64 = 16;
@@ -27,6 +40,10 @@ pub(crate) const STUB_BYTES: u64 = 16;
 extern "C" {
     fn dune_trap_stubs();
     fn dune_trap_handler_part();
+    fn dune_trap_page_fault_fxsave();
+    fn dune_trap_page_fault_fxsave_handler_part();
+    fn dune_trap_page_fault_xsave();
+    fn dune_trap_page_fault_xsave_handler_part();
     fn dune_trap_end();
 }
 
@@ -35,9 +52,30 @@ pub(crate) fn stubs() -> (u64, u64) {
     (dune_trap_stubs as *const () as u64, dune_trap_end as *const () as u64)
 }
 
+/// Entry point of page faults.
+pub(crate) fn page_fault(has_xsave: bool) -> u64 {
+    if has_xsave {
+        dune_trap_page_fault_xsave as *const () as u64
+    } else {
+        dune_trap_page_fault_fxsave as *const () as u64
+    }
+}
+
 /// Whether code at `rip` may still need what is on an interrupt stack.
 pub(crate) fn is_entry(rip: u64) -> bool {
-    (stubs().0..dune_trap_handler_part as *const () as u64).contains(&rip)
+    [
+        (dune_trap_stubs as *const (), dune_trap_handler_part as *const ()),
+        (
+            dune_trap_page_fault_fxsave as *const (),
+            dune_trap_page_fault_fxsave_handler_part as *const (),
+        ),
+        (
+            dune_trap_page_fault_xsave as *const (),
+            dune_trap_page_fault_xsave_handler_part as *const (),
+        ),
+    ]
+    .into_iter()
+    .any(|(start, end)| (start as u64..end as u64).contains(&rip))
 }
 
 global_asm!(
@@ -132,8 +170,9 @@ global_asm!(
     "mov ecx, {double_fault}",
     "26:",
     "lea rdi, [rbx + {report}]",
-    // RDI: top of the new stack, RCX: level.
+    // RDI: top of the new stack, RCX: level. The FPU state lies at the top, above the frame.
     "25:",
+    "sub rdi, [rbx + {fpu_bytes}]",
     "mov rsp, rdi",
     "push qword ptr [rdx + 88]",
     "push qword ptr [rdx + 80]",
@@ -159,7 +198,6 @@ global_asm!(
     "push r15",
     "push rax",
     "push rcx",
-    "mov rbp, rsp",
     // The IST stack is free from here on. Compiled code at CPL0 needs its IOPL for SYSCALL.
     "test byte ptr [rdx + 64], 3",
     "jz 27f",
@@ -167,44 +205,34 @@ global_asm!(
     "or dword ptr [rsp], {iopl}",
     "popfq",
     "27:",
-    "sub rsp, [rbx + {fpu_bytes}]",
-    "and rsp, -64",
-    "xor eax, eax",
     "cmp qword ptr [rbx + {has_xsave}], 0",
     "je 28f",
-    // XRSTOR wants the header that XSAVE does not write to be zero.
-    "mov [rsp + 512], rax",
-    "mov [rsp + 520], rax",
-    "mov [rsp + 528], rax",
-    "mov [rsp + 536], rax",
-    "mov [rsp + 544], rax",
-    "mov [rsp + 552], rax",
-    "mov [rsp + 560], rax",
-    "mov [rsp + 568], rax",
-    "dec rax",
-    "mov rdx, rax",
-    "xsave64 [rsp]",
+    // XRSTOR wants what XSAVE does not write of the header to be zero: nothing else is ever written there.
+    "mov eax, -1",
+    "mov edx, eax",
+    "xsave64 [rsp + {frame_bytes}]",
     "jmp 29f",
     "28:",
-    "fxsave64 [rsp]",
+    "fxsave64 [rsp + {frame_bytes}]",
     "29:",
     ".hidden dune_trap_handler_part",
     ".globl dune_trap_handler_part",
     "dune_trap_handler_part:",
-    "mov rdi, rbp",
+    "mov rdi, rsp",
     "mov rsi, rbx",
     "call {dispatch}",
+    // EAX: 0, or the number of a private call; RSP: the frame.
+    "37:",
     "mov r12d, eax",
     "cmp qword ptr [rbx + {has_xsave}], 0",
     "je 30f",
-    "mov rax, -1",
-    "mov rdx, rax",
-    "xrstor64 [rsp]",
+    "mov eax, -1",
+    "mov edx, eax",
+    "xrstor64 [rsp + {frame_bytes}]",
     "jmp 31f",
     "30:",
-    "fxrstor64 [rsp]",
+    "fxrstor64 [rsp + {frame_bytes}]",
     "31:",
-    "mov rsp, rbp",
     "test r12d, r12d",
     "jnz 32f",
     "add rsp, 16",
@@ -228,9 +256,116 @@ global_asm!(
     // A private VMCALL that does not come back; RDI: the frame.
     "32:",
     "mov eax, r12d",
-    "mov rdi, rbp",
+    "mov rdi, rsp",
     "vmcall",
     "ud2",
+    // A plain page fault. On the IST stack: rbx 0, rax 8, error 16, rip 24, cs 32, rflags 40, rsp 48, ss 56.
+    ".macro dune_page_fault name, save, load, all",
+    ".balign 16, 0xcc",
+    ".hidden \\name",
+    ".globl \\name",
+    "\\name:",
+    "push rax",
+    "push rbx",
+    "mov rbx, rsp",
+    "and rbx, -{block}",
+    "cmp dword ptr [rsp + 16], {present_write}",
+    "jne 62f",
+    "mov rax, [rsp + 48]",
+    "sub rax, rbx",
+    "cmp rax, {block}",
+    "jb 62f",
+    "mov rax, [rsp + 24]",
+    "sub rax, [rbx + {inner_start}]",
+    "cmp rax, [rbx + {inner_last}]",
+    "jbe 62f",
+    "mov rax, rsp",
+    "mov rsp, [rbx + {first_top}]",
+    "push qword ptr [rax + 56]",
+    "push qword ptr [rax + 48]",
+    "push qword ptr [rax + 40]",
+    "push qword ptr [rax + 32]",
+    "push qword ptr [rax + 24]",
+    "push {present_write}",
+    "push {page_fault}",
+    "push qword ptr [rax + 8]",
+    "push rcx",
+    "push rdx",
+    "push qword ptr [rax]",
+    "push rbp",
+    "push rsi",
+    "push rdi",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "mov rax, cr2",
+    "push rax",
+    "push 0",
+    "cld",
+    ".if \\all",
+    "mov eax, -1",
+    "mov edx, eax",
+    ".endif",
+    "\\save [rsp + {frame_bytes}]",
+    "mov rdi, rsp",
+    "mov rsi, rbx",
+    ".hidden \\name\\()_handler_part",
+    ".globl \\name\\()_handler_part",
+    "\\name\\()_handler_part:",
+    "call {handler}",
+    "test al, al",
+    "jnz 63f",
+    "cmp dword ptr [rbx + {signal}], 0",
+    "jne 64f",
+    ".if \\all",
+    "mov eax, -1",
+    "mov edx, eax",
+    ".endif",
+    "\\load [rsp + {frame_bytes}]",
+    "add rsp, 16",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rbp",
+    "pop rbx",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "add rsp, 16",
+    "iretq",
+    ".endm",
+    // Its other ways: not plain; not the handler's; a signal waits.
+    ".macro dune_page_fault_else",
+    "62:",
+    "pop rbx",
+    "pop rax",
+    "push {page_fault}",
+    "jmp 20b",
+    "63:",
+    "mov eax, {exception}",
+    "jmp 37b",
+    "64:",
+    "mov rdi, rsp",
+    "mov rsi, rbx",
+    "call {signalled}",
+    "jmp 37b",
+    ".endm",
+    "dune_page_fault dune_trap_page_fault_fxsave, fxsave64, fxrstor64, 0",
+    "dune_page_fault_else",
+    "dune_page_fault dune_trap_page_fault_xsave, xsave64, xrstor64, 1",
+    "dune_page_fault_else",
     ".hidden dune_trap_end",
     ".globl dune_trap_end",
     "dune_trap_end:",
@@ -249,5 +384,15 @@ global_asm!(
     slot_rsp = const offset_of!(Slot, rsp),
     fpu_bytes = const offset_of!(Block, fpu_bytes),
     has_xsave = const offset_of!(Block, has_xsave),
+    frame_bytes = const size_of::<TrapFrame>(),
+    first_top = const offset_of!(Block, first_top),
+    inner_start = const offset_of!(Block, inner_start),
+    inner_last = const offset_of!(Block, inner_last),
+    signal = const offset_of!(Block, signal),
+    present_write = const PRESENT_WRITE,
+    page_fault = const PAGE_FAULT,
+    exception = const CALL_EXCEPTION,
     dispatch = sym dune_trap_dispatch,
+    handler = sym dune_trap_plain,
+    signalled = sym dune_trap_signalled,
 );

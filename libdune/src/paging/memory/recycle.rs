@@ -65,6 +65,7 @@ pub(in crate::paging) fn with_slots<T>(
 pub(in crate::paging) struct Using<'m>(&'m Memory);
 
 impl Drop for Using<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.0.users.fetch_sub(1, Release);
     }
@@ -84,17 +85,26 @@ fn wait() {
 
 impl Memory {
     /// Waits until nobody recycles.
+    #[inline]
     pub(in crate::paging) fn begin(&self) -> Using<'_> {
-        let mut users = self.users.load(Relaxed);
+        if self.users.fetch_add(1, Acquire) & RECYCLING != 0 {
+            self.begin_later();
+        }
+        Using(self)
+    }
+
+    /// The same where somebody does. That one only waits for the count to be 0, and is not disturbed by one that is taken
+    /// back.
+    #[cold]
+    #[inline(never)]
+    fn begin_later(&self) {
         loop {
-            if users & RECYCLING != 0 {
+            self.users.fetch_sub(1, Release);
+            while self.users.load(Relaxed) & RECYCLING != 0 {
                 wait();
-                users = self.users.load(Relaxed);
-                continue;
             }
-            match self.users.compare_exchange_weak(users, users + 1, Acquire, Relaxed) {
-                Ok(_) => return Using(self),
-                Err(now) => users = now,
+            if self.users.fetch_add(1, Acquire) & RECYCLING == 0 {
+                return;
             }
         }
     }
@@ -217,7 +227,7 @@ impl Memory {
 
     /// Empties every entry of every table that refers to one of these slots.
     fn empty_entries(&self, is_wanted: impl Fn(u64) -> bool) {
-        let end = self.next.load(Acquire).min(self.end.load(Acquire));
+        let end = self.next.load(Acquire).min(self.end());
         let mut at = self.start + layout::POOL as u64;
         while at < end {
             // SAFETY: Accessible memory of the pool: tables of entries, or free pages.

@@ -6,6 +6,7 @@
 //! VMX borrowed from it. Rows go to standard output for `dune-vm bench`, which makes the table and the report.
 
 mod calls;
+mod intercept;
 mod kvm;
 mod measure;
 mod memory;
@@ -125,6 +126,7 @@ fn inside(name: &'static str, cli: &Cli) -> Result<(), String> {
     memory::measure(&system);
     trap::measure(&system);
     tables::measure(&system);
+    intercept::measure(&system);
     process::measure(&system);
     dune.leave();
     Ok(())

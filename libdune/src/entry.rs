@@ -32,12 +32,12 @@ use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
 
 use crate::addr::Gva;
-use crate::cpl3;
 use crate::device;
 use crate::device::Device;
 use crate::device::Vcpu;
 use crate::error::Error;
 use crate::error::Result;
+use crate::hook;
 use crate::host_loop;
 use crate::host_loop::HostContext;
 use crate::layout;
@@ -540,7 +540,7 @@ fn sregs(process: &Process, block: &Block) -> Result<Sregs> {
         gdtr_limit: size_of::<Gdt>() as u32 - 1,
         idtr_limit: size_of::<Idt>() as u32 - 1,
         lstar: block.syscall_entry(),
-        syscall_vmcall: cpl3::vmcall(block.syscall_entry()),
+        syscall_vmcall: hook::syscall_vmcall(),
         ..Sregs::default()
     }))
 }

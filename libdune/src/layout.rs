@@ -16,6 +16,7 @@
 //!        +IST         stack of every vector but #DF            (guard page below each stack)
 //!        +DOUBLE      stack of #DF
 //!        +SEEN        by page table: the generation that this thread flushed its TLB for
+//!        +HOOK_STACK  stack of hooks of system calls; the FPU state of who made one at its top
 //!        +REPORT      stack on which a fault without a way out is reported
 //!        +HOST        HostContext (host_loop/context.rs)
 //!        +SNAPSHOT    registers of a child that is being made, as a run page
@@ -76,6 +77,13 @@ pub const DOUBLE: usize = DOUBLE_TOP - 0x4000;
 /// Generations seen, 8 bytes per page table.
 pub const SEEN: usize = DOUBLE_TOP;
 
+/// Guard page of the hook stack.
+pub const HOOK_GUARD: usize = SEEN + TABLE_COUNT * 8;
+/// Lowest byte of that stack.
+pub const HOOK_STACK: usize = HOOK_GUARD + PAGE;
+/// Its top.
+pub const HOOK_TOP: usize = REPORT - PAGE;
+
 /// Top of the stack for reports.
 pub const REPORT_TOP: usize = 0x4_0000;
 /// Lowest byte of that stack.
@@ -106,15 +114,16 @@ pub const HANDLER_BYTES: usize = 1 << HANDLER_SHIFT;
 pub const HANDLERS: usize = AREA_BYTES - LEVELS * HANDLER_BYTES;
 
 /// Guard pages, as offsets into an area.
-pub const GUARDS: [usize; 4 + LEVELS] = {
-    let mut guards = [0; 4 + LEVELS];
+pub const GUARDS: [usize; 5 + LEVELS] = {
+    let mut guards = [0; 5 + LEVELS];
     guards[0] = IST - PAGE;
     guards[1] = DOUBLE - PAGE;
     guards[2] = REPORT - PAGE;
     guards[3] = HOST_GUARD;
+    guards[4] = HOOK_GUARD;
     let mut level = 0;
     while level < LEVELS {
-        guards[4 + level] = HANDLERS + level * HANDLER_BYTES;
+        guards[5 + level] = HANDLERS + level * HANDLER_BYTES;
         level += 1;
     }
     guards
@@ -124,7 +133,7 @@ const _: () = {
     assert!(AREA_BYTES.is_power_of_two() && ARENA_BYTES.is_power_of_two());
     assert!(ARENA_BYTES == dune_abi::SLOT_BYTES as usize);
     assert!(TABLES + TABLE_COUNT * TABLE_BYTES <= AREAS && TABLES % TABLE_BYTES == 0);
-    assert!(SEEN + TABLE_COUNT * 8 <= REPORT - PAGE);
+    assert!(HOOK_GUARD % PAGE == 0 && HOOK_TOP - HOOK_STACK >= FPU_MAX + 0x8000);
     assert!(AREAS % AREA_BYTES == 0 && POOL < ARENA_BYTES);
     assert!(DOUBLE - PAGE >= IST_TOP && REPORT - PAGE >= DOUBLE_TOP && FPU + FPU_MAX <= HOST_GUARD);
     assert!(HOST_STACK_TOP - HOST_STACK >= 0x2_0000);

@@ -32,6 +32,8 @@ pub mod trap;
 
 mod cpl3;
 
+pub mod hook;
+
 mod host_loop;
 
 mod entry;

@@ -15,6 +15,7 @@ use dune_abi::Sregs;
 
 use crate::cpl3;
 use crate::device::Vcpu;
+use crate::hook;
 use crate::layout;
 use crate::paging;
 use crate::paging::Here;
@@ -154,6 +155,8 @@ pub(crate) struct Block {
     pub process: *const Process,
     /// The page table that the thread has.
     pub here: Here,
+    /// Hooks of the thread's system calls.
+    pub hooks: hook::Pair,
     /// Handlers by vector, `trap::Handler` or 0.
     pub handlers: [AtomicUsize; 256],
     pub gdt: Gdt,
@@ -164,18 +167,13 @@ pub(crate) struct Block {
 const _: () = assert!(size_of::<Block>() <= layout::IST - layout::PAGE);
 
 impl Block {
-    /// Writes the block of a fresh area, for a thread that starts with page table `table`. `handlers` are those of the
-    /// thread that made this one.
+    /// Writes the block of a fresh area, for a thread that starts with page table `table`. `maker` is the thread that
+    /// made this one.
     ///
     /// # Safety
     ///
     /// `area` must be a fresh area of `process`.
-    pub unsafe fn write(
-        area: u64,
-        process: *const Process,
-        table: u16,
-        handlers: Option<&[AtomicUsize; 256]>,
-    ) -> *mut Self {
+    pub unsafe fn write(area: u64, process: *const Process, table: u16, maker: Option<&Self>) -> *mut Self {
         let block = area as *mut Self;
         // SAFETY: The caller's; the area is zeroed but for the IDT, which is a value of every field, and nobody else sees it.
         unsafe {
@@ -195,8 +193,8 @@ impl Block {
             (*block).user_slot = slot;
             (*block).user_idle[2] = ptr::from_ref(slot) as u64;
             slot.rsp.store(&raw const (*block).user_idle[1] as u64, Relaxed);
-            if let Some(handlers) = handlers {
-                for (new, old) in (*block).handlers.iter().zip(handlers) {
+            if let Some(maker) = maker {
+                for (new, old) in (*block).handlers.iter().zip(&maker.handlers) {
                     new.store(old.load(Relaxed), Relaxed);
                 }
             }
@@ -211,6 +209,9 @@ impl Block {
                 trap::page_fault_entry(fpu.has_xsave),
             );
             trap::update_plain(&*block);
+            // One word below is the assembly's own, and keeps the stack aligned.
+            let stack = area + layout::HOOK_TOP as u64 - fpu.bytes - 8;
+            hook::start(&*block, stack, maker.map(|maker| &maker.hooks));
         }
         block
     }

@@ -28,6 +28,7 @@ use core::sync::atomic::Ordering::SeqCst;
 
 use dune_abi::Info;
 
+use crate::hook;
 use crate::host_loop::HostContext;
 use crate::layout;
 use crate::paging;
@@ -72,6 +73,8 @@ pub(crate) struct Process {
     pub memory: Memory,
     /// Some page table has, or had, pages that are copied on write.
     pub has_copies: AtomicBool,
+    /// Hooks of all threads' system calls.
+    pub hooks: hook::Pair,
     /// Handles of page tables, each of which counts in `threads` too.
     handles: AtomicU32,
     /// One of the handles is no page table, and stays.
@@ -306,6 +309,7 @@ impl Process {
                 info,
                 memory: Memory::new(fd, has_1g, start),
                 has_copies: AtomicBool::new(false),
+                hooks: hook::Pair::new(),
                 handles: AtomicU32::new(0),
                 kept: AtomicBool::new(false),
                 has_pcid: info.cr4_guest_owned & CR4_PCIDE != 0,
@@ -377,6 +381,11 @@ impl Process {
     /// Pages are going to be copied on write: no page fault goes straight to a handler any more.
     pub fn expect_copies(&self) {
         self.has_copies.store(true, SeqCst);
+        self.for_each_block(trap::forbid_plain);
+    }
+
+    /// Calls `f` with the block of each thread, and perhaps with one that is no thread's any more, or not yet.
+    pub fn for_each_block(&self, f: impl Fn(&Block)) {
         let words = (self.areas_end.load(Acquire) as usize).div_ceil(64);
         for (word, ready) in self.ready.iter().enumerate().take(words) {
             let mut areas = ready.load(Acquire);
@@ -384,7 +393,7 @@ impl Process {
                 let area = self.area(word * 64 + areas.trailing_zeros() as usize);
                 areas &= areas - 1;
                 // SAFETY: Accessible; a block, or zeroes where there is none yet or no more.
-                trap::forbid_plain(unsafe { &*(area as *const Block) });
+                f(unsafe { &*(area as *const Block) });
             }
         }
     }

@@ -4,7 +4,7 @@
 //!
 //! # Safety
 //!
-//! The same instruction works in and out of Dune mode: at CPL0 it goes through the LSTAR stub (`syscall`).
+//! SYSCALL outside of Dune mode; VMCALL at CPL0, which the program's hooks do not see.
 //! The wrappers are safe where no argument can make Linux break memory safety, and `unsafe` where one can.
 
 use core::arch::asm;
@@ -53,7 +53,14 @@ pub(crate) unsafe fn raw(number: i64, args: [u64; 6]) -> i64 {
     // SAFETY: The caller's; the clobbers are those of SYSCALL.
     unsafe {
         asm!(
+            "mov ecx, cs",
+            "test cl, 3",
+            "jnz 2f",
+            "vmcall",
+            "jmp 3f",
+            "2:",
             "syscall",
+            "3:",
             inlateout("rax") number => result,
             in("rdi") args[0],
             in("rsi") args[1],

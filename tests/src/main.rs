@@ -12,6 +12,7 @@ mod fuzz_guest;
 mod governed;
 mod harness;
 mod helpers;
+mod hook;
 mod isolation;
 mod kvm;
 mod kvm_guest;
@@ -72,6 +73,7 @@ const TOPICS: &[&[Test]] = &[
     fuzz_abi::TESTS,
     seeing::TESTS,
     module::TESTS,
+    hook::TESTS,
     kvm::TESTS,
     power::TESTS,
     torture::TESTS,

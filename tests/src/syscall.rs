@@ -121,7 +121,8 @@ extern "C" {
     fn dune_test_syscall_registers(number: i64, pattern: u64) -> Survived;
 }
 
-fn call_keeping_registers(number: i64, pattern: u64) -> u64 {
+/// Makes a call with all registers and the red zone full; fails the test where one changed.
+pub fn call_keeping_registers(number: i64, pattern: u64) -> u64 {
     // SAFETY: the numbers given make calls without effect.
     let survived = unsafe { dune_test_syscall_registers(number, pattern) };
     assert_eq!(

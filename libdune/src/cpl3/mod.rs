@@ -23,8 +23,8 @@ use crate::percpu::Block;
 pub(crate) use copy::copy;
 pub(crate) use copy::recovery;
 pub(crate) use syscall::entry;
+pub(crate) use syscall::is_hooked_stub;
 pub(crate) use syscall::slot;
-pub(crate) use syscall::vmcall;
 pub(crate) use syscall::Slot;
 pub(crate) use syscall::STUBS_BYTES as SYSCALL_STUBS_BYTES;
 

@@ -37,8 +37,8 @@ use super::slow::Action;
 use super::special::sync;
 use super::touch;
 use super::upcall;
-use crate::cpl3;
 use crate::device;
+use crate::hook;
 use crate::layout;
 use crate::paging;
 use crate::percpu::Block;
@@ -132,6 +132,11 @@ fn read_clone_args<'a>(context: &'a mut HostContext, gprs: &Gprs) -> Result<&'a 
 pub(super) fn handle(context: &mut HostContext, number: i64, gprs: &Gprs) -> Result<Action, i32> {
     let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
     if context.pending.signal != 0 {
+        if context.is_asked() {
+            // By a hook, which the signal waits for.
+            sys::sigprocmask(libc::SIG_SETMASK, mask);
+            return Err(libc::EAGAIN);
+        }
         return Ok(upcall::take_before_call(context));
     }
     let prepared = prepare(context, number, gprs, mask);
@@ -190,7 +195,7 @@ fn share(context: &mut HostContext, request: &Request, mut state: State, area: u
     let child = unsafe {
         let maker = &*context.block;
         let table = maker.here.number().unwrap_or(paging::tables::DEFAULT);
-        let block = Block::write(area, context.process, table, Some(&maker.handlers));
+        let block = Block::write(area, context.process, table, Some(maker));
         if state.sregs.gdtr_base == (*context.block).gdt_address() {
             state.sregs.gdtr_base = (*block).gdt_address();
         }
@@ -202,7 +207,7 @@ fn share(context: &mut HostContext, request: &Request, mut state: State, area: u
         }
         if state.sregs.lstar == (*context.block).syscall_entry() {
             state.sregs.lstar = (*block).syscall_entry();
-            state.sregs.syscall_vmcall = cpl3::vmcall(state.sregs.lstar);
+            state.sregs.syscall_vmcall = hook::syscall_vmcall();
         }
         let child = HostContext::write(area, context.process);
         (*child).role = match request.flags {

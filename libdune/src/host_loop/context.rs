@@ -3,6 +3,7 @@
 //! What the host loop knows: lives in the arena, found by RBP.
 
 use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 use dune_abi::Gprs;
 use dune_abi::RunPage;
@@ -270,6 +271,12 @@ impl HostContext {
     pub fn set_vcpu(&mut self, vcpu: u32) {
         self.vcpu = vcpu.into();
         self.choose_run_call();
+    }
+
+    /// Whether the thread was asked to come for a signal when it can.
+    pub fn is_asked(&self) -> bool {
+        // SAFETY: The block lives as long as the context.
+        unsafe { (*self.block).signal.load(Relaxed) != 0 }
     }
 
     /// RUN goes as all requests of the device go.

@@ -84,7 +84,9 @@ pub(crate) fn fill_table(table: &mut [u8; 512]) {
 pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
     // SAFETY: The run page is alive; RUN is not under way.
     let gprs = unsafe { (&raw const (*context.run).gprs).read_volatile() };
-    if context.pending.signal != 0 && number != u64::from(CALL_FATAL) && number != u64::from(CALL_SIGNAL) {
+    let is_private = number == u64::from(CALL_FATAL) || number == u64::from(CALL_SIGNAL);
+    // Where it was asked to wait the call is a hook's.
+    if context.pending.signal != 0 && !is_private && !context.is_asked() {
         return upcall::take_before_call(context);
     }
     if number >= u64::from(PRIVATE_CALLS) || number & X32 != 0 {

@@ -48,6 +48,8 @@ use crate::abi::IOPL_CPL0;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::cpl3;
 use crate::cpl3::Place;
+use crate::hook;
+use crate::hook::Settled;
 use crate::layout;
 use crate::percpu;
 use crate::sys;
@@ -202,6 +204,15 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
     // SAFETY: The block lives as long as the context; nothing else writes the word while the vCPU does not run.
     let block = unsafe { &*context.block };
     let asked = &block.signal;
+    let mut state = *state;
+    if hook::settle(&mut state, block) == Settled::Inside {
+        asked.store(1, Relaxed);
+        clear_interrupt_request(context);
+        // RIP may have been moved back to a call, or to where the hook's assembly looks for signals.
+        write_place(context, &state.gprs, state.rip, state.rflags);
+        return Action::Run;
+    }
+    let state = &state;
     let place = cpl3::place(state, block);
     if place != Place::Program || trap::is_entry(state.rip) && state.sregs.cs.selector & 3 == 0 {
         asked.store(1, Relaxed);
@@ -659,6 +670,10 @@ pub(super) fn exception(context: &mut HostContext, mut frame: TrapFrame) -> Resu
         }
     }
     refuse_gate(&mut frame);
+    // SAFETY: The block lives as long as the context.
+    if hook::is_inside(unsafe { &*context.block }) {
+        return Err(Fatal::HandlerFault);
+    }
     let signal = if frame.vector() == Vector::PF && frame.host_refused() {
         match touch::touch(frame.cr2, frame.error_code & WRITE != 0) {
             Err(Refusal { signal, code }) => Some((signal, code, frame.cr2)),

@@ -62,6 +62,7 @@ pub enum Missing {
 impl<'d> AddressSpace<'d> {
     /// The top table.
     pub fn root_table(&self) -> *mut u64 {
+        self.by_hand();
         let table = self.memory().table(self.root());
         table.map_or(core::ptr::null_mut(), |table| table.0[0].as_ptr())
     }
@@ -83,6 +84,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::NotMapped`], and what making tables can give.
     pub fn entry(&self, gva: Gva, level: u32, missing: Missing) -> Result<RawEntry<'d>, PagingError> {
+        self.by_hand();
         with_slots(self.memory(), || {
             let tree = self.raw_tree();
             loop {
@@ -120,6 +122,7 @@ impl<'d> AddressSpace<'d> {
     /// Calls `visit` for each entry that is no table and holds something, for the pages of `start` to `last`, with the
     /// address where it begins. Nothing is split or filled in. `visit` may change the entry; false ends the visit.
     pub fn for_each_entry(&self, start: Gva, last: Gva, mut visit: impl FnMut(Gva, RawEntry<'d>) -> bool) {
+        self.by_hand();
         let tree = self.raw_tree();
         let mut at = start.align_down(PAGE_BYTES);
         loop {
@@ -185,7 +188,7 @@ impl<'d> AddressSpace<'d> {
         let pages = bytes.div_ceil(PAGE_BYTES);
         // SAFETY: Alive as long as this.
         let process = unsafe { &*self.process_pointer() };
-        shoot_down(process, self.number(), self.root(), start, pages);
+        shoot_down(process, self.name(), start, pages);
     }
 
     /// Lets CPL3 use what is mapped and what will be filled in, but for the given GiBs and libdune's own.
@@ -212,6 +215,15 @@ impl<'d> AddressSpace<'d> {
         });
         self.flush(start, u64::MAX);
         result
+    }
+
+    /// Entries go to the program, that may put tables of its own in.
+    fn by_hand(&self) {
+        // SAFETY: Alive as long as this.
+        let process = unsafe { &*self.process_pointer() };
+        if let Some(number) = self.number() {
+            process.tables().get(number).edit_by_hand();
+        }
     }
 
     fn memory(&self) -> &'d Memory {

@@ -509,6 +509,10 @@ impl<'d> AddressSpace<'d> {
         is_cpl0() && loaded_root() == self.root().as_u64()
     }
 
+    pub(super) fn name(&self) -> Name {
+        self.name
+    }
+
     pub(super) fn process_pointer(&self) -> *const Process {
         self.process
     }

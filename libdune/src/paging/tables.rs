@@ -42,6 +42,8 @@ pub(crate) struct Record {
     root: AtomicU64,
     pub generation: AtomicU64,
     users: AtomicU32,
+    /// 1: the program may replace tables by itself. Then none is remembered.
+    is_by_hand: AtomicU32,
     /// The pool that copies come from; null if there is none.
     pool: AtomicPtr<pool::Header>,
     /// Where tables are whose entries map 4 KiB, of 2 MiB that were changed lately: the address of the 2 MiB, and in its lower
@@ -123,6 +125,7 @@ impl<'m> Tables<'m> {
             }
             return match tree() {
                 Ok(root) => {
+                    record.is_by_hand.store(0, Relaxed);
                     record.forget_tables();
                     // What threads have flushed for is of the table before.
                     record.generation.fetch_add(1, AcqRel);
@@ -191,8 +194,18 @@ impl Record {
 
     /// Remembers where an entry for 4 KiB is.
     pub fn remember(&self, memory: &Memory, gva: Gva, entry: &AtomicU64) {
+        if self.is_by_hand.load(Relaxed) != 0 {
+            return;
+        }
         let start = gva.align_down(1 << LARGE_SHIFT).as_u64();
         self.lately[lately_index(gva)].store(start | memory.page_of(entry), Release);
+    }
+
+    /// The program has what it needs to replace tables by itself.
+    pub fn edit_by_hand(&self) {
+        if self.is_by_hand.swap(1, Relaxed) == 0 {
+            self.forget_tables();
+        }
     }
 
     /// Forgets what was remembered: nobody uses it meanwhile, and tables are about to be given back.

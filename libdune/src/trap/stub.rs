@@ -27,6 +27,7 @@ use crate::abi::CALL_EXCEPTION;
 use crate::abi::IOPL_CPL0;
 use crate::cpl3;
 use crate::cpl3::Slot;
+use crate::hook;
 use crate::layout;
 use crate::percpu::Block;
 
@@ -125,7 +126,7 @@ global_asm!(
     "cmp rdi, {block}",
     "jae 21f",
     "sub rdi, {handlers}",
-    "jb 23f",
+    "jb 38f",
     "shr rdi, {handler_shift}",
     "lea ecx, [rdi + 1]",
     "cmp ecx, {levels}",
@@ -163,6 +164,23 @@ global_asm!(
     "22:",
     "mov ecx, {too_deep}",
     "jmp 26f",
+    // In a hook: the level is that of who made the call.
+    "38:",
+    "add rdi, {handlers} - {hook_stack}",
+    "cmp rdi, {hook_bytes}",
+    "jae 23f",
+    "mov rdi, [rbx + {slot}]",
+    "mov rdi, [rdi + {slot_caller}]",
+    "sub rdi, rbx",
+    "cmp rdi, {block}",
+    "jae 21b",
+    "sub rdi, {handlers}",
+    "jb 23f",
+    "shr rdi, {handler_shift}",
+    "lea ecx, [rdi + 1]",
+    "cmp ecx, {levels}",
+    "jb 21b",
+    "jmp 22b",
     "23:",
     "mov ecx, {window}",
     "jmp 26f",
@@ -381,6 +399,9 @@ global_asm!(
     iopl = const IOPL_CPL0,
     syscall_stubs = const cpl3::SYSCALL_STUBS_BYTES,
     slot = const offset_of!(Block, user_slot),
+    slot_caller = const offset_of!(Slot, hook) + offset_of!(hook::Frame, caller_rsp),
+    hook_stack = const layout::HOOK_STACK,
+    hook_bytes = const layout::HOOK_TOP - layout::HOOK_STACK,
     slot_rsp = const offset_of!(Slot, rsp),
     fpu_bytes = const offset_of!(Block, fpu_bytes),
     has_xsave = const offset_of!(Block, has_xsave),

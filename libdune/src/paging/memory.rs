@@ -149,7 +149,9 @@ impl Memory {
     pub fn table_gpa(&self, address: u64) -> Option<Gpa> {
         let offset = address.wrapping_sub(self.pool);
         let is_table = offset < self.pool_bytes.load(Relaxed);
-        is_table.then(|| Gpa::new(self.pool_gpa.load(Relaxed).wrapping_add(offset))).flatten()
+        is_table
+            .then(|| Gpa::new(self.pool_gpa.load(Relaxed).wrapping_add(offset)))
+            .flatten()
     }
 
     /// The GPA of a byte of the process, which gets a slot if it has none.

@@ -305,12 +305,7 @@ impl Idt {
     pub unsafe fn write(idt: *mut Self, stubs: u64, page_fault: u64) {
         const GATE: u64 = (KERNEL_CS as u64) << 16 | 1 << 32 | 0x8e << 40;
         const DPL3: u64 = 3 << 45;
-        let to = |target: u64| {
-            [
-                GATE | target & 0xffff | (target & 0xffff_0000) << 32,
-                target >> 32,
-            ]
-        };
+        let to = |target: u64| [GATE | target & 0xffff | (target & 0xffff_0000) << 32, target >> 32];
         // SAFETY: The caller's.
         let gates = unsafe { &mut (*idt).0 };
         let mut target = stubs;

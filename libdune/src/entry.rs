@@ -299,7 +299,7 @@ pub(crate) unsafe fn leave_process(process: *const Process) {
     // SAFETY: The caller's; the last one unmaps.
     unsafe {
         let start = (*process).start;
-        if process::part(process, give_back) {
+        if process::part(process, None, give_back) {
             let _ = sys::munmap(start, layout::ARENA_BYTES);
         }
     }

@@ -209,10 +209,14 @@ pub(crate) fn join<E: From<Errno>>(make: impl FnOnce(u64) -> Result<(), E>) -> R
 
 /// Counts a thread out. Where it was the last one `end` is called, and the caller has to unmap the arena.
 ///
+/// A thread that ends is counted out while it still runs on its area, whose bit it clears as the very last: so the last
+/// one waits until no area but its own is in use. (Where that takes too long, for one that never gets the CPU, the arena
+/// stays.)
+///
 /// # Safety
 ///
-/// The thread must have been counted in, and use nothing of the arena any more but the stack it runs on.
-pub(crate) unsafe fn part(process: *const Process, end: impl FnOnce(&Process)) -> bool {
+/// The thread must have been counted in, and use nothing of the arena any more but its own area.
+pub(crate) unsafe fn part(process: *const Process, own_area: Option<u64>, end: impl FnOnce(&Process)) -> bool {
     let Ok(registry) = registry() else {
         return false;
     };
@@ -226,7 +230,7 @@ pub(crate) unsafe fn part(process: *const Process, end: impl FnOnce(&Process)) -
         .process
         .compare_exchange(process.cast_mut(), ptr::null_mut(), AcqRel, Acquire);
     end(shared);
-    true
+    shared.wait_for_areas(own_area)
 }
 
 /// Calls `f` if the calling thread, which is counted in, is the only one; none comes in meanwhile.
@@ -500,6 +504,24 @@ impl Process {
         word.fetch_and(mask, AcqRel);
     }
 
+    /// Waits until no area but `own` is in use; whether that came.
+    fn wait_for_areas(&self, own: Option<u64>) -> bool {
+        const TRIES: u32 = 1 << 16;
+        let own = own.map(|area| self.index(area));
+        self.used.iter().enumerate().all(|(number, word)| {
+            let ours = own
+                .filter(|index| index / 64 == number)
+                .map_or(0, |index| 1 << (index % 64));
+            (0..TRIES).any(|_| {
+                let free = word.load(Acquire) & !ours == 0;
+                if !free {
+                    sys::yield_now();
+                }
+                free
+            })
+        })
+    }
+
     /// The word of the area's mark and what to AND it with to take the mark away.
     pub fn mark(&self, area: u64) -> (&AtomicU64, u64) {
         let index = self.index(area);
@@ -580,10 +602,15 @@ mod tests {
 
         // SAFETY: Counted in, and the last one unmaps.
         unsafe {
-            assert!(!part(process, |_| panic!("not the last")));
+            assert!(!part(process, None, |_| panic!("not the last")));
             let start = shared.start;
+            // The last one waits for the areas of others.
+            assert!(!shared.wait_for_areas(None));
+            areas[1..].iter().for_each(|area| shared.give_area(*area));
+            assert!(shared.wait_for_areas(Some(areas[0])));
+            shared.give_area(areas[0]);
             let mut ended = false;
-            assert!(part(process, |_| ended = true));
+            assert!(part(process, None, |_| ended = true));
             assert!(ended);
             sys::munmap(start, layout::ARENA_BYTES).unwrap();
         }
@@ -601,7 +628,7 @@ mod tests {
             libc::waitpid(child, &mut status, 0);
             assert_eq!(status, 0);
             let start = (*process).start;
-            assert!(part(process, |_| {}));
+            assert!(part(process, None, |_| {}));
             sys::munmap(start, layout::ARENA_BYTES).unwrap();
         }
     }

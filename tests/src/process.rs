@@ -39,6 +39,10 @@ pub const TESTS: &[Test] = &[
     ),
     Test::asserting("hundred_threads_at_once", hundred_threads_at_once),
     Test::asserting(
+        "last_thread_waits_for_those_that_end",
+        last_thread_waits_for_those_that_end,
+    ),
+    Test::asserting(
         "thread_local_storage_is_the_threads_own",
         thread_local_storage_is_the_threads_own,
     ),
@@ -159,6 +163,19 @@ fn threads_have_exception_stacks_of_their_own() {
     }
     assert_eq!(FAULTS.load(Relaxed), THREADS * 200);
     dune.leave();
+}
+
+/// A thread that was joined may still be on its way out of its area when the last one unmaps them all.
+fn last_thread_waits_for_those_that_end() {
+    for _ in 0..50 {
+        let dune = enter();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| std::hint::black_box(compute(10)));
+            }
+        });
+        dune.leave();
+    }
 }
 
 fn hundred_threads_at_once() {

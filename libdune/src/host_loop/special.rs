@@ -213,8 +213,8 @@ fn exit(context: &mut HostContext, number: i64, gprs: &Gprs) -> Action {
         mark: core::ptr::null(),
         mask: 0,
     };
-    // SAFETY: Counted in; from here on only the stack is used.
-    let is_last = unsafe { process::part(context.process, entry::give_back) };
+    // SAFETY: Counted in; from here on only its own area is used, and the process until its bit is clear.
+    let is_last = unsafe { process::part(context.process, Some(context.area()), entry::give_back) };
     let run = context.run as u64;
     if is_last || !process.stays_warm(context.area()) {
         // SAFETY: The vCPU is gone and the program never sees its run page again.

@@ -91,7 +91,7 @@ fn generate(path: &Path, kilobytes: u64) -> io::Result<()> {
     file.flush()
 }
 
-/// Bytes of text that are kept with every occurrence: 512 KB of text take more than 200 MB of heap.
+/// Bytes of text that are kept with every occurrence: 384 KB of text take 160 MB of heap.
 const CONTEXT_BYTES: usize = 3200;
 
 fn count(path: &Path) -> io::Result<Words> {

@@ -11,6 +11,7 @@ use libdune::Dune;
 
 use crate::framework::Test;
 use crate::support::enter;
+use crate::support::set_handler;
 use crate::support::spawn;
 use crate::support::Shared;
 
@@ -99,22 +100,12 @@ extern "C" fn skip(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::
     }
 }
 
-fn handle(signal: i32, flags: i32) {
-    // SAFETY: a handler of the right type.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = skip as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | flags;
-        assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
-    }
-}
-
 fn int_0x80_is_what_it_is_natively() {
     const SI_KERNEL: i32 = 0x80;
     let is_there = is_there();
     println!("report: i386 calls: {is_there}");
     let dune = enter();
-    handle(libc::SIGSEGV, 0);
+    set_handler(libc::SIGSEGV, skip, 0, &[]);
     let parent = std::os::unix::process::parent_id();
     if is_there {
         for _ in 0..10 {
@@ -187,8 +178,8 @@ fn int_0x80_waits_and_is_interrupted() {
     let child = spawn(|| {
         let _dune = enter();
         let page = low_page();
-        handle(libc::SIGUSR1, 0);
-        handle(libc::SIGUSR2, libc::SA_RESTART);
+        set_handler(libc::SIGUSR1, skip, 0, &[]);
+        set_handler(libc::SIGUSR2, skip, libc::SA_RESTART, &[]);
         shared.word(0).store(1, SeqCst);
         assert_eq!(int80(PAUSE, 0, 0, 0), -i64::from(libc::EINTR));
         assert_eq!(SIGNAL.swap(0, SeqCst), libc::SIGUSR1);

@@ -26,7 +26,9 @@ use crate::framework::Suite;
 use crate::framework::Test;
 use crate::support::assert_no_exits;
 use crate::support::enter;
+use crate::support::set_plain_handler;
 use crate::support::spawn;
+use crate::support::timer;
 use crate::support::Map;
 use crate::support::PAGE;
 use crate::syscall::call_keeping_registers;
@@ -404,22 +406,6 @@ extern "C" fn on_tick(_: i32) {
     }
 }
 
-fn every(microseconds: i64) {
-    let interval = libc::timeval {
-        tv_sec: 0,
-        tv_usec: microseconds,
-    };
-    let timer = libc::itimerval {
-        it_interval: interval,
-        it_value: interval,
-    };
-    // SAFETY: plain numbers.
-    assert_eq!(
-        unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) },
-        0
-    );
-}
-
 fn signals_and_hooks_mix() {
     mix_signals_and_hooks(30);
 }
@@ -441,14 +427,14 @@ fn mix_signals_and_hooks(signals: u64) {
             after,
         });
         let until = TICKS.load(Relaxed) + signals;
-        every(2500);
+        timer(libc::ITIMER_REAL, 2500);
         let mut rounds = 0;
         while TICKS.load(Relaxed) < until {
             assert_eq!(changed_by(libc::SYS_getpid), (pid, 0));
             assert_eq!(changed_by(libc::SYS_getppid), (ANSWER, 0));
             rounds += 1;
         }
-        every(0);
+        timer(libc::ITIMER_REAL, 0);
         assert!(rounds > 10);
     }
     dune.thread().set_hooks(Hooks::default());
@@ -480,13 +466,11 @@ fn count_eintrs(_: &SystemCall, result: i64, _: &Thread<'_>) -> i64 {
 /// A call that waits, watched by a hook, is interrupted or restarted as without one.
 fn interrupted_call_of_a_hook() {
     let mut ends = [0; 2];
-    // SAFETY: a pipe, and handlers that count.
+    // SAFETY: a pipe.
     unsafe {
         assert_eq!(libc::pipe(ends.as_mut_ptr()), 0);
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = only_count as *const () as usize;
-        libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut());
     }
+    set_plain_handler(libc::SIGALRM, only_count, 0);
     let mut byte = 0u8;
     let mut read = || call(libc::SYS_read, [ends[0] as u64, &raw mut byte as u64, 1, 0, 0, 0]);
     let dune = enter();
@@ -496,21 +480,15 @@ fn interrupted_call_of_a_hook() {
             after,
         });
         let (ticks, eintrs) = (TICKS.load(Relaxed), EINTRS.load(Relaxed));
-        every(2000);
+        timer(libc::ITIMER_REAL, 2000);
         let interrupted = read();
-        every(0);
+        timer(libc::ITIMER_REAL, 0);
         assert_eq!(interrupted, -i64::from(libc::EINTR));
         assert!(TICKS.load(Relaxed) > ticks);
         assert_eq!(EINTRS.load(Relaxed) - eintrs, u64::from(after.is_some()));
     }
     // With SA_RESTART it goes on until there is something, and the hook sees it again each time.
-    // SAFETY: as above.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = only_count as *const () as usize;
-        action.sa_flags = libc::SA_RESTART;
-        libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut());
-    }
+    set_plain_handler(libc::SIGALRM, only_count, libc::SA_RESTART);
     let (ticks, reads, eintrs) = (TICKS.load(Relaxed), READS.load(Relaxed), EINTRS.load(Relaxed));
     let writer = std::thread::spawn(move || {
         while TICKS.load(Relaxed) < ticks + 3 {
@@ -518,9 +496,9 @@ fn interrupted_call_of_a_hook() {
         }
         call(libc::SYS_write, [ends[1] as u64, c"x".as_ptr() as u64, 1, 0, 0, 0])
     });
-    every(2000);
+    timer(libc::ITIMER_REAL, 2000);
     let got = read();
-    every(0);
+    timer(libc::ITIMER_REAL, 0);
     assert_eq!((got, byte), (1, b'x'));
     assert_eq!(writer.join().unwrap(), 1);
     assert!(READS.load(Relaxed) > reads + 1, "restarted");

@@ -192,7 +192,7 @@ fn in_use() -> BTreeMap<String, u64> {
 }
 
 #[track_caller]
-fn assert_nothing_in_use() {
+pub fn assert_nothing_in_use() {
     // What an exiting task still held goes a moment after it was waited for.
     for _ in 0..200 {
         if in_use().values().all(|value| *value == 0) {

@@ -12,6 +12,7 @@ use libdune::Dune;
 
 use crate::framework::Test;
 use crate::support::enter;
+use crate::support::set_handler;
 use crate::support::spawn;
 use crate::support::Shared;
 
@@ -142,12 +143,9 @@ extern "C" fn on_sigsys(_: i32, info: *mut libc::siginfo_t, context: *mut libc::
 fn seccomp_trap_reaches_the_handler() {
     spawn(|| {
         let _dune = enter();
-        // SAFETY: a handler of the right type.
+        set_handler(libc::SIGSYS, on_sigsys, 0, &[]);
+        // SAFETY: a filter of our own, and a plain call.
         unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_sigsys as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO;
-            libc::sigaction(libc::SIGSYS, &action, std::ptr::null_mut());
             filter(&[(libc::SYS_getppid, libc::SECCOMP_RET_TRAP)]);
             assert_eq!(libc::syscall(libc::SYS_getppid), 4242);
         }
@@ -202,8 +200,8 @@ fn seccomp_strict_mode() {
     assert_eq!(ended.signal(), Some(libc::SIGKILL), "{ended:?}");
 }
 
-/// A child that lets itself be traced, enters Dune mode, stops, and makes `calls` calls of getppid.
-fn traced(shared: &Shared, calls: u64) -> i32 {
+/// A child that enters Dune mode, lets itself be traced, and ends with 0 where `body` says so. Its number.
+fn traced_child(body: impl FnOnce() -> bool) -> i32 {
     // SAFETY: the child only makes plain calls and ends.
     unsafe {
         let pid = libc::fork();
@@ -211,25 +209,47 @@ fn traced(shared: &Shared, calls: u64) -> i32 {
         if pid == 0 {
             let _dune = enter();
             libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            let is_good = body();
+            libc::_exit(i32::from(!is_good));
+        }
+        pid
+    }
+}
+
+/// Waits until a traced child stops by that signal.
+#[track_caller]
+fn wait_for_stop(pid: i32, signal: i32) {
+    let mut status = 0;
+    // SAFETY: our own child.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert!(
+        libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == signal,
+        "{status:#x}"
+    );
+}
+
+/// A traced child that stops, and makes `calls` calls of getppid.
+fn traced(shared: &Shared, calls: u64) -> i32 {
+    let pid = traced_child(|| {
+        // SAFETY: plain calls.
+        unsafe {
             libc::raise(libc::SIGSTOP);
             for index in 0..calls {
                 let result = libc::syscall(libc::SYS_getppid);
                 shared.word(index as usize).store(result as u64, SeqCst);
             }
-            libc::_exit(i32::from(!Dune::is_active()));
         }
-        let mut status = 0;
-        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-        assert!(
-            libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == libc::SIGSTOP,
-            "{status:#x}"
-        );
+        Dune::is_active()
+    });
+    wait_for_stop(pid, libc::SIGSTOP);
+    // SAFETY: our own child.
+    unsafe {
         assert_eq!(
             libc::ptrace(libc::PTRACE_SETOPTIONS, pid, 0, libc::PTRACE_O_TRACESYSGOOD),
             0
         );
-        pid
     }
+    pid
 }
 
 /// Lets it go on to its end; calls `stop` with the call's number, whether it returns, at each stop.
@@ -296,23 +316,16 @@ fn tracer_may_change_a_result() {
 /// What a core dump would show: the registers at the moment of death are the program's, not the host loop's.
 fn abort_is_seen_where_it_was_called() {
     let shared = Shared::new();
-    // SAFETY: the child lets itself be traced and aborts.
+    let pid = traced_child(|| {
+        let here = 0u8;
+        shared.word(0).store(&raw const here as u64, SeqCst);
+        // SAFETY: ends the child.
+        unsafe { libc::abort() }
+    });
+    wait_for_stop(pid, libc::SIGABRT);
+    let mut status = 0;
+    // SAFETY: our own traced child; plain registers.
     unsafe {
-        let pid = libc::fork();
-        assert!(pid >= 0);
-        if pid == 0 {
-            let _dune = enter();
-            let here = 0u8;
-            shared.word(0).store(&raw const here as u64, SeqCst);
-            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
-            libc::abort();
-        }
-        let mut status = 0;
-        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-        assert!(
-            libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == libc::SIGABRT,
-            "{status:#x}"
-        );
         let mut registers: libc::user_regs_struct = std::mem::zeroed();
         assert_eq!(libc::ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers), 0);
         let stack = shared.word(0).load(SeqCst);
@@ -349,36 +362,26 @@ extern "C" fn broken_at(value: u64) -> u64 {
 fn breakpoint_stops_at_the_guests_instruction() {
     const INT3: u64 = 0xcc;
     let address = broken_at as *const () as u64;
+    let pid = traced_child(|| {
+        // Executed before, so that the EPT has the page.
+        let before = broken_at(1) == 7;
+        // SAFETY: a signal to ourselves.
+        unsafe { libc::raise(libc::SIGSTOP) };
+        let inside = Dune::is_active();
+        let result = broken_at(6) == 42 && broken_at(2) == 14;
+        before && inside && result && !Dune::is_active()
+    });
+    wait_for_stop(pid, libc::SIGSTOP);
+    let mut status = 0;
     // SAFETY: our own child, which lets itself be traced; its code is changed and put back.
     unsafe {
-        let pid = libc::fork();
-        assert!(pid >= 0);
-        if pid == 0 {
-            let _dune = enter();
-            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
-            // Executed before, so that the EPT has the page.
-            let before = broken_at(1) == 7;
-            libc::raise(libc::SIGSTOP);
-            let inside = Dune::is_active();
-            let result = broken_at(6) == 42 && broken_at(2) == 14;
-            libc::_exit(i32::from(!(before && inside && result && !Dune::is_active())));
-        }
-        let mut status = 0;
-        let mut wait_for = |signal: i32| {
-            assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-            assert!(
-                libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == signal,
-                "{status:#x}"
-            );
-        };
-        wait_for(libc::SIGSTOP);
         let code = libc::ptrace(libc::PTRACE_PEEKTEXT, pid, address, 0) as u64;
         assert_eq!(
             libc::ptrace(libc::PTRACE_POKETEXT, pid, address, code & !0xff | INT3),
             0
         );
         assert_eq!(libc::ptrace(libc::PTRACE_CONT, pid, 0, 0), 0);
-        wait_for(libc::SIGTRAP);
+        wait_for_stop(pid, libc::SIGTRAP);
         let mut registers: libc::user_regs_struct = std::mem::zeroed();
         assert_eq!(libc::ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers), 0);
         assert_eq!((registers.rip, registers.rdi), (address + 1, 6));

@@ -22,7 +22,11 @@ use crate::support::compute;
 use crate::support::enter;
 use crate::support::install_signal_probe;
 use crate::support::load;
+use crate::support::queue_signal;
+use crate::support::set_handler;
+use crate::support::set_timer;
 use crate::support::spawn;
+use crate::support::timer;
 use crate::support::Map;
 use crate::support::Shared;
 use crate::support::PAGE;
@@ -70,42 +74,6 @@ pub const TESTS: &[Test] = &[
     Test::asserting("signals_in_children", signals_in_children),
 ];
 
-type SigHandler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t);
-
-fn set(signal: i32, handler: SigHandler, flags: i32, masked: &[i32]) -> libc::sigaction {
-    // SAFETY: a handler of the right type.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        let mut old: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as *const () as usize;
-        action.sa_flags = flags | libc::SA_SIGINFO;
-        for signal in masked {
-            libc::sigaddset(&mut action.sa_mask, *signal);
-        }
-        assert_eq!(libc::sigaction(signal, &action, &mut old), 0);
-        old
-    }
-}
-
-/// Every so many microseconds; 0 stops it.
-fn timer(which: libc::c_int, interval_us: i64) {
-    set_timer(which, interval_us, interval_us);
-}
-
-fn set_timer(which: libc::c_int, first_us: i64, interval_us: i64) {
-    let time = |us: i64| libc::timeval {
-        tv_sec: us / 1_000_000,
-        tv_usec: us % 1_000_000,
-    };
-    let timer = libc::itimerval {
-        it_interval: time(interval_us),
-        it_value: time(first_us),
-    };
-    // SAFETY: a timer of our own.
-    let result = unsafe { libc::syscall(libc::SYS_setitimer, which, &raw const timer, 0) };
-    assert_eq!(result, 0);
-}
-
 static COUNT: AtomicU64 = AtomicU64::new(0);
 static OUTSIDE: AtomicU64 = AtomicU64::new(0);
 static LAST_CODE: AtomicI32 = AtomicI32::new(0);
@@ -142,10 +110,10 @@ extern "C" fn note(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::
 
 fn handlers_run_in_dune_mode() {
     reset();
-    set(libc::SIGUSR1, note, 0, &[]);
+    set_handler(libc::SIGUSR1, note, 0, &[]);
     let dune = enter();
     // Set before and after entering.
-    set(libc::SIGUSR2, note, 0, &[]);
+    set_handler(libc::SIGUSR2, note, 0, &[]);
     for (round, signal) in [libc::SIGUSR1, libc::SIGUSR2].into_iter().cycle().take(40).enumerate() {
         // SAFETY: a signal to ourselves.
         unsafe { libc::raise(signal) };
@@ -172,7 +140,7 @@ extern "C" fn set_rax(_: i32, _: *mut libc::siginfo_t, context: *mut libc::ucont
 
 fn handler_sees_and_changes_registers() {
     let dune = enter();
-    set(libc::SIGALRM, set_rax, 0, &[]);
+    set_handler(libc::SIGALRM, set_rax, 0, &[]);
     for round in 0..5u64 {
         timer(libc::ITIMER_REAL, 5000);
         let (rax, r14, r15, start, end): (u64, u64, u64, u64, u64);
@@ -209,7 +177,7 @@ fn handler_sees_and_changes_registers() {
 fn red_zone_and_fpu_survive_signals() {
     reset();
     let dune = enter();
-    set(libc::SIGALRM, note, 0, &[]);
+    set_handler(libc::SIGALRM, note, 0, &[]);
     timer(libc::ITIMER_REAL, 2500);
     let mut rounds = 0u64;
     while COUNT.load(SeqCst) < 60 {
@@ -318,11 +286,11 @@ fn masks_and_nesting_are_linux_own() {
         // SAFETY: a signal to ourselves.
         unsafe { libc::raise(signal) }
     };
-    set(libc::SIGUSR2, second, 0, &[]);
-    set(libc::SIGUSR1, raise_two, 0, &[]);
+    set_handler(libc::SIGUSR2, second, 0, &[]);
+    set_handler(libc::SIGUSR1, raise_two, 0, &[]);
     raise(libc::SIGUSR1);
     assert_eq!(events(), [1, 10, 2], "nested");
-    set(libc::SIGUSR1, raise_two, 0, &[libc::SIGUSR2]);
+    set_handler(libc::SIGUSR1, raise_two, 0, &[libc::SIGUSR2]);
     raise(libc::SIGUSR1);
     assert_eq!(events(), [1, 2, 10], "masked by sa_mask");
     assert!(
@@ -330,15 +298,15 @@ fn masks_and_nesting_are_linux_own() {
         "the mask comes back"
     );
 
-    set(libc::SIGUSR1, recurse, libc::SA_NODEFER, &[]);
+    set_handler(libc::SIGUSR1, recurse, libc::SA_NODEFER, &[]);
     raise(libc::SIGUSR1);
     assert_eq!(events(), [20, 21, 22, 23, 33, 32, 31, 30], "SA_NODEFER");
     reset();
-    set(libc::SIGUSR1, recurse, 0, &[]);
+    set_handler(libc::SIGUSR1, recurse, 0, &[]);
     raise(libc::SIGUSR1);
     assert_eq!(events(), [20, 30, 21, 31, 22, 32, 23, 33], "without it");
 
-    set(libc::SIGUSR2, second, libc::SA_RESETHAND, &[]);
+    set_handler(libc::SIGUSR2, second, libc::SA_RESETHAND, &[]);
     raise(libc::SIGUSR2);
     assert_eq!(events(), [10]);
     // SAFETY: asks for the action.
@@ -351,7 +319,7 @@ fn masks_and_nesting_are_linux_own() {
         let mut mask: libc::sigset_t = std::mem::zeroed();
         libc::sigaddset(&mut mask, libc::SIGRTMIN());
         libc::sigprocmask(libc::SIG_BLOCK, &mask, std::ptr::null_mut());
-        set(libc::SIGRTMIN(), second, 0, &[]);
+        set_handler(libc::SIGRTMIN(), second, 0, &[]);
         for _ in 0..3 {
             raise(libc::SIGRTMIN());
         }
@@ -401,11 +369,11 @@ fn alternate_stack_is_used() {
         let mut before: libc::stack_t = std::mem::zeroed();
         let dune = enter();
         assert_eq!(libc::sigaltstack(&stack, &mut before), 0);
-        set(libc::SIGUSR1, on_stack, libc::SA_ONSTACK, &[]);
+        set_handler(libc::SIGUSR1, on_stack, libc::SA_ONSTACK, &[]);
         libc::raise(libc::SIGUSR1);
         assert!(range.contains(&STACK_SEEN.load(Relaxed)), "not on the alternate stack");
         assert_eq!(EPERM_SEEN.load(Relaxed), libc::EPERM);
-        set(libc::SIGUSR1, on_stack, 0, &[]);
+        set_handler(libc::SIGUSR1, on_stack, 0, &[]);
         libc::raise(libc::SIGUSR1);
         assert!(
             !range.contains(&STACK_SEEN.load(Relaxed)),
@@ -416,7 +384,7 @@ fn alternate_stack_is_used() {
         assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOMEM));
         dune.leave();
         // The stack goes along.
-        set(libc::SIGUSR1, on_stack, libc::SA_ONSTACK, &[]);
+        set_handler(libc::SIGUSR1, on_stack, libc::SA_ONSTACK, &[]);
         libc::raise(libc::SIGUSR1);
         assert!(range.contains(&STACK_SEEN.load(Relaxed)), "outside Dune mode");
         let dune = enter();
@@ -481,7 +449,7 @@ extern "C" fn jump_out(_: i32, _: *mut libc::siginfo_t, _: *mut libc::ucontext_t
 fn handler_may_jump_out() {
     reset();
     let dune = enter();
-    set(libc::SIGALRM, jump_out, 0, &[]);
+    set_handler(libc::SIGALRM, jump_out, 0, &[]);
     for round in 1..=50u64 {
         JUMP[0].store(0, SeqCst);
         set_timer(libc::ITIMER_REAL, 1000 + round as i64 * 7, 0);
@@ -515,7 +483,7 @@ fn handler_may_jump_out() {
 fn no_signal_is_lost_before_a_call() {
     reset();
     let dune = enter();
-    set(libc::SIGALRM, note, 0, &[]);
+    set_handler(libc::SIGALRM, note, 0, &[]);
     // SAFETY: masks and a wait of our own.
     unsafe {
         let mut mask: libc::sigset_t = std::mem::zeroed();
@@ -566,7 +534,7 @@ fn signals_in_the_middle_of_exceptions() {
     reset();
     let dune = enter();
     dune.set_exception_handler(Vector::UD, skip);
-    set(libc::SIGALRM, note, 0, &[]);
+    set_handler(libc::SIGALRM, note, 0, &[]);
     timer(libc::ITIMER_REAL, 1511);
     let mut expected = 0u64;
     let mut value = 1u64;
@@ -603,7 +571,7 @@ fn signals_in_the_middle_of_exceptions() {
 
 fn signals_during_enter_and_leave() {
     reset();
-    set(libc::SIGALRM, note, 0, &[]);
+    set_handler(libc::SIGALRM, note, 0, &[]);
     timer(libc::ITIMER_REAL, 4999);
     let started = Instant::now();
     let mut rounds = 0;
@@ -653,7 +621,7 @@ extern "C" fn mend(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::
 fn faults_become_signals_with_true_siginfo() {
     let dune = enter();
     for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
-        set(signal, mend, 0, &[]);
+        set_handler(signal, mend, 0, &[]);
     }
     let seen = |what: &str, signal: i32, code: i32, address: Option<u64>| {
         assert_eq!(COUNT.load(SeqCst), 1, "{what}: handlers that ran");
@@ -711,7 +679,7 @@ fn fault_handler_may_mend_and_return() {
     reset();
     let map = Map::new(PAGES * PAGE);
     let dune = enter();
-    set(libc::SIGSEGV, mend, 0, &[]);
+    set_handler(libc::SIGSEGV, mend, 0, &[]);
     // SAFETY: the test's own pages.
     unsafe {
         libc::mprotect(map.start.cast(), PAGES * PAGE, libc::PROT_NONE);
@@ -799,9 +767,9 @@ fn ignored_signals_do_not_disturb() {
 }
 
 fn actions_are_the_programs_own() {
-    set(libc::SIGUSR1, note, libc::SA_RESTART, &[libc::SIGHUP]);
+    set_handler(libc::SIGUSR1, note, libc::SA_RESTART, &[libc::SIGHUP]);
     let dune = enter();
-    let old = set(libc::SIGUSR1, mend, 0, &[]);
+    let old = set_handler(libc::SIGUSR1, mend, 0, &[]);
     assert_eq!(
         old.sa_sigaction, note as *const () as usize,
         "what was set before entering"
@@ -809,7 +777,7 @@ fn actions_are_the_programs_own() {
     assert_eq!(old.sa_flags & libc::SA_RESTART, libc::SA_RESTART);
     // SAFETY: asks a set.
     assert_eq!(unsafe { libc::sigismember(&old.sa_mask, libc::SIGHUP) }, 1);
-    let old = set(libc::SIGUSR1, note, 0, &[]);
+    let old = set_handler(libc::SIGUSR1, note, 0, &[]);
     assert_eq!(old.sa_sigaction, mend as *const () as usize);
     // SAFETY: bad arguments on purpose.
     unsafe {
@@ -825,14 +793,14 @@ fn actions_are_the_programs_own() {
         assert_eq!(libc::sigaction(libc::SIGKILL, std::ptr::null(), &mut action), 0);
     }
     dune.leave();
-    let old = set(libc::SIGUSR1, mend, 0, &[]);
+    let old = set_handler(libc::SIGUSR1, mend, 0, &[]);
     assert_eq!(old.sa_sigaction, note as *const () as usize, "after leaving");
 }
 
 fn signals_between_threads() {
     reset();
     let dune = enter();
-    set(libc::SIGUSR1, note, 0, &[]);
+    set_handler(libc::SIGUSR1, note, 0, &[]);
     const THREADS: usize = 4;
     let stop = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -904,7 +872,7 @@ fn queued_signals_all_arrive() {
     reset();
     let signals = [libc::SIGRTMIN() + 1, libc::SIGRTMIN() + 2];
     for signal in signals {
-        set(signal, note, libc::SA_RESTART, &[]);
+        set_handler(signal, note, libc::SA_RESTART, &[]);
     }
     let stop = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -923,14 +891,7 @@ fn queued_signals_all_arrive() {
         });
         let thread = receiver.recv().unwrap();
         for round in 0..ROUNDS {
-            // SAFETY: a signal with a handler, to a thread of ours that is alive.
-            unsafe {
-                let mut info: libc::siginfo_t = std::mem::zeroed();
-                info.si_code = libc::SI_QUEUE;
-                let signal = signals[usize::from(round % 7 == 0)];
-                let sent = libc::syscall(libc::SYS_rt_tgsigqueueinfo, libc::getpid(), thread, signal, &info);
-                assert_eq!(sent, 0, "{}", io::Error::last_os_error());
-            }
+            queue_signal(thread, signals[usize::from(round % 7 == 0)]).unwrap();
             // The first is always waiting, the second comes at any moment of the first one's handling.
             if round % 7 == 6 {
                 std::hint::black_box(compute(round * 13 % 190));
@@ -957,7 +918,7 @@ fn ordinary_threads_take_signals_too() {
     });
     let handle = receiver.recv().unwrap();
     let dune = enter();
-    set(libc::SIGUSR1, note, 0, &[]);
+    set_handler(libc::SIGUSR1, note, 0, &[]);
     for round in 1..=20 {
         // SAFETY: the thread runs until `stop`.
         unsafe { libc::pthread_kill(handle, libc::SIGUSR1) };
@@ -992,8 +953,8 @@ fn children_outside_have_the_programs_handlers() {
         assert_eq!((COUNT.load(SeqCst), OUTSIDE.load(SeqCst)), (3, 2));
         dune.leave();
     }
-    set(libc::SIGUSR1, note, 0, &[]);
-    set(libc::SIGSEGV, mend, 0, &[]);
+    set_handler(libc::SIGUSR1, note, 0, &[]);
+    set_handler(libc::SIGSEGV, mend, 0, &[]);
     let inside = std::sync::Barrier::new(2);
     let done = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
@@ -1016,7 +977,7 @@ fn children_outside_have_the_programs_handlers() {
 fn sigchld_sigwait_and_signalfd() {
     reset();
     let dune = enter();
-    set(libc::SIGCHLD, note, 0, &[]);
+    set_handler(libc::SIGCHLD, note, 0, &[]);
     // SAFETY: plain calls of our own.
     unsafe {
         let pid = libc::fork();
@@ -1053,7 +1014,7 @@ fn sigchld_sigwait_and_signalfd() {
 fn virtual_timer_counts_the_guest() {
     reset();
     let dune = enter();
-    set(libc::SIGVTALRM, note, 0, &[]);
+    set_handler(libc::SIGVTALRM, note, 0, &[]);
     timer(libc::ITIMER_VIRTUAL, 8000);
     let started = Instant::now();
     while COUNT.load(SeqCst) < 3 {
@@ -1071,7 +1032,7 @@ fn virtual_timer_counts_the_guest() {
 fn signals_in_children() {
     reset();
     let dune = enter();
-    set(libc::SIGUSR1, note, 0, &[]);
+    set_handler(libc::SIGUSR1, note, 0, &[]);
     // SAFETY: the child raises a signal and ends.
     unsafe {
         let pid = libc::fork();

@@ -295,11 +295,11 @@ pub fn probe_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
 /// Takes the faults of [`load`] and [`store`] by signal handlers, which threads in and out of Dune mode share. Any other
 /// fault is the end.
 pub fn install_signal_probe() {
-    extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::ucontext_t) {
         let at = |symbol: &u8| ptr::from_ref(symbol) as i64;
         // SAFETY: the kernel passes both, or libdune as the kernel would; addresses of code, at which nothing is read.
         let (registers, address, ours) = unsafe {
-            let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+            let registers = &mut (*context).uc_mcontext.gregs;
             let ours = [at(&dune_test_load_at), at(&dune_test_store_at)].contains(&registers[libc::REG_RIP as usize]);
             (registers, (*info).si_addr() as u64, ours)
         };
@@ -327,13 +327,7 @@ pub fn install_signal_probe() {
         registers[libc::REG_RIP as usize] = at(unsafe { &dune_test_end });
     }
     for signal in [libc::SIGSEGV, libc::SIGBUS] {
-        // SAFETY: the handler is one with information, and safe for signals.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
-        }
+        set_handler(signal, handler, libc::SA_ONSTACK | libc::SA_NODEFER, &[]);
     }
 }
 
@@ -376,6 +370,69 @@ pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Fault>, address: usi
             fault
         }
         Ok(value) => panic!("the access to {address:#x} went through: {value:x?}"),
+    }
+}
+
+/// A handler that is told what happened and where.
+pub type SigHandler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t);
+
+/// Sets a handler, during which the signals of `masked` are blocked too; the action before.
+pub fn set_handler(signal: i32, handler: SigHandler, flags: i32, masked: &[i32]) -> libc::sigaction {
+    set_action(signal, handler as *const () as usize, flags | libc::SA_SIGINFO, masked)
+}
+
+/// Sets a handler that is told the signal only.
+pub fn set_plain_handler(signal: i32, handler: extern "C" fn(i32), flags: i32) {
+    set_action(signal, handler as *const () as usize, flags, &[]);
+}
+
+fn set_action(signal: i32, handler: usize, flags: i32, masked: &[i32]) -> libc::sigaction {
+    // SAFETY: a handler of the type that the flags say.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let mut old: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler;
+        action.sa_flags = flags;
+        for signal in masked {
+            libc::sigaddset(&mut action.sa_mask, *signal);
+        }
+        assert_eq!(libc::sigaction(signal, &action, &mut old), 0);
+        old
+    }
+}
+
+/// An interval timer's first signal and those after it; 0 for both stops it. By a call past libc.
+pub fn set_timer(which: libc::c_int, first_us: i64, interval_us: i64) {
+    let time = |us: i64| libc::timeval {
+        tv_sec: us / 1_000_000,
+        tv_usec: us % 1_000_000,
+    };
+    let timer = libc::itimerval {
+        it_interval: time(interval_us),
+        it_value: time(first_us),
+    };
+    // SAFETY: a timer of our own.
+    let result = unsafe { libc::syscall(libc::SYS_setitimer, which, &raw const timer, 0) };
+    assert_eq!(result, 0);
+}
+
+/// Every so many microseconds; 0 stops it.
+pub fn timer(which: libc::c_int, interval_us: i64) {
+    set_timer(which, interval_us, interval_us);
+}
+
+/// Sends a thread of this process a signal that queues, with a handler.
+pub fn queue_signal(thread: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: Linux reads one siginfo.
+    let result = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        info.si_code = libc::SI_QUEUE;
+        libc::syscall(libc::SYS_rt_tgsigqueueinfo, libc::getpid(), thread, signal, &info)
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

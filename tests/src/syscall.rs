@@ -20,6 +20,8 @@ use libdune::Vector;
 use crate::framework::Test;
 use crate::support::enter;
 use crate::support::exits;
+use crate::support::set_plain_handler;
+use crate::support::set_timer;
 use crate::support::spawn;
 use crate::support::EXIT_VMCALL;
 
@@ -457,33 +459,14 @@ extern "C" fn count_signal(_: i32) {
     SIGNALS.fetch_add(1, Relaxed);
 }
 
-fn catch(signal: i32, flags: i32) {
-    // SAFETY: the handler only counts.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = count_signal as *const () as usize;
-        action.sa_flags = flags;
-        assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
-    }
-}
-
 /// One SIGALRM, 20 ms from now.
 fn alarm_in_20_ms() {
-    let timer = libc::itimerval {
-        it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 },
-        it_value: libc::timeval {
-            tv_sec: 0,
-            tv_usec: 20_000,
-        },
-    };
-    // SAFETY: a timer of our own.
-    let result = unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const timer, 0) };
-    assert_eq!(result, 0);
+    set_timer(libc::ITIMER_REAL, 20_000, 0);
 }
 
 fn signal_handlers_run() {
     let dune = enter();
-    catch(libc::SIGUSR1, 0);
+    set_plain_handler(libc::SIGUSR1, count_signal, 0);
     for round in 1..=50 {
         // SAFETY: a signal to ourselves.
         unsafe { libc::raise(libc::SIGUSR1) };
@@ -491,7 +474,7 @@ fn signal_handlers_run() {
         assert!(Dune::is_active());
     }
     // One that comes while the program computes and makes no call.
-    catch(libc::SIGALRM, 0);
+    set_plain_handler(libc::SIGALRM, count_signal, 0);
     alarm_in_20_ms();
     let before = dune.counters();
     while SIGNALS.load(Relaxed) == 50 {
@@ -510,7 +493,7 @@ fn signal_handlers_run() {
 
 fn blocked_call_is_interrupted() {
     let dune = enter();
-    catch(libc::SIGALRM, 0);
+    set_plain_handler(libc::SIGALRM, count_signal, 0);
     let mut pipe = [0; 2];
     // SAFETY: two fds into an array of two, then a timer and a read of our own.
     unsafe {
@@ -523,7 +506,7 @@ fn blocked_call_is_interrupted() {
         assert_eq!(SIGNALS.load(Relaxed), 1);
 
         // With SA_RESTART the call goes on: the byte comes from a child later.
-        catch(libc::SIGALRM, libc::SA_RESTART);
+        set_plain_handler(libc::SIGALRM, count_signal, libc::SA_RESTART);
         alarm_in_20_ms();
         let child = spawn(|| {
             std::thread::sleep(std::time::Duration::from_millis(80));

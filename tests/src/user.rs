@@ -29,6 +29,9 @@ use crate::support::cs;
 use crate::support::enter;
 use crate::support::install_probe;
 use crate::support::load;
+use crate::support::set_plain_handler;
+use crate::support::set_timer;
+use crate::support::timer;
 use crate::support::Map;
 use crate::support::PAGE;
 
@@ -857,43 +860,14 @@ extern "C" fn count_signal(_: i32) {
     unsafe { asm!("movq xmm3, {0}", in(reg) !0u64, out("xmm3") _) };
 }
 
-fn on_signal(signal: i32, handler: extern "C" fn(i32)) {
-    // SAFETY: a handler that counts.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as *const () as usize;
-        assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
-    }
-}
-
-fn interval_timer(microseconds: i64) {
-    set_timer(microseconds, microseconds);
-}
-
-fn set_timer(first_us: i64, interval_us: i64) {
-    let time = |microseconds| libc::timeval {
-        tv_sec: 0,
-        tv_usec: microseconds,
-    };
-    let timer = libc::itimerval {
-        it_interval: time(interval_us),
-        it_value: time(first_us),
-    };
-    // SAFETY: a timer of our own.
-    assert_eq!(
-        unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) },
-        0
-    );
-}
-
 fn signals_are_delivered_while_at_cpl3() {
     let dune = enter();
     let thread = dune.thread();
-    on_signal(libc::SIGALRM, count_signal);
+    set_plain_handler(libc::SIGALRM, count_signal, 0);
     LOCAL.set(0);
     let mut sandbox = Sandbox::new(&thread, spin());
     sandbox.context.registers_mut().fs_base = sandbox.page(DATA);
-    interval_timer(5000);
+    timer(libc::ITIMER_REAL, 5000);
     let mut runs = 0;
     while SIGNALS.load(Relaxed) < 10 {
         assert_eq!(sandbox.context.run_for(&thread, 5_000_000), UserExit::Timeout);
@@ -904,7 +878,7 @@ fn signals_are_delivered_while_at_cpl3() {
     assert_eq!(sandbox.context.registers().fs_base, sandbox.page(DATA));
 
     // At any point of the way in and out.
-    interval_timer(0);
+    timer(libc::ITIMER_REAL, 0);
     let mut sandbox = Sandbox::new(&thread, call_loop());
     let data = sandbox.page(DATA);
     let r = sandbox.context.registers_mut();
@@ -919,7 +893,7 @@ fn signals_are_delivered_while_at_cpl3() {
         // One at a time: signals that come faster than they can be handled leave no time for calls.
         if SIGNALS.load(Relaxed) != seen {
             seen = SIGNALS.load(Relaxed);
-            set_timer(300 + (seen as i64 * 37) % 150, 0);
+            set_timer(libc::ITIMER_REAL, 300 + (seen as i64 * 37) % 150, 0);
         }
         calls += 1;
         assert_eq!(sandbox.context.run(&thread), UserExit::Syscall);
@@ -929,7 +903,7 @@ fn signals_are_delivered_while_at_cpl3() {
         assert_eq!(*r, wanted);
         LOCAL.set(LOCAL.get());
     }
-    interval_timer(0);
+    timer(libc::ITIMER_REAL, 0);
     println!("report: {} signals in {calls} calls", SIGNALS.load(Relaxed) - before);
     assert_eq!(LOCAL.get(), SIGNALS.load(Relaxed));
     drop(sandbox);
@@ -952,7 +926,7 @@ extern "C" fn jump_out(_: i32) {
 fn signal_handler_may_jump_out_of_cpl3() {
     let dune = enter();
     let thread = dune.thread();
-    on_signal(libc::SIGALRM, jump_out);
+    set_plain_handler(libc::SIGALRM, jump_out, 0);
     let mut buffer = Box::new([0u64; 64]);
     JUMP.store(buffer.as_mut_ptr() as u64, Relaxed);
     static ROUNDS: AtomicI32 = AtomicI32::new(0);
@@ -961,11 +935,11 @@ fn signal_handler_may_jump_out_of_cpl3() {
     unsafe { sigsetjmp(buffer.as_mut_ptr(), 1) };
     check_cpl0();
     if ROUNDS.fetch_add(1, Relaxed) < 5 {
-        interval_timer(2000);
+        timer(libc::ITIMER_REAL, 2000);
         let exit = sandbox.context.run(&thread);
         panic!("{exit:?}");
     }
-    interval_timer(0);
+    timer(libc::ITIMER_REAL, 0);
     let mut other = Sandbox::new(&thread, calls());
     assert_eq!(other.run(&thread), UserExit::Syscall);
     drop(other);
@@ -996,9 +970,9 @@ fn visit_in_exception_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome 
 fn visits_to_cpl3_nest() {
     let dune = enter();
     let thread = dune.thread();
-    on_signal(libc::SIGALRM, visit_in_signal_handler);
+    set_plain_handler(libc::SIGALRM, visit_in_signal_handler, 0);
     let mut sandbox = Sandbox::new(&thread, spin());
-    interval_timer(10_000);
+    timer(libc::ITIMER_REAL, 10_000);
     let mut last = 0;
     while INNER.load(Relaxed) < 5 {
         assert_eq!(sandbox.context.run_for(&thread, 10_000_000), UserExit::Timeout);
@@ -1006,7 +980,7 @@ fn visits_to_cpl3_nest() {
         assert!(now > last);
         last = now;
     }
-    interval_timer(0);
+    timer(libc::ITIMER_REAL, 0);
     // On a handler's stack.
     dune.set_exception_handler(Vector::UD, visit_in_exception_handler);
     let before = INNER.load(Relaxed);

@@ -8,7 +8,6 @@
 
 mod region;
 
-use std::collections::BTreeMap;
 use std::process::Command;
 use std::process::Stdio;
 use std::sync::atomic::AtomicBool;
@@ -30,10 +29,14 @@ use crate::fuzz::setting;
 use crate::fuzz::Random;
 use crate::helpers;
 use crate::mm::Swap;
+use crate::module::assert_nothing_in_use;
 use crate::support::compute;
 use crate::support::install_signal_probe;
 use crate::support::probe_faults;
+use crate::support::queue_signal;
+use crate::support::set_plain_handler;
 use crate::support::spawn;
+use crate::support::timer;
 use crate::support::Knob;
 use crate::support::Shared;
 use region::Region;
@@ -105,17 +108,7 @@ fn torture(seconds: u64) {
         "report: seed {seed}: {processes} processes, {killed} of them killed; {}",
         sums.join(", ")
     );
-    // A space that was killed goes when its last reference goes.
-    let mut left = BTreeMap::new();
-    for _ in 0..50 {
-        left = helpers::module_counters().unwrap();
-        left.retain(|name, value| !name.starts_with("since_load") && *value != 0);
-        if left.is_empty() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    panic!("left over: {left:?}");
+    assert_nothing_in_use();
 }
 
 struct World<'a> {
@@ -156,13 +149,7 @@ fn process(seed: u64, life: Duration, sums: &Shared) {
         (libc::SIGRTMIN() + 1, count as extern "C" fn(i32)),
         (libc::SIGALRM, tick),
     ] {
-        // SAFETY: the handlers only count.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler as *const () as usize;
-            action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
-            assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
-        }
+        set_plain_handler(signal, handler, libc::SA_RESTART | libc::SA_ONSTACK);
     }
     let world = World {
         regions: (0..REGIONS)
@@ -173,17 +160,9 @@ fn process(seed: u64, life: Duration, sums: &Shared) {
         quiet: Barrier::new(MODES.len()),
         sums,
     };
-    let ticking = random.percent(50);
-    let interval = libc::timeval {
-        tv_sec: 0,
-        tv_usec: if ticking { 3000 + random.below(5000) as i64 } else { 0 },
-    };
-    let timer = libc::itimerval {
-        it_interval: interval,
-        it_value: interval,
-    };
-    // SAFETY: a timer of our own.
-    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+    if random.percent(50) {
+        timer(libc::ITIMER_REAL, 3000 + random.below(5000) as i64);
+    }
     std::thread::scope(|scope| {
         let threads: Vec<_> = MODES
             .into_iter()
@@ -287,15 +266,10 @@ fn signal(world: &World<'_>, random: &mut Random) {
     if thread == 0 {
         return;
     }
-    // SAFETY: a signal with a handler, to a thread of this process that lives until all have stopped sending.
-    unsafe {
-        let mut info: libc::siginfo_t = std::mem::zeroed();
-        info.si_code = libc::SI_QUEUE;
-        let (process, number) = (libc::getpid(), libc::SIGRTMIN() + 1);
-        SENT.fetch_add(1, SeqCst);
-        if libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, number, &info) != 0 {
-            SENT.fetch_sub(1, SeqCst);
-        }
+    SENT.fetch_add(1, SeqCst);
+    // It lives until all have stopped sending. There may be too many already.
+    if queue_signal(thread, libc::SIGRTMIN() + 1).is_err() {
+        SENT.fetch_sub(1, SeqCst);
     }
 }
 

@@ -24,6 +24,7 @@ use super::slow::SIGNALLED;
 use crate::abi::CALL_LEAVE;
 use crate::abi::IOPL_CPL0;
 use crate::layout;
+use crate::trap::pop_registers;
 
 // The context is for our own assembly, which reads it by the offsets of its fields.
 #[allow(improper_ctypes)]
@@ -223,21 +224,7 @@ global_asm!(
     "mov r12d, {cloned}",
     "jmp 21b",
     "27:",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
-    "pop r11",
-    "pop r10",
-    "pop r9",
-    "pop r8",
-    "pop rdi",
-    "pop rsi",
-    "pop rbp",
-    "pop rbx",
-    "pop rdx",
-    "pop rcx",
-    "pop rax",
+    pop_registers!(),
     "iretq",
     // The program's side of leaving: the host loop goes on behind the VMCALL with these three.
     ".balign 16",

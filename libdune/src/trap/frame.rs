@@ -8,6 +8,15 @@ use dune_abi::Gprs;
 
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 
+/// Assembly: pops R15 … RAX, as [`TrapFrame`] and `Registers` have them.
+macro_rules! pop_registers {
+    () => {
+        "pop r15; pop r14; pop r13; pop r12; pop r11; pop r10; pop r9; pop r8; \
+         pop rdi; pop rsi; pop rbp; pop rbx; pop rdx; pop rcx; pop rax"
+    };
+}
+pub(crate) use pop_registers;
+
 /// Registers of the interrupted program. Changes are what it goes on with.
 ///
 /// ```text

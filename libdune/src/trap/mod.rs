@@ -29,6 +29,7 @@ pub(crate) use dispatch::prepare_native;
 pub(crate) use dispatch::update_plain;
 pub(crate) use dispatch::Fatal;
 pub(crate) use dispatch::ANCHOR;
+pub(crate) use frame::pop_registers;
 pub(crate) use stub::is_entry;
 pub(crate) use stub::page_fault as page_fault_entry;
 pub(crate) use stub::stubs;

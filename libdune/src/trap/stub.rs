@@ -21,6 +21,7 @@ use super::dispatch::dune_trap_signalled;
 use super::dispatch::LEVEL_DOUBLE_FAULT;
 use super::dispatch::LEVEL_TOO_DEEP;
 use super::dispatch::LEVEL_WINDOW;
+use super::frame::pop_registers;
 use super::frame::TrapFrame;
 use super::frame::Vector;
 use crate::abi::CALL_EXCEPTION;
@@ -254,21 +255,7 @@ global_asm!(
     "test r12d, r12d",
     "jnz 32f",
     "add rsp, 16",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
-    "pop r11",
-    "pop r10",
-    "pop r9",
-    "pop r8",
-    "pop rdi",
-    "pop rsi",
-    "pop rbp",
-    "pop rbx",
-    "pop rdx",
-    "pop rcx",
-    "pop rax",
+    pop_registers!(),
     "add rsp, 16",
     "iretq",
     // A private VMCALL that does not come back; RDI: the frame.
@@ -346,21 +333,7 @@ global_asm!(
     ".endif",
     "\\load [rsp + {frame_bytes}]",
     "add rsp, 16",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
-    "pop r11",
-    "pop r10",
-    "pop r9",
-    "pop r8",
-    "pop rdi",
-    "pop rsi",
-    "pop rbp",
-    "pop rbx",
-    "pop rdx",
-    "pop rcx",
-    "pop rax",
+    pop_registers!(),
     "add rsp, 16",
     "iretq",
     ".endm",

@@ -93,23 +93,22 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
 
 /// In the order in which they were measured.
 fn benches(results: &Results) -> Vec<&str> {
-    let mut names: Vec<&str> = Vec::new();
-    for row in &results.rows {
-        if !names.contains(&row.bench.as_str()) {
-            names.push(&row.bench);
-        }
-    }
-    names
+    distinct(results.rows.iter().map(|row| row.bench.as_str()))
 }
 
 fn columns(results: &Results) -> Vec<&str> {
-    let mut names: Vec<&str> = Vec::new();
-    for row in &results.rows {
-        if !names.contains(&row.column.as_str()) {
-            names.push(&row.column);
+    distinct(results.rows.iter().map(|row| row.column.as_str()))
+}
+
+/// Each name once, where it came first.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut seen = Vec::new();
+    for name in names {
+        if !seen.contains(&name) {
+            seen.push(name);
         }
     }
-    names
+    seen
 }
 
 /// Horizontal bars, one a system, on a linear scale from 0.

@@ -241,6 +241,13 @@ impl Entry {
         self.refers() && self.0 & OWNED != 0
     }
 
+    /// Whether no entry of these, in a table of `level`, is a table or owns a frame. False also where the level has large pages.
+    #[inline]
+    pub fn are_by_themselves(entries: &[Self], level: u32) -> bool {
+        let refers = if level == 1 { OWNED } else { OWNED | PRESENT };
+        entries.iter().fold(0, |all, entry| all | entry.0) & refers == 0
+    }
+
     /// Protection key, 0 to 15.
     pub const fn key(self) -> u8 {
         ((self.0 & KEY) >> KEY_SHIFT) as u8

@@ -72,7 +72,7 @@ impl PageTable {
         unsafe { AddressSpace::borrowed(self.space.process_pointer(), self.number) }
     }
 
-    pub(super) fn own_number(&self) -> u16 {
+    pub(crate) fn own_number(&self) -> u16 {
         self.number
     }
 }

@@ -19,6 +19,9 @@ use crate::addr::Hva;
 use crate::addr::PAGE_BYTES;
 use crate::addr::USER_END;
 
+/// Entries that are looked at together at first: most are no more than what they say.
+const GROUP: usize = 8;
+
 /// One page of entries.
 #[repr(C, align(4096))]
 pub(crate) struct Table(pub [AtomicU64; 512]);
@@ -537,22 +540,33 @@ impl<'f, F: Frames> Tree<'f, F> {
         let copy = self.frames.allocate()?;
         let source = self.table(from)?;
         let target = self.table(copy)?;
-        for (slot, new) in source.0.iter().zip(&target.0) {
+        let groups = source.0.chunks_exact(GROUP).zip(target.0.chunks_exact(GROUP));
+        for (group, new) in groups {
+            let entries: [Entry; GROUP] = core::array::from_fn(|index| Entry(group[index].load(Relaxed)));
+            if Entry::are_by_themselves(&entries, level) {
+                for (entry, new) in entries.iter().zip(new) {
+                    new.store(entry.0, Relaxed);
+                }
+            } else if let Err(error) = self.duplicate_group(group, new, level) {
+                self.free_table(copy, level);
+                return Err(error);
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Copies entries one by one, with what they refer to.
+    fn duplicate_group(&self, group: &[AtomicU64], target: &[AtomicU64], level: u32) -> Result<(), PagingError> {
+        for (slot, new) in group.iter().zip(target) {
             let entry = Entry(slot.load(Relaxed));
             if entry.kind(level) == Kind::Table {
                 let below = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
-                match self.duplicate_table(below, level - 1) {
-                    Ok(table) => new.store(Entry::table(table).0, Relaxed),
-                    Err(error) => {
-                        self.free_table(copy, level);
-                        return Err(error);
-                    }
-                }
+                new.store(Entry::table(self.duplicate_table(below, level - 1)?).0, Relaxed);
             } else {
                 new.store(self.keep(slot, entry).0, Relaxed);
             }
         }
-        Ok(copy)
+        Ok(())
     }
 
     /// Gives all tables back. The tree must not be used afterwards, by the CPU or by us.
@@ -562,14 +576,19 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     pub(super) fn free_table(&self, gpa: Gpa, level: u32) {
         if let Some(table) = self.frames.table(gpa) {
-            for slot in &table.0 {
-                let entry = Entry(slot.load(Relaxed));
-                if entry.kind(level) == Kind::Table {
-                    if let Some(below) = Gpa::new(entry.address()) {
-                        self.free_table(below, level - 1);
+            for group in table.0.chunks_exact(GROUP) {
+                let entries: [Entry; GROUP] = core::array::from_fn(|index| Entry(group[index].load(Relaxed)));
+                if Entry::are_by_themselves(&entries, level) {
+                    continue;
+                }
+                for entry in entries {
+                    if entry.kind(level) == Kind::Table {
+                        if let Some(below) = Gpa::new(entry.address()) {
+                            self.free_table(below, level - 1);
+                        }
+                    } else if let (true, Some(frame)) = (entry.is_owner(), Gpa::new(entry.address())) {
+                        self.frames.release(frame);
                     }
-                } else if let (true, Some(frame)) = (entry.is_owner(), Gpa::new(entry.address())) {
-                    self.frames.release(frame);
                 }
             }
         }

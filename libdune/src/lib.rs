@@ -41,6 +41,8 @@ mod entry;
 pub mod edit;
 pub mod user;
 
+pub mod compartment;
+
 pub use addr::Gpa;
 pub use addr::Gva;
 pub use addr::Hva;

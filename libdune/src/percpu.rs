@@ -155,6 +155,8 @@ pub(crate) struct Block {
     pub process: *const Process,
     /// The page table that the thread has.
     pub here: Here,
+    /// Who waits for code that may end by an exception.
+    pub waiting: trap::escape::Waiting,
     /// Hooks of the thread's system calls.
     pub hooks: hook::Pair,
     /// Handlers by vector, `trap::Handler` or 0.

@@ -3,6 +3,7 @@
 //! to add one.
 
 mod c_abi;
+mod compartment;
 mod compat;
 mod enter;
 mod framework;
@@ -60,6 +61,7 @@ const TOPICS: &[&[Test]] = &[
     memory::TESTS,
     mm::TESTS,
     paging::TESTS,
+    compartment::TESTS,
     spaces::TESTS,
     sched::TESTS,
     process::TESTS,

@@ -25,6 +25,7 @@ pub(crate) use copy::recovery;
 pub(crate) use syscall::entry;
 pub(crate) use syscall::is_hooked_stub;
 pub(crate) use syscall::slot;
+pub(crate) use syscall::slots;
 pub(crate) use syscall::Slot;
 pub(crate) use syscall::STUBS_BYTES as SYSCALL_STUBS_BYTES;
 
@@ -77,7 +78,7 @@ pub(crate) const EVENT_SYSCALL: u32 = 256;
 pub(crate) const EVENT_INTERRUPTED: u32 = 257;
 
 /// RFLAGS with which CPL0 begins: IF, IOPL 3, and nothing of CPL3's.
-const FLAGS_CPL0: u64 = 0x202 | IOPL_CPL0;
+pub(crate) const FLAGS_CPL0: u64 = 0x202 | IOPL_CPL0;
 
 /// Words at the slot's RSP while nobody is at CPL3: no frame. The first is scratch, the last the slot.
 pub(crate) type Idle = [u64; 3];

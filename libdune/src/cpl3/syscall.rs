@@ -31,13 +31,19 @@ pub(crate) struct Slot {
     pub hook: hook::Cell,
 }
 
-static SLOTS: [Slot; layout::AREA_COUNT] = [const {
-    Slot {
-        user_rsp: AtomicU64::new(0),
-        rsp: AtomicU64::new(0),
-        hook: hook::Cell::new(),
-    }
-}; layout::AREA_COUNT];
+/// All of them, in pages of their own: every page table must map them, and nothing that is the program's with them.
+#[repr(C, align(4096))]
+struct Slots([Slot; layout::AREA_COUNT]);
+
+static SLOTS: Slots = Slots(
+    [const {
+        Slot {
+            user_rsp: AtomicU64::new(0),
+            rsp: AtomicU64::new(0),
+            hook: hook::Cell::new(),
+        }
+    }; layout::AREA_COUNT],
+);
 
 extern "C" {
     fn dune_syscall_stubs();
@@ -48,7 +54,12 @@ extern "C" {
 
 /// The slot of an area.
 pub(crate) fn slot(area: usize) -> &'static Slot {
-    &SLOTS[area]
+    &SLOTS.0[area]
+}
+
+/// Where they are: address and bytes, whole pages.
+pub(crate) fn slots() -> (u64, u64) {
+    (&raw const SLOTS as u64, size_of::<Slots>() as u64)
 }
 
 /// LSTAR of the thread that has this area.

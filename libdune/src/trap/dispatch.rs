@@ -11,6 +11,7 @@ use core::marker::PhantomData;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::Ordering::SeqCst;
 
+use super::escape;
 use super::frame::TrapFrame;
 use super::frame::Vector;
 use super::stub;
@@ -219,10 +220,10 @@ pub(crate) fn forbid_plain(block: &Block) {
     block.inner_last.store(u64::MAX, SeqCst);
 }
 
-/// Says whether plain page faults of the thread go straight to its handler: one is there, and no page of the process is
-/// copied on write.
+/// Says whether plain page faults of the thread go straight to its handler: one is there, no page of the process is
+/// copied on write, and nobody waits for what the handler does not take.
 pub(crate) fn update_plain(block: &Block) {
-    if block.handlers[usize::from(Vector::PF.0)].load(Relaxed) == 0 {
+    if block.handlers[usize::from(Vector::PF.0)].load(Relaxed) == 0 || block.waiting.is_active() {
         forbid_plain(block);
         return;
     }
@@ -367,6 +368,9 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
         if handler(frame, &thread) == Outcome::Resume {
             return 0;
         }
+    }
+    if escape::leave(frame, block) {
+        return 0;
     }
     CALL_EXCEPTION
 }

@@ -10,11 +10,13 @@
 //!    counter: a handler that never returns leaves nothing behind.
 //! 3. It builds a [`TrapFrame`] on that level's stack and goes over to it: the IST stack is free again.
 //! 4. FPU state is saved above the frame, `dispatch` fills in page-table leaves that were never used, or calls the handler.
-//! 5. FPU state and registers are loaded from the frame, IRETQ.
+//! 5. FPU state and registers are loaded from the frame, IRETQ. Where no handler took it and the thread runs a compartment,
+//!    that ends (`escape.rs`).
 //!
 //! A page fault that can only be the handler's (`stub.rs` says which) goes to it without 2 and without `dispatch`.
 
 mod dispatch;
+pub(crate) mod escape;
 mod frame;
 mod stub;
 

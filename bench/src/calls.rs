@@ -6,6 +6,7 @@ use core::arch::asm;
 
 use crate::measure::timed;
 use crate::measure::System;
+use crate::process::end_of_child;
 
 /// Repetitions of a call.
 const CALLS: usize = 10_000;
@@ -63,9 +64,7 @@ fn in_child(what: &str, body: impl FnOnce()) {
             body();
             libc::_exit(0);
         }
-        let mut status = 0;
-        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-        assert_eq!(status, 0, "{what}");
+        assert_eq!(end_of_child(pid), 0, "{what}");
     }
 }
 

@@ -6,15 +6,19 @@
 //! VMX borrowed from it. Rows go to standard output for `dune-vm bench`, which makes the table and the report.
 
 mod calls;
+mod compute;
+mod footprint;
 mod intercept;
 mod kvm;
 mod measure;
 mod memory;
+mod pagemap;
 mod pages;
 mod process;
 mod rivals;
 mod tables;
 mod trap;
+mod walk;
 
 use std::path::Path;
 use std::process::Command;
@@ -24,7 +28,12 @@ use clap::Parser;
 use libdune::abi::CAP_COUNT_OPS;
 use libdune::Dune;
 
+use crate::measure::Selection;
 use crate::measure::System;
+use crate::walk::Translations;
+
+/// With VMX of the module's own.
+const DUNE: &str = "dune";
 
 #[derive(Parser)]
 #[command(
@@ -35,21 +44,38 @@ struct Cli {
     /// Only rows whose name holds this.
     #[arg(long)]
     only: Option<String>,
-    /// Only this: linux, dune, kvm, dune-borrow.
+    /// Only the rows of these names.
+    #[arg(long, value_delimiter = ',')]
+    rows: Vec<String>,
+    /// Only these: linux, dune, kvm, dune-borrow.
+    #[arg(long, value_delimiter = ',')]
+    system: Vec<String>,
+    /// No rows that take many seconds.
     #[arg(long)]
-    system: Option<String>,
-    /// What a started copy of this program does.
+    quick: bool,
+    /// What a started copy of this program does, and how.
     #[arg(hide = true)]
-    errand: Option<String>,
+    errand: Vec<String>,
+}
+
+impl Cli {
+    fn selection(&self) -> Selection {
+        Selection {
+            only: self.only.clone(),
+            rows: self.rows.clone(),
+            quick: self.quick,
+        }
+    }
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match cli.errand.as_deref() {
+    match cli.errand.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         None => {}
-        Some(process::NOTHING) => return ExitCode::SUCCESS,
-        Some(process::ENTER) => return ExitCode::from(u8::from(Dune::enter().is_err())),
-        Some(other) => {
+        Some((process::NOTHING, _)) => return ExitCode::SUCCESS,
+        Some((process::ENTER, _)) => return ExitCode::from(u8::from(Dune::enter().is_err())),
+        Some((footprint::WAIT, arguments)) => return ExitCode::from(u8::from(!footprint::wait(arguments))),
+        Some((other, _)) => {
             eprintln!("dune-bench: {other}?");
             return ExitCode::FAILURE;
         }
@@ -65,11 +91,11 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), String> {
     println!("{}unit {}", measure::MARK, dune_examples::unit());
-    let is_wanted = |name: &str| cli.system.as_deref().is_none_or(|wanted| wanted == name);
+    let is_wanted = |name: &str| cli.system.is_empty() || cli.system.iter().any(|wanted| wanted == name);
     let system = |name| System {
         name,
         dune: None,
-        only: cli.only.clone(),
+        selection: cli.selection(),
     };
     if is_wanted("linux") {
         let linux = system("linux");
@@ -79,10 +105,14 @@ fn run(cli: &Cli) -> Result<(), String> {
         tables::measure(&linux);
         process::measure(&linux);
         rivals::measure(&linux);
+        walk::measure(&linux, &Translations::default());
+        compute::measure(&linux, &Translations::default());
     }
-    if is_wanted("dune") {
-        process::measure_programs(&system("linux"), &system("dune"));
-        inside("dune", cli)?;
+    if is_wanted(DUNE) {
+        process::measure_programs(&system("linux"), &system(DUNE));
+        footprint::measure(&system("linux"), &system(DUNE));
+        translating(cli)?;
+        inside(DUNE, cli)?;
     }
     let modules = Path::new("/lib/modules");
     if is_wanted("kvm") || is_wanted("dune-borrow") {
@@ -109,6 +139,21 @@ fn run(cli: &Cli) -> Result<(), String> {
     Ok(())
 }
 
+/// The rows about translating addresses, in a stay of their own: nothing else may have large leaves.
+fn translating(cli: &Cli) -> Result<(), String> {
+    let dune = Dune::enter().map_err(|error| error.to_string())?;
+    let system = System {
+        name: DUNE,
+        dune: Some(&dune),
+        selection: cli.selection(),
+    };
+    let translations = Translations::default();
+    walk::measure(&system, &translations);
+    compute::measure(&system, &translations);
+    dune.leave();
+    Ok(())
+}
+
 /// The rows of a thread in Dune mode.
 fn inside(name: &'static str, cli: &Cli) -> Result<(), String> {
     let dune = Dune::enter().map_err(|error| error.to_string())?;
@@ -120,7 +165,7 @@ fn inside(name: &'static str, cli: &Cli) -> Result<(), String> {
     let system = System {
         name,
         dune: Some(&dune),
-        only: cli.only.clone(),
+        selection: cli.selection(),
     };
     calls::measure(&system);
     memory::measure(&system);

@@ -20,7 +20,10 @@ pub const MARK: &str = "@bench ";
 pub struct Row {
     pub bench: &'static str,
     pub system: String,
-    /// Ticks of one operation: the median.
+    /// Of what `value` counts; `None`: ticks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unit: Option<&'static str>,
+    /// Of one operation: the median.
     pub value: u64,
     pub mean: u64,
     pub max: u64,
@@ -39,12 +42,29 @@ pub struct Heavy {
     pub wrmsr: u64,
 }
 
+/// Which rows are measured.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Only those whose name holds this.
+    pub only: Option<String>,
+    /// Only those of these names; none: all.
+    pub rows: Vec<String>,
+    /// None that takes many seconds.
+    pub quick: bool,
+}
+
+impl Selection {
+    fn takes(&self, bench: &str) -> bool {
+        (self.rows.is_empty() || self.rows.iter().any(|row| row == bench))
+            && self.only.as_deref().is_none_or(|only| bench.contains(only))
+    }
+}
+
 /// One system under measurement.
 pub struct System<'d> {
     pub name: &'static str,
     pub dune: Option<&'d Dune>,
-    /// Part of the names of the rows to measure.
-    pub only: Option<String>,
+    pub selection: Selection,
 }
 
 /// How often an operation that can be repeated is done before it counts.
@@ -52,7 +72,7 @@ const WARM_UP: usize = 16;
 
 impl System<'_> {
     fn is_wanted(&self, bench: &str) -> bool {
-        self.only.as_deref().is_none_or(|only| bench.contains(only))
+        self.selection.takes(bench)
     }
 
     /// Measures what is the same each time, after a few times that do not count. `action` gives its ticks.
@@ -101,7 +121,7 @@ impl System<'_> {
         Self {
             name,
             dune: self.dune,
-            only: self.only.clone(),
+            selection: self.selection.clone(),
         }
     }
 
@@ -109,6 +129,15 @@ impl System<'_> {
     pub fn given(&self, bench: &'static str, ticks: &mut [u64]) {
         if self.is_wanted(bench) {
             emit(&row(bench, self.name, ticks));
+        }
+    }
+
+    /// Tells something else than ticks, that was found out `n` times.
+    pub fn tell(&self, bench: &'static str, unit: &'static str, value: u64, n: usize) {
+        if self.is_wanted(bench) {
+            let mut row = row(bench, self.name, &mut [value]);
+            (row.unit, row.n) = (Some(unit), n);
+            emit(&row);
         }
     }
 
@@ -122,6 +151,7 @@ fn row(bench: &'static str, system: &str, ticks: &mut [u64]) -> Row {
     Row {
         bench,
         system: system.to_string(),
+        unit: None,
         value: median(ticks),
         mean: ticks.iter().sum::<u64>() / ticks.len() as u64,
         max: ticks.iter().copied().max().unwrap_or(0),
@@ -157,6 +187,11 @@ fn median(values: &mut [u64]) -> u64 {
 fn empty() -> u64 {
     let mut times: Vec<u64> = (0..201).map(|_| timed(|| ())).collect();
     median(&mut times)
+}
+
+/// Whether a tick is an instruction of the emulated machine, which repeats to the digit.
+pub fn is_emulated() -> bool {
+    dune_examples::unit().starts_with("instructions")
 }
 
 #[inline(always)]

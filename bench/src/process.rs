@@ -31,10 +31,16 @@ fn fork_and_wait() {
         if pid == 0 {
             libc::_exit(i32::from(false));
         }
-        let mut status = 1;
-        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
-        assert_eq!(status, 0);
+        assert_eq!(end_of_child(pid), 0);
     }
+}
+
+/// Waits for a child; its wait status.
+pub fn end_of_child(pid: libc::pid_t) -> i32 {
+    let mut status = 1;
+    // SAFETY: Into a word of ours.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    status
 }
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Other ways of Linux to the same ends: intercepting a system call, and catching a touch of memory.
+//! Other ways of Linux to the same ends: intercepting a system call, catching a touch of memory, changing page tables.
 
+mod soft_dirty;
+mod switch;
 mod uffd;
 
 use core::sync::atomic::AtomicU64;
@@ -27,6 +29,8 @@ pub fn measure(linux: &System<'_>) {
         dispatched(&linux.named("user dispatch"));
     }
     uffd::measure(linux);
+    soft_dirty::measure(linux);
+    switch::measure(linux);
 }
 
 /// A child calls getpid for ever; the tracer lets it stop `stops` times for each.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! userfaultfd: a missing page filled by another thread or by a SIGBUS handler, a write-protected one, and writes that
-//! are only noted (WP_ASYNC) and collected by PAGEMAP_SCAN. Structures: include/uapi/linux/userfaultfd.h, fs.h.
+//! are only noted (WP_ASYNC) and collected by PAGEMAP_SCAN. Structures: include/uapi/linux/userfaultfd.h.
 
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU64;
@@ -11,6 +11,9 @@ use std::thread;
 
 use crate::measure::timed;
 use crate::measure::System;
+use crate::pagemap;
+use crate::pagemap::Pagemap;
+use crate::pagemap::Region;
 use crate::pages::Memory;
 use crate::pages::PAGE;
 
@@ -22,7 +25,6 @@ const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
 const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
@@ -69,30 +71,6 @@ struct Message {
     flags: u64,
     address: u64,
     thread: u64,
-}
-
-#[repr(C)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
 }
 
 struct Uffd(i32);
@@ -246,9 +224,6 @@ fn write_protected(system: &System<'_>) {
 
 /// Linux notes the writes; the price of a write, and that of asking for 1,000 pages.
 fn noted(system: &System<'_>) {
-    const PAGE_IS_WRITTEN: u64 = 1 << 1;
-    const SCAN_WP_MATCHING: u64 = 1;
-    const SCAN_CHECK_WPASYNC: u64 = 2;
     let Some(uffd) = Uffd::new(FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED) else {
         return;
     };
@@ -256,43 +231,20 @@ fn noted(system: &System<'_>) {
     uffd.register(&memory, SCANNED * PAGE, MODE_WP);
     uffd.protect(memory.start() as u64, SCANNED * PAGE, true);
     system.once("dirty_write", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
-    // SAFETY: A file of the process' own.
-    let pagemap = unsafe { libc::open(c"/proc/self/pagemap".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    if pagemap < 0 {
-        return;
-    }
+    let Some(pagemap) = Pagemap::open() else { return };
     let seen = AtomicU64::new(0);
-    let mut regions = [Region {
-        start: 0,
-        end: 0,
-        categories: 0,
-    }; 8];
+    let mut regions = [Region::default(); 8];
     system.once("dirty_scan", 20, |_| {
         (0..SCANNED).for_each(|i| memory.write(i * PAGE, 2));
-        let mut ask = Scan {
-            size: size_of::<Scan>() as u64,
-            flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
-            start: memory.start() as u64,
-            end: memory.start() as u64 + (SCANNED * PAGE) as u64,
-            walk_end: 0,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
-            max_pages: 0,
-            category_inverted: 0,
-            category_mask: PAGE_IS_WRITTEN,
-            category_anyof_mask: 0,
-            return_mask: PAGE_IS_WRITTEN,
-        };
         let mut found = 0;
-        // SAFETY: The structure is as Linux has it; the regions are where it says.
-        let ticks = timed(|| found = unsafe { libc::ioctl(pagemap, PAGEMAP_SCAN, &raw mut ask) });
+        let flags = pagemap::WP_MATCHING | pagemap::CHECK_WPASYNC;
+        let (range, written) = (0..SCANNED * PAGE, pagemap::IS_WRITTEN);
+        let ticks = timed(|| found = pagemap.scan(&memory, range, flags, written, written, &mut regions));
         assert_eq!(found, 1, "one region was written");
-        seen.fetch_add((regions[0].end - regions[0].start) / PAGE as u64, Relaxed);
+        seen.fetch_add(regions[0].pages(), Relaxed);
         ticks
     });
     if system.wants(&["dirty_scan"]) {
         assert_eq!(seen.load(Relaxed), 20 * SCANNED as u64);
     }
-    // SAFETY: Ours.
-    unsafe { libc::close(pagemap) };
 }

@@ -20,7 +20,7 @@ pub fn report(results: &Results) -> Result<String> {
         "<!doctype html><meta charset=\"utf-8\"><title>Dune in Rust: benchmarks</title>\n<style>\
          body{font:15px/1.4 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}\
          table{border-collapse:collapse;font-size:14px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
-         td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}\
+         td:nth-child(-n+3),th:nth-child(-n+3){text-align:left}\
          .met{background:#d8f0d8}.missed{background:#f6dcdc}.recorded{color:#777}</style>\n<h1>Dune in Rust: benchmarks</h1>\n",
     );
     let environment = &results.environment;
@@ -55,7 +55,7 @@ pub fn report(results: &Results) -> Result<String> {
 }
 
 fn table(page: &mut String, results: &Results) -> Result<()> {
-    *page += "<table><tr><th>bench<th>system<th>median<th>mean<th>max<th>n<th>VM exits<th>VMREAD<th>VMWRITE<th>RDMSR\
+    *page += "<table><tr><th>bench<th>system<th>unit<th>median<th>mean<th>max<th>n<th>VM exits<th>VMREAD<th>VMWRITE<th>RDMSR\
               <th>WRMSR<th>target</tr>\n";
     for row in &results.rows {
         let class = match (row.met, row.recorded) {
@@ -73,8 +73,9 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
         let heavy = |field: fn(&super::results::Heavy) -> u64| number(row.heavy.as_ref().map(field));
         writeln!(
             page,
-            "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
+            "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
             row.bench,
+            short(&row.unit),
             row.value,
             row.mean,
             row.max,
@@ -111,15 +112,21 @@ fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     seen
 }
 
+/// A unit without its explanation.
+fn short(unit: &str) -> &str {
+    unit.split(" (").next().unwrap_or(unit)
+}
+
 /// Horizontal bars, one a system, on a linear scale from 0.
 fn chart(bench: &str, rows: &[&Row]) -> Result<String> {
+    let unit = rows.first().map_or("", |row| short(&row.unit));
     let height = 40 + BAR * rows.len() as u32;
     let most = rows.iter().map(|row| row.value).max().unwrap_or(1).max(1);
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
         let bar_room = f64::from(WIDTH - NAMES - 110);
-        area.draw(&Text::new(bench.to_string(), (4, 6), ("sans-serif", 18)))?;
+        area.draw(&Text::new(format!("{bench} ({unit})"), (4, 6), ("sans-serif", 18)))?;
         for (index, row) in rows.iter().enumerate() {
             let top = 34 + (BAR * index as u32) as i32;
             let end = NAMES as i32 + (row.value as f64 / most as f64 * bar_room).max(1.0) as i32;

@@ -69,6 +69,9 @@ pub fn run(options: &Options) -> Result<Results> {
 
 fn command(options: &Options, system: Option<&str>) -> String {
     let mut command = "dune-bench".to_string();
+    if options.quick || system.is_some() {
+        command += " --quick";
+    }
     for (name, value) in [("--only", options.only.as_deref()), ("--system", system)] {
         if let Some(value) = value {
             command += &format!(" {name} '{value}'");

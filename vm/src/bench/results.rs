@@ -56,6 +56,9 @@ impl Environment {
 pub struct Line {
     bench: String,
     system: String,
+    /// None: ticks.
+    #[serde(default)]
+    unit: Option<String>,
     value: u64,
     mean: u64,
     max: u64,
@@ -120,7 +123,7 @@ impl Results {
             value: line.value,
             mean: line.mean,
             max: line.max,
-            unit: self.unit.clone(),
+            unit: line.unit.unwrap_or_else(|| self.unit.clone()),
             n: line.n,
             vm_exits: line.vm_exits,
             heavy: line.heavy,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the figures are to be, and what was recorded of the original Dune.
 //!
-//! All in instructions of the emulated machine; on a real CPU nothing is judged.
+//! All that is a time is in instructions of the emulated machine; on a real CPU no time is judged.
 
 use super::results::Row;
 
@@ -22,6 +22,8 @@ const TARGETS: &[(&str, u64)] = &[
     ("thread", 70_000),
     ("fork", 300_000),
     ("process", 480_000),
+    ("memory_process", 512 << 10),
+    ("memory_left", 64),
 ];
 
 /// The original C Dune, ported to Linux 6.12, measured once in this emulator with kernel `bench`: bench, instructions.
@@ -40,19 +42,17 @@ const RECORDED: &[(&str, u64)] = &[
     ("thread", 187_865),
     ("fork", 53_449_250),
     ("process", 1_091_676),
+    ("memory_process", 141_000_000),
+    ("memory_left", 5_000),
 ];
 
 pub const ORIGINAL: &str = "original C Dune (recorded)";
 
 /// Sets `target` and `met`, and adds the recorded rows, where the unit is that of the figures.
 pub fn judge(rows: &mut Vec<Row>) {
-    let Some(first) = rows.first().cloned() else { return };
-    if !first.unit.starts_with("instructions") {
-        return;
-    }
     for row in rows
         .iter_mut()
-        .filter(|row| row.system == "dune" && row.column.is_empty())
+        .filter(|row| row.system == "dune" && row.column.is_empty() && !is_real_time(row))
     {
         row.target = TARGETS
             .iter()
@@ -60,11 +60,11 @@ pub fn judge(rows: &mut Vec<Row>) {
             .map(|(_, most)| *most);
         row.met = row.target.map(|most| row.value <= most);
     }
-    let measured: Vec<String> = rows.iter().map(|row| row.bench.clone()).collect();
-    for (bench, value) in RECORDED
-        .iter()
-        .filter(|(bench, _)| measured.iter().any(|name| name == bench))
-    {
+    for (bench, value) in RECORDED {
+        let measured = rows.iter().find(|row| row.bench == *bench && !is_real_time(row));
+        let Some(unit) = measured.map(|row| row.unit.clone()) else {
+            continue;
+        };
         rows.push(Row {
             bench: bench.to_string(),
             system: ORIGINAL.to_string(),
@@ -78,7 +78,12 @@ pub fn judge(rows: &mut Vec<Row>) {
             target: None,
             met: None,
             recorded: true,
-            unit: first.unit.clone(),
+            unit,
         });
     }
+}
+
+/// Of a real CPU, for which no figures are known.
+fn is_real_time(row: &Row) -> bool {
+    row.unit == "TSC cycles"
 }

@@ -18,7 +18,7 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 	$$(((($$(date +%s%N) - start) / 100000000) % 10))
 
 .DEFAULT_GOAL := all
-.PHONY: all run test test-long bench bench-compare shell check doc load unload install uninstall setup kernel clean help \
+.PHONY: all run test test-long bench bench-lib bench-compare shell check doc load unload install uninstall setup kernel clean help \
 	programs vm-tool
 
 all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
@@ -39,6 +39,9 @@ test-long: ## the full matrix and the long suites
 
 bench: ## what the operations cost, beside Linux' and KVM's: a table, target/bench/results.json and report.html
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench
+
+bench-lib: ## what libdune is there for (traps, CPL3, hooks, page tables), each beside Linux' own ways, in one table
+	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench --lib
 
 bench-compare: ## ratios of two runs: make bench-compare OLD=results.json [NEW=results.json]
 	@$(RELEASE)/dune-vm bench-compare $(OLD) $(NEW)
@@ -75,7 +78,7 @@ clean: ## remove what was built in the tree (kernels stay in the cache)
 	@rm -rf "$(CARGO_TARGET_DIR)"
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 programs:
 	@cargo build -q --release --workspace --exclude dune-vm

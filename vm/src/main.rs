@@ -59,6 +59,9 @@ enum Action {
         /// The first machine only, no counting of heavy operations, no report: what `make test` compares.
         #[arg(long)]
         quick: bool,
+        /// What libdune is there for, beside Linux' own ways to it: a table of its own, target/bench/library.json.
+        #[arg(long = "lib", conflicts_with = "quick")]
+        library: bool,
     },
     /// Print the ratios of two results.json; the new one is the last run's unless given.
     BenchCompare { old: PathBuf, new: Option<PathBuf> },
@@ -132,7 +135,7 @@ fn main() -> ExitCode {
         Action::Boot(arguments) => boot(&arguments),
         Action::Shell(arguments) => shell(&arguments),
         Action::Test { long, rows, jobs } => test(&Options { long, rows, jobs }),
-        Action::Bench { only, quick } => bench::run(&bench::Options { only, quick }).map(|_| 0),
+        Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
         Action::BenchCompare { old, new } => bench_compare(&old, new),
         Action::Rows => {
             for row in matrix::rows(true) {

@@ -4,6 +4,7 @@
 
 mod chart;
 mod compare;
+mod library;
 mod results;
 mod targets;
 
@@ -44,6 +45,8 @@ pub struct Options {
     pub only: Option<String>,
     /// One machine and no counting of heavy operations: what `make test` compares.
     pub quick: bool,
+    /// What libdune is there for, and Linux' own ways to it, on one machine.
+    pub library: bool,
 }
 
 /// Measures and writes the results.
@@ -56,10 +59,17 @@ pub fn run(options: &Options) -> Result<Results> {
     targets::judge(&mut results.rows);
     let directory = paths::target_dir().join("bench");
     fs::create_dir_all(&directory)?;
-    let json = directory.join("results.json");
+    let json = directory.join(if options.library {
+        "library.json"
+    } else {
+        "results.json"
+    });
     fs::write(&json, serde_json::to_string_pretty(&results)? + "\n")?;
     println!("wrote {}", json.display());
-    if !options.quick {
+    if options.library && !library::print(&results) {
+        bail!("rows are missing");
+    }
+    if !options.is_short() {
         let report = directory.join("report.html");
         fs::write(&report, chart::report(&results)?)?;
         println!("wrote {}", report.display());
@@ -67,21 +77,29 @@ pub fn run(options: &Options) -> Result<Results> {
     Ok(results)
 }
 
-fn command(options: &Options, system: Option<&str>) -> String {
-    let mut command = "dune-bench".to_string();
-    if options.quick || system.is_some() {
-        command += " --quick";
+impl Options {
+    fn is_short(&self) -> bool {
+        self.quick || self.library
     }
-    for (name, value) in [("--only", options.only.as_deref()), ("--system", system)] {
-        if let Some(value) = value {
-            command += &format!(" {name} '{value}'");
+
+    /// What runs on the first machine.
+    fn command(&self) -> String {
+        let mut command = "dune-bench".to_string();
+        if let Some(only) = &self.only {
+            command += &format!(" --only '{only}'");
         }
+        if self.library {
+            command += &format!(" --system linux,dune --rows '{}'", library::rows());
+        }
+        if self.is_short() {
+            command += " --quick";
+        }
+        command
     }
-    command
 }
 
 fn native(options: &Options) -> Result<Results> {
-    let (status, output) = host::capture(&command(options, None))?;
+    let (status, output) = host::capture(&options.command())?;
     let mut results = Results::new(Environment::native()?);
     print_head();
     for line in output.lines() {
@@ -100,8 +118,8 @@ fn emulated(options: &Options) -> Result<Results> {
     println!("{cpu_model}, kernel {kernel}, {append}");
     print_head();
     let all = |results: &mut Results, line: &str| take(results, line, "");
-    boot(&PLAIN, &module, &command(options, None), &mut results, &all)?;
-    if options.quick {
+    boot(&PLAIN, &module, &options.command(), &mut results, &all)?;
+    if options.is_short() {
         return Ok(results);
     }
     println!("the same, module with counters of heavy operations (counting costs instructions: they do not count)");
@@ -111,7 +129,7 @@ fn emulated(options: &Options) -> Result<Results> {
     boot(
         &PLAIN,
         &counting,
-        &command(options, Some("dune")),
+        &(options.command() + " --system dune --quick"),
         &mut counted,
         &silent,
     )?;
@@ -123,7 +141,7 @@ fn emulated(options: &Options) -> Result<Results> {
     print_head();
     let module = paths::module(kernel, None)?;
     let usual = |results: &mut Results, line: &str| take(results, line, cpu_model);
-    boot(&USUAL, &module, &command(options, None), &mut results, &usual)?;
+    boot(&USUAL, &module, &options.command(), &mut results, &usual)?;
     Ok(results)
 }
 
@@ -221,6 +239,7 @@ pub fn check_baseline() -> Result<bool> {
     let results = run(&Options {
         only: None,
         quick: true,
+        library: false,
     })?;
     Ok(compare::against_baseline(&baseline, &results))
 }

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `make bench-lib`: what libdune is there for, each thing beside Linux' own ways to it, from one run.
+
+use super::results::Results;
+
+/// Where a figure is: bench, system.
+type Place = (&'static str, &'static str);
+
+/// Something that programs want done.
+struct Job {
+    what: &'static str,
+    /// How libdune does it.
+    own: Place,
+    /// Others, with what they are.
+    others: &'static [(Place, &'static str)],
+}
+
+const fn job(what: &'static str, own: Place, others: &'static [(Place, &'static str)]) -> Job {
+    Job { what, own, others }
+}
+
+/// A thing more to compare is a row of dune-bench and an entry here.
+const JOBS: &[Job] = &[
+    job(
+        "trap: store to a protected page until the handler",
+        ("trap", "dune"),
+        &[(("trap", "linux"), "SIGSEGV")],
+    ),
+    job(
+        "trap, handler makes the page writable, store is done",
+        ("trap_fix", "dune"),
+        &[
+            (("trap_fix", "linux"), "SIGSEGV, mprotect"),
+            (("trap_fix", "userfaultfd"), "userfaultfd, another thread"),
+        ],
+    ),
+    job(
+        "protect 1,000 pages",
+        ("protect_1000", "dune"),
+        &[(("protect_1000", "linux"), "mprotect")],
+    ),
+    job(
+        "CPL0, CPL3, its system call, CPL0",
+        ("intercept_cpl3", "dune"),
+        &[
+            (("ptrace_getpid", "ptrace SYSEMU"), "ptrace SYSEMU"),
+            (("ptrace_getpid", "ptrace SYSCALL"), "ptrace SYSCALL"),
+        ],
+    ),
+    job(
+        "getpid of CPL3, passed on by CPL0",
+        ("ptrace_getpid", "dune"),
+        &[(("ptrace_getpid", "ptrace SYSCALL"), "ptrace SYSCALL")],
+    ),
+    job(
+        "system call intercepted, answered in place",
+        ("intercept", "dune"),
+        &[
+            (("intercept", "user dispatch"), "user dispatch"),
+            (("intercept", "seccomp notification"), "seccomp notification"),
+            (("ptrace_getpid", "ptrace SYSEMU"), "ptrace SYSEMU"),
+        ],
+    ),
+    job(
+        "first write to a page whose writes are noted",
+        ("dirty_write", "dune"),
+        &[
+            (("dirty_write", "userfaultfd WP_ASYNC"), "userfaultfd WP_ASYNC"),
+            (("dirty_write", "soft-dirty"), "soft-dirty"),
+        ],
+    ),
+    job(
+        "which of 1,000 pages were written, and anew",
+        ("dirty_scan", "dune"),
+        &[
+            (("dirty_scan", "userfaultfd WP_ASYNC"), "PAGEMAP_SCAN"),
+            (("dirty_scan", "soft-dirty"), "soft-dirty"),
+        ],
+    ),
+    job(
+        "another page table and back",
+        ("table_switch_and_back", "dune"),
+        &[(
+            ("table_switch_and_back", "two processes, pipes"),
+            "two processes, pipes",
+        )],
+    ),
+];
+
+/// The rows that the table needs.
+pub fn rows() -> String {
+    let mut rows: Vec<&str> = Vec::new();
+    for job in JOBS {
+        let others = job.others.iter().map(|((bench, _), _)| *bench);
+        for bench in [job.own.0].into_iter().chain(others) {
+            if !rows.contains(&bench) {
+                rows.push(bench);
+            }
+        }
+    }
+    rows.join(",")
+}
+
+/// Prints the table; whether libdune's figures are all there.
+pub fn print(results: &Results) -> bool {
+    println!("\n{:<54} {:<30} {:>10} {:>8}", "", "", "median", "x");
+    let mut is_whole = true;
+    for job in JOBS {
+        let Some(own) = results.find(job.own.0, job.own.1).map(|row| row.value) else {
+            println!("{:<54} {:<30} {:>10}", job.what, "libdune", "missing");
+            is_whole = false;
+            continue;
+        };
+        println!("{:<54} {:<30} {own:>10}", job.what, "libdune");
+        for ((bench, system), name) in job.others {
+            match results.find(bench, system) {
+                Some(row) => println!(
+                    "{:<54} {name:<30} {:>10} {:>8.1}",
+                    "",
+                    row.value,
+                    row.value as f64 / own.max(1) as f64
+                ),
+                None => println!("{:<54} {name:<30} {:>10}", "", "not here"),
+            }
+        }
+    }
+    is_whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_row_is_asked_for_once() {
+        let rows = rows();
+        let names: Vec<&str> = rows.split(',').collect();
+        let mut once = names.clone();
+        once.sort_unstable();
+        once.dedup();
+        assert_eq!(once.len(), names.len());
+        assert!(names.contains(&"table_switch_and_back"));
+    }
+}

@@ -64,12 +64,14 @@ impl kernel::Module for DuneModule {
         space::check_parameters()?;
         sys::mem::init();
         vmx::vmcs::init();
+        vmx::dump::init();
         vmx::vpid::init();
         limits::init();
         space::init();
         let percpu = vmx::percpu::Table::publish()?;
         let counters = counters::show();
         counters.1.add_text::<space::List>(c"list");
+        counters.1.add_text::<vmx::dump::LastFailedEntry>(c"last_failed_entry");
         let l1tf = sys::cpu::L1tf::start().inspect_err(|e| {
             if *e == EPERM {
                 pr_err!("this CPU has L1TF and hyper-threading is on: a guest's sibling thread could read any memory. Boot with nosmt, or load with allow_l1tf=1 if you trust the users of Dune\n");

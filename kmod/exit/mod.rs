@@ -25,6 +25,7 @@ use crate::space::Space;
 use crate::sys::cpu::IrqOff;
 use crate::sys::thread;
 use crate::vcpu::Vcpu;
+use crate::vmx::dump;
 use crate::vmx::vmcs::CurrentVmcs;
 use kernel::prelude::*;
 
@@ -115,6 +116,9 @@ pub(crate) fn look(
     }
     let mut info = ExitInfo::read(vmcs, raw_reason, cpl);
     info.absent = absent;
+    if info.is_entry_failure() {
+        dump::record(&mut vmcs.apart(), space.number, true);
+    }
     vcpu.count_exit(raw_reason, vmcs);
     Exit::Other(info)
 }

@@ -964,6 +964,21 @@ void dune_seq_number(struct seq_file *to, u64 value)
 	seq_printf(to, "%llu ", value);
 }
 
+void dune_seq_words(struct seq_file *to, const char *words, unsigned int bytes)
+{
+	seq_write(to, words, bytes);
+}
+
+void dune_seq_hex(struct seq_file *to, unsigned int digits, u64 value)
+{
+	seq_printf(to, " 0x%0*llx\n", digits, value);
+}
+
+bool dune_seq_may_see_addresses(struct seq_file *to)
+{
+	return file_ns_capable(to->file, &init_user_ns, CAP_SYSLOG);
+}
+
 int dune_current_pid(void)
 {
 	return task_tgid_nr(current);

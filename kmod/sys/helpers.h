@@ -201,6 +201,10 @@ void dune_seq_text(struct seq_file *to, const char *text);
 /* "dune-NAME:\tVALUE\n", and "dune-exits-REASON:\tVALUE\n". */
 void dune_seq_named(struct seq_file *to, const char *name, u64 value);
 void dune_seq_exits(struct seq_file *to, u32 reason, u64 value);
+void dune_seq_words(struct seq_file *to, const char *words, unsigned int bytes);
+/* " 0xVALUE\n". */
+void dune_seq_hex(struct seq_file *to, unsigned int digits, u64 value);
+bool dune_seq_may_see_addresses(struct seq_file *to);
 /* The number and a space. */
 void dune_seq_number(struct seq_file *to, u64 value);
 /* The calling process, as the first pid namespace has it. */

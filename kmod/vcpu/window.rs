@@ -20,6 +20,7 @@ use crate::sys::cpu::PreemptGuard;
 use crate::sys::regs;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
+use crate::vmx::dump;
 use crate::vmx::enter;
 use crate::vmx::enter::Entered;
 use crate::vmx::host_state::HostState;
@@ -126,7 +127,11 @@ impl Vcpu {
                 self.leave_guest(space, &irq);
                 thread::guest_timing_exit(&irq);
                 let instruction_error = match entered {
-                    Entered::FailValid => vmcs.read(exit_info::INSTRUCTION_ERROR) as u32,
+                    Entered::FailValid => {
+                        let error = vmcs.read(exit_info::INSTRUCTION_ERROR) as u32;
+                        dump::record(&mut vmcs.apart(), space.number, false);
+                        error
+                    }
                     _ => {
                         vmcs.end(&irq);
                         return Window::Unusable;

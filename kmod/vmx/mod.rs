@@ -10,6 +10,8 @@ pub(crate) mod percpu;
 
 pub(crate) mod vmcs;
 
+pub(crate) mod dump;
+
 pub(crate) mod vpid;
 
 pub(crate) mod owner;

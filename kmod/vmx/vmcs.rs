@@ -375,6 +375,26 @@ impl CurrentVmcs<'_> {
         unsafe { ops::vmread(field.encoding(), &mut self.state) }
     }
 
+    /// The same VMCS for a call apart from the window's own code: whatever is called with the window's would keep that out
+    /// of registers. Not to be ended; a failed access is not noted.
+    #[inline(always)]
+    pub(crate) fn apart(&self) -> CurrentVmcs<'_> {
+        CurrentVmcs {
+            percpu: self.percpu,
+            state: FINE,
+            ops: OpCounts::default(),
+            _irq: PhantomData,
+        }
+    }
+
+    /// The field with that encoding; `None` where this CPU has none. Then the VMCS' VM-instruction error is overwritten.
+    pub(crate) fn read_if_there(&mut self, encoding: u32) -> Option<u64> {
+        let mut failed = 0;
+        // SAFETY: As above.
+        let value = unsafe { ops::vmread(encoding, &mut failed) };
+        (failed == 0).then_some(value)
+    }
+
     #[inline(always)]
     pub(crate) fn write<W>(&mut self, field: Field<W, ReadWrite>, value: u64) {
         if cfg!(dune_count_ops) {

@@ -40,8 +40,7 @@ pub fn run_as(user: &str, command: &str) -> io::Result<Ended> {
     run_program("su", &["-s", "/bin/sh", user, "-c", command])
 }
 
-/// The module's global counters: the files of its debugfs directory, or the
-/// `name value` lines of the file `counters` there. Only root can.
+/// The module's global counters: the files of its debugfs directory that hold a number. Only root can.
 pub fn module_counters() -> io::Result<BTreeMap<String, u64>> {
     let mut counters = BTreeMap::new();
     for entry in fs::read_dir("/sys/kernel/debug/dune")? {
@@ -52,13 +51,6 @@ pub fn module_counters() -> io::Result<BTreeMap<String, u64>> {
         };
         if let Ok(value) = text.trim().parse() {
             counters.insert(name, value);
-            continue;
-        }
-        for line in text.lines() {
-            let mut words = line.split([' ', ':', '=', '\t']).filter(|word| !word.is_empty());
-            if let (Some(name), Some(Ok(value))) = (words.next(), words.next().map(str::parse)) {
-                counters.insert(name.to_string(), value);
-            }
         }
     }
     Ok(counters)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Seeing inside: what a space tells of itself in fdinfo and debugfs.
+//! Seeing inside: what a space tells of itself in fdinfo and debugfs, what a failed entry leaves there.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,6 +10,9 @@ use libdune::Dune;
 
 use crate::framework::Test;
 use crate::framework::User;
+use crate::helpers;
+use crate::raw::Ended;
+use crate::raw::RawGuest;
 use crate::support::enter;
 use crate::support::spawn;
 use crate::support::Map;
@@ -22,6 +25,7 @@ use crate::syscall::device_fds;
 pub const TESTS: &[Test] = &[
     Test::asserting("fdinfo_counts_what_a_space_did", fdinfo_counts_what_a_space_did),
     Test::asserting("debugfs_lists_the_spaces", debugfs_lists_the_spaces).run_as(User::Root),
+    Test::asserting("vmcs_of_a_failed_entry_is_shown", vmcs_of_a_failed_entry_is_shown).run_as(User::Root),
 ];
 
 /// The module's lines in a process' fdinfo.
@@ -121,4 +125,105 @@ fn debugfs_lists_the_spaces() {
     let pids: Vec<i32> = children.iter().map(|child| child.pid).collect();
     drop(children);
     assert!(pids.iter().all(|pid| of(*pid).is_none()), "who is gone is listed");
+}
+
+const LAST_FAILED_ENTRY: &str = "/sys/kernel/debug/dune/last_failed_entry";
+
+/// The lines of [`LAST_FAILED_ENTRY`], `name value`.
+fn last_failed_entry() -> BTreeMap<String, String> {
+    let text = fs::read_to_string(LAST_FAILED_ENTRY).unwrap();
+    let lines: BTreeMap<String, String> = text
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(name, value)| (name.to_string(), value.trim_end().to_string()))
+        .collect();
+    assert_eq!(
+        lines.len(),
+        text.lines().count(),
+        "a name that comes twice, or a line without value: {text}"
+    );
+    lines
+}
+
+/// After a failed entry root finds whose it was and every field of its VMCS there, by the SDM's names; the log has nothing of it.
+fn vmcs_of_a_failed_entry_is_shown() {
+    use std::os::unix::fs::PermissionsExt;
+
+    const VMCALL: &[u8] = &[0x0f, 0x01, 0xc1];
+    const TR_NOT_BUSY: u32 = 0x89;
+    let failures = |lines: &BTreeMap<String, String>| lines["failures"].parse::<u64>().unwrap();
+    let before = failures(&last_failed_entry());
+    let log = helpers::kernel_log().unwrap();
+    let mut guest = RawGuest::new(VMCALL);
+    guest.edit(|page| {
+        page.gprs.rdi = 1;
+        page.sregs.tr.access_rights = TR_NOT_BUSY;
+        page.sregs.tr.base = 0x1234_5678_9000;
+    });
+    let exit = guest.run().exit();
+    assert_eq!(exit.kind, dune_abi::EXIT_FAIL_ENTRY);
+    let lines = last_failed_entry();
+    assert_eq!(failures(&lines), before + 1);
+    assert_eq!(lines["pid"], std::process::id().to_string());
+    assert_eq!(lines["failed"], "VM-entry failure due to invalid guest state");
+    let field = |name: &str| {
+        let digits = lines
+            .get(name)
+            .unwrap_or_else(|| panic!("{name} is not there: {lines:?}"));
+        u64::from_str_radix(digits.strip_prefix("0x").unwrap(), 16).unwrap()
+    };
+    assert_eq!(field("guest::TR_ACCESS_RIGHTS"), TR_NOT_BUSY.into());
+    assert_eq!(field("guest::TR_BASE"), 0x1234_5678_9000);
+    assert_eq!(field("guest::RIP"), guest.code());
+    assert_eq!(field("guest::CR3"), guest.sregs(false).cr3);
+    assert_eq!(field("exit_info::REASON"), exit.reason.into());
+    assert_eq!(field("exit_info::QUALIFICATION"), exit.qualification);
+    // What the module keeps to itself: the controls, and that the host's part is whole.
+    assert_eq!(field("control::EPT_POINTER") & 0x3f, 0x1e);
+    assert_eq!(field("host::CS_SELECTOR"), 0x10);
+    for half in ["host::RIP", "host::RSP", "host::GS_BASE", "host::IDTR_BASE"] {
+        assert_eq!(field(half) >> 47, 0x1ffff, "{half}");
+    }
+    assert!(lines.len() > 100, "{} lines", lines.len());
+    // Who may not know where the kernel lies sees the rest only; who is not root, nothing.
+    let mode = |path: &str| fs::metadata(path).unwrap().permissions().mode();
+    assert_eq!(mode(LAST_FAILED_ENTRY) & 0o777, 0o400);
+    assert_eq!(mode("/sys/kernel/debug") & 0o077, 0);
+    spawn(|| {
+        drop_capability(CAP_SYSLOG);
+        let lines = last_failed_entry();
+        assert!(
+            lines.contains_key("guest::RIP") && lines.keys().all(|name| !name.starts_with("host::")),
+            "{lines:?}"
+        );
+    })
+    .wait()
+    .assert_success();
+    // The guest is as good as before, and again nothing in the log.
+    guest.reset();
+    assert!(matches!(guest.run(), Ended::Call(_)));
+    assert_eq!(failures(&last_failed_entry()), before + 1);
+    let log_after = helpers::kernel_log().unwrap();
+    assert!(log_after.len() == log.len(), "{}", &log_after[log.len()..]);
+}
+
+const CAP_SYSLOG: u32 = 34;
+
+/// Takes a capability from this process.
+fn drop_capability(number: u32) {
+    const VERSION_3: u32 = 0x2008_0522;
+    let mut header = [VERSION_3, 0];
+    // Effective, permitted, inheritable, of the first 32 and of the others.
+    let mut sets = [[0u32; 3]; 2];
+    // SAFETY: the structures that the calls expect; they change this process' capabilities only.
+    unsafe {
+        assert_eq!(
+            libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()),
+            0
+        );
+        for set in &mut sets[number as usize / 32] {
+            *set &= !(1 << (number % 32));
+        }
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()), 0);
+    }
 }

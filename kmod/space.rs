@@ -31,6 +31,7 @@ use crate::sys::module;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
 use crate::sys::thread::TaskId;
+use crate::sys::trace;
 use crate::vcpu::Vcpu;
 use crate::vmx::capability;
 use crate::vmx::guest_state::Cr4Policy;
@@ -519,7 +520,10 @@ impl NotifierOps for Space {
     }
 
     fn invalidate_start(&self, range: Range<u64>, may_sleep: bool) {
-        self.ept.invalidate_start(range, may_sleep);
+        let flushed = self.ept.invalidate_start(range.clone(), may_sleep);
+        if trace::is_on(trace::Event::Invalidate) {
+            trace::invalidate(self.number, range.start, range.end, flushed);
+        }
     }
 
     fn invalidate_end(&self, _range: Range<u64>) {

@@ -346,7 +346,8 @@ impl Ept {
     }
 
     /// An invalidation of `range` begins: nothing of it stays, nothing comes until it ends. `may_sleep`: between slots.
-    pub(crate) fn invalidate_start(&self, range: Range<u64>, may_sleep: bool) {
+    /// Says whether there was anything.
+    pub(crate) fn invalidate_start(&self, range: Range<u64>, may_sleep: bool) -> bool {
         let mut locked = self.lock.lock();
         locked.invalidating += 1;
         locked.range = if locked.invalidating == 1 {
@@ -355,12 +356,14 @@ impl Ept {
             locked.range.start.min(range.start)..locked.range.end.max(range.end)
         };
         drop(locked);
-        self.zap(&range, may_sleep);
+        let found = self.zap(&range, may_sleep);
         crate::sys::knob_invalidate_delay();
+        found
     }
 
-    /// Zaps and flushes the range, slot by slot, so that the lock is not held for longer than one slot takes.
-    fn zap(&self, range: &Range<u64>, may_sleep: bool) {
+    /// Zaps and flushes the range, slot by slot, so that the lock is not held for longer than one slot takes. Says whether
+    /// there was anything.
+    fn zap(&self, range: &Range<u64>, may_sleep: bool) -> bool {
         /// A range of more GiBs is taken by the slots that there are.
         const FEW: u64 = 4;
         let first = range.start / crate::abi::SLOT_BYTES;
@@ -368,18 +371,19 @@ impl Ept {
         let by_gib = last.saturating_sub(first) < FEW;
         // A slot that comes now has nothing installed in the range, one that goes was emptied.
         let mut at = if by_gib { first } else { 1 };
+        let mut any = false;
         loop {
             let mut tables = Pile::new();
             let mut guard = self.lock.lock();
             let locked = &mut *guard;
             let slot = if by_gib {
                 if at > last {
-                    return;
+                    return any;
                 }
                 Hva::new(at * crate::abi::SLOT_BYTES).and_then(|hva| Some((hva, locked.slots.lookup(hva)?)))
             } else {
                 if at >= locked.slots.end().into() {
-                    return;
+                    return any;
                 }
                 Gpa::new(at * crate::abi::SLOT_BYTES).and_then(|gpa| Some((locked.slots.hva_of(gpa)?, gpa)))
             };
@@ -392,6 +396,7 @@ impl Ept {
                 }
                 _ => false,
             };
+            any |= found;
             if found {
                 if cfg!(dune_mutate_flush) {
                     drop(guard);

@@ -18,6 +18,7 @@ use crate::ept::fault::Fault;
 use crate::ept::fault::Mapped;
 use crate::space::Space;
 use crate::sys::cpu::IrqOff;
+use crate::sys::trace;
 use crate::vcpu::Vcpu;
 use crate::vmx::vmcs::CurrentVmcs;
 use core::mem::offset_of;
@@ -36,8 +37,35 @@ pub(super) fn settle(vcpu: &mut Vcpu, space: &Space, vmcs: &mut CurrentVmcs<'_>,
     if let AtOnce::Mapped(mapped) = answer {
         vcpu.host_ran = true;
         count(vcpu, mapped);
+        if trace::is_on(trace::Event::EptViolation) {
+            let gva = vmcs.read(exit_info::GUEST_LINEAR_ADDRESS);
+            tell(space, violation, gpa.as_u64(), gva, Fault::Mapped(mapped));
+        }
     }
     answer
+}
+
+/// Tells who listens what became of a violation.
+#[cold]
+#[inline(never)]
+fn tell(space: &Space, violation: EptViolation, gpa: u64, gva: u64, fault: Fault) {
+    let (outcome, hva) = match fault {
+        Fault::Mapped(mapped) if mapped.is_large() => (trace::Outcome::Mapped2M, None),
+        Fault::Mapped(_) => (trace::Outcome::Mapped4K, None),
+        Fault::TryAgain => (trace::Outcome::Again, None),
+        Fault::Touch(hva) => (trace::Outcome::Touch, Some(hva)),
+        Fault::Refused(hva) => (trace::Outcome::Refused, Some(hva)),
+        Fault::NoSlot => (trace::Outcome::NoSlot, None),
+    };
+    let access = violation.read() as u32 | (violation.write() as u32) << 1 | (violation.execute() as u32) << 2;
+    let violation = trace::TracedViolation {
+        gpa,
+        gva: if violation.gla_valid() { gva } else { 0 },
+        hva: hva.map_or(0, Hva::as_u64),
+        access,
+        outcome: outcome as u32,
+    };
+    trace::ept_violation(space.number, &violation);
 }
 
 fn access(violation: EptViolation) -> Access {
@@ -81,7 +109,11 @@ pub(super) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
         .fault(space.mm, gpa, info.absent, access(violation), &mut effort);
     vcpu.count(offset_of!(Counters, mm_faults), effort.mm_faults);
     vcpu.count(offset_of!(Counters, retries), effort.retries);
-    match fault? {
+    let fault = fault?;
+    if trace::is_on(trace::Event::EptViolation) {
+        tell(space, violation, info.gpa, info.gla, fault);
+    }
+    match fault {
         Fault::Mapped(mapped) => count(vcpu, mapped),
         Fault::TryAgain => {}
         Fault::Touch(hva) => return Ok(report(info, violation, abi::EXIT_TOUCH, Some(hva))),

@@ -24,6 +24,7 @@ use crate::ept::at_once::AtOnce;
 use crate::space::Space;
 use crate::sys::cpu::IrqOff;
 use crate::sys::thread;
+use crate::sys::trace;
 use crate::vcpu::Vcpu;
 use crate::vmx::dump;
 use crate::vmx::vmcs::CurrentVmcs;
@@ -91,6 +92,9 @@ pub(crate) fn look(
     const CPUID: u32 = ExitReason::Cpuid.number() as u32;
     const EPT_VIOLATION: u32 = ExitReason::EptViolation.number() as u32;
 
+    if trace::is_on(trace::Event::Exit) {
+        trace_exit(vcpu, space, raw_reason, &mut vmcs.apart());
+    }
     let mut absent = None;
     if raw_reason == CPUID {
         if may_settle && vcpu.may_settle() {
@@ -118,9 +122,26 @@ pub(crate) fn look(
     info.absent = absent;
     if info.is_entry_failure() {
         dump::record(&mut vmcs.apart(), space.number, true);
+        if trace::is_on(trace::Event::EntryFailed) {
+            trace::entry_failed(space.number, raw_reason, info.qualification, 0);
+        }
     }
     vcpu.count_exit(raw_reason, vmcs);
     Exit::Other(info)
+}
+
+/// Tells who listens of an exit, in its window.
+#[cold]
+#[inline(never)]
+fn trace_exit(vcpu: &Vcpu, space: &Space, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>) {
+    let exit = trace::TracedExit {
+        reason: raw_reason,
+        cpl: segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32),
+        rip: vmcs.read(guest::RIP),
+        qualification: vmcs.read(exit_info::QUALIFICATION),
+        rax: vcpu.gprs().rax,
+    };
+    trace::exit(space.number, &exit);
 }
 
 impl ExitInfo {

@@ -210,6 +210,37 @@ void dune_seq_number(struct seq_file *to, u64 value);
 /* The calling process, as the first pid namespace has it. */
 int dune_current_pid(void);
 
+/* Tracepoints (trace.c). Which of them somebody listens to, as bits; 0 in kernels without. */
+#define DUNE_TRACE_EXIT 1
+#define DUNE_TRACE_EPT_VIOLATION 2
+#define DUNE_TRACE_INVALIDATE 4
+#define DUNE_TRACE_ENTRY_FAILED 8
+extern u32 dune_traced;
+struct dune_traced_exit {
+	u32 reason;
+	u32 cpl;
+	u64 rip;
+	u64 qualification;
+	u64 rax;
+};
+void dune_trace_exit(u64 space, const struct dune_traced_exit *exit);
+#define DUNE_TRACED_MAPPED_4K 0
+#define DUNE_TRACED_MAPPED_2M 1
+#define DUNE_TRACED_AGAIN 2
+#define DUNE_TRACED_TOUCH 3
+#define DUNE_TRACED_REFUSED 4
+#define DUNE_TRACED_NO_SLOT 5
+struct dune_traced_violation {
+	u64 gpa;
+	u64 gva;
+	u64 hva;
+	u32 access;	/* 1 read, 2 write, 4 execute */
+	u32 outcome;
+};
+void dune_trace_ept_violation(u64 space, const struct dune_traced_violation *violation);
+void dune_trace_invalidate(u64 space, u64 start, u64 end, bool flushed);
+void dune_trace_entry_failed(u64 space, u32 reason, u64 qualification, u32 instruction_error);
+
 /* Calls `f(arg)` on `cpu` and waits for it. */
 void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg);
 int dune_cpuhp_setup(const char *name, int (*up)(unsigned int), int (*down)(unsigned int));

@@ -22,6 +22,7 @@ pub(crate) mod power;
 pub(crate) mod regs;
 pub(crate) mod seq;
 pub(crate) mod thread;
+pub(crate) mod trace;
 pub(crate) mod user;
 
 /// Tells the driver of Intel PT that VMX goes on or off on this CPU (asm/intel_pt.h).

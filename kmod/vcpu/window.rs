@@ -20,6 +20,7 @@ use crate::sys::cpu::PreemptGuard;
 use crate::sys::regs;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
+use crate::sys::trace;
 use crate::vmx::dump;
 use crate::vmx::enter;
 use crate::vmx::enter::Entered;
@@ -130,6 +131,9 @@ impl Vcpu {
                     Entered::FailValid => {
                         let error = vmcs.read(exit_info::INSTRUCTION_ERROR) as u32;
                         dump::record(&mut vmcs.apart(), space.number, false);
+                        if trace::is_on(trace::Event::EntryFailed) {
+                            trace::entry_failed(space.number, 0, 0, error);
+                        }
                         error
                     }
                     _ => {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Seeing inside: what a space tells of itself in fdinfo and debugfs, what a failed entry leaves there.
+//! Seeing inside: what a space tells of itself in fdinfo and debugfs, what a failed entry leaves there, tracepoints.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use libdune::Dune;
 
+use crate::framework::Need;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
@@ -26,6 +27,9 @@ pub const TESTS: &[Test] = &[
     Test::asserting("fdinfo_counts_what_a_space_did", fdinfo_counts_what_a_space_did),
     Test::asserting("debugfs_lists_the_spaces", debugfs_lists_the_spaces).run_as(User::Root),
     Test::asserting("vmcs_of_a_failed_entry_is_shown", vmcs_of_a_failed_entry_is_shown).run_as(User::Root),
+    Test::asserting("tracepoints_tell_of_exits", tracepoints_tell_of_exits)
+        .run_as(User::Root)
+        .needs(&[Need::Path("/sys/kernel/tracing/events/dune")]),
 ];
 
 /// The module's lines in a process' fdinfo.
@@ -226,4 +230,133 @@ fn drop_capability(number: u32) {
         }
         assert_eq!(libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()), 0);
     }
+}
+
+/// An instance of tracefs, with the module's tracepoints on; removed when dropped.
+struct Trace(String);
+
+impl Trace {
+    fn start() -> Self {
+        let trace = Self(format!("/sys/kernel/tracing/instances/dune-{}", std::process::id()));
+        fs::create_dir(&trace.0).unwrap();
+        trace.set(true);
+        trace
+    }
+
+    fn set(&self, on: bool) {
+        fs::write(format!("{}/events/dune/enable", self.0), if on { "1" } else { "0" }).unwrap();
+    }
+
+    /// What this thread's events so far say, by the name of their tracepoint.
+    fn events(&self, name: &str) -> Vec<String> {
+        let whose = format!("-{} ", std::process::id());
+        let text = fs::read_to_string(format!("{}/trace", self.0)).unwrap();
+        let what = format!(": {name}: ");
+        text.lines()
+            .filter(|line| line.contains(&whose))
+            .filter_map(|line| Some(line.split_once(&what)?.1.to_string()))
+            .collect()
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let _ = fs::write(format!("{}/events/dune/enable", self.0), "0");
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// tracefs shows each exit of a guest, each EPT violation with what became of it, invalidations, entries that failed; nothing
+/// once nobody listens.
+fn tracepoints_tell_of_exits() {
+    /// `cpuid; mov al, [rdi]; mov eax, 0x4242; vmcall`.
+    const CODE: &[u8] = &[0x0f, 0xa2, 0x8a, 0x07, 0xb8, 0x42, 0x42, 0, 0, 0x0f, 0x01, 0xc1];
+    // The first GiB is never a slot.
+    const NO_SLOT: u64 = 0x1234_5000;
+    let mut guest = RawGuest::alone(CODE);
+    let space = fdinfo("self", guest.device.fd)["space"];
+    let of_space = format!("space {space} ");
+    let trace = Trace::start();
+    let data = guest.data();
+    let run = |guest: &mut RawGuest, address: u64| {
+        guest.reset();
+        guest.edit(|page| page.gprs.rdi = address);
+        guest.run()
+    };
+    assert_eq!(run(&mut guest, data), Ended::Call(0x4242));
+
+    // Exits by reason: as many as the vCPU counted.
+    let exits = trace.events("dune_exit");
+    let counters = guest.run_page().counters;
+    let count = |reason: &str| {
+        exits
+            .iter()
+            .filter(|line| line.contains(&format!(" reason {reason} ")))
+            .count() as u64
+    };
+    println!("{}", exits.join("\n"));
+    assert_eq!(exits.len() as u64, counters.exits.iter().sum::<u64>());
+    for (reason, number) in [
+        ("VMCALL", EXIT_VMCALL),
+        ("CPUID", 10),
+        ("EPT_VIOLATION", EXIT_EPT_VIOLATION),
+    ] {
+        assert_eq!(count(reason), counters.exits[number], "{reason}");
+        assert!(counters.exits[number] > 0, "{reason}");
+    }
+    let vmcall = format!(
+        "space {space} reason VMCALL rip {:#x} cpl 0 qualification 0x0 rax 0x4242",
+        guest.code() + CODE.len() as u64 - 3
+    );
+    assert_eq!(exits.last(), Some(&vmcall));
+
+    // EPT violations: each once, with what became of it.
+    let violations = trace.events("dune_ept_violation");
+    println!("{}", violations.join("\n"));
+    assert_eq!(violations.len() as u64, counters.exits[EXIT_EPT_VIOLATION]);
+    assert!(violations.iter().all(|line| line.starts_with(&of_space)));
+    let mapped = violations
+        .iter()
+        .filter(|line| line.contains("outcome mapped-4k"))
+        .count() as u64;
+    assert_eq!(mapped, counters.ept_4k);
+
+    // Invalidations: of a page that is mapped, and of one that is not any more.
+    let invalidations = trace.events("dune_invalidate").len();
+    for _ in 0..2 {
+        // SAFETY: a page of the guest's data, which nothing here needs.
+        assert_eq!(
+            unsafe { libc::madvise(data as *mut libc::c_void, PAGE, libc::MADV_DONTNEED) },
+            0
+        );
+    }
+    let range = format!("space {space} hva {data:#x}-{:#x} ", data + PAGE as u64);
+    let expected = [format!("{range}flushed"), format!("{range}nothing-mapped")];
+    assert_eq!(trace.events("dune_invalidate")[invalidations..], expected);
+
+    // A GPA without a slot, and an entry that fails.
+    let odd = guest.map_odd(NO_SLOT);
+    assert_eq!(run(&mut guest, odd).exit().kind, dune_abi::EXIT_NO_SLOT);
+    let last = trace.events("dune_ept_violation").pop().unwrap();
+    let expected = format!(
+        "space {space} gpa {:#x} gva {odd:#x} hva 0x0 access r outcome no-slot",
+        NO_SLOT
+    );
+    assert_eq!(last, expected);
+    guest.reset();
+    guest.edit(|page| page.rflags |= 1 << 17);
+    assert_eq!(guest.run().exit().kind, dune_abi::EXIT_FAIL_ENTRY);
+    let failed = [format!(
+        "space {space} reason 0x80000021 qualification 0x0 instruction-error 0"
+    )];
+    assert_eq!(trace.events("dune_entry_failed"), failed);
+    let last = trace.events("dune_exit").pop().unwrap();
+    assert!(last.contains(" reason INVALID_STATE (entry failed) "), "{last}");
+
+    // Nobody listens: nothing comes.
+    trace.set(false);
+    let before = trace.events("dune_exit").len();
+    assert_eq!(run(&mut guest, data), Ended::Call(0x4242));
+    assert_eq!(trace.events("dune_exit").len(), before);
+    assert_eq!(trace.events("dune_ept_violation").pop().unwrap(), expected);
 }

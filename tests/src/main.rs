@@ -5,6 +5,7 @@
 mod c_abi;
 mod compartment;
 mod compat;
+mod core_dump;
 mod enter;
 mod framework;
 mod fuzz;
@@ -66,6 +67,7 @@ const TOPICS: &[&[Test]] = &[
     sched::TESTS,
     process::TESTS,
     signal::TESTS,
+    core_dump::TESTS,
     outside::TESTS,
     governed::TESTS,
     programs::TESTS,

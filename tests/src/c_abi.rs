@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Programs in C against the installed headers and library: `tests/c-compat/`, which `scripts/c-compat` compiles.
+//! Programs in C against the installed headers and library: `tests/c-compat/`, and `tests/programs/musl.c`, which
+//! `scripts/c-compat` compiles.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,6 +21,7 @@ pub const TESTS: &[Test] = &[
     Test::new("c_program_uses_helpers", || run(&["helpers"])),
     Test::new("c_program_ends_as_it_says", || run(&["ends"])),
     Test::new("c_programs_may_be_static", || run(&["traps-static", "ring3-static"])),
+    Test::new("program_of_musl_makes_threads_and_children", || run(&["musl"])),
 ];
 
 /// Where the image has them.

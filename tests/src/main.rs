@@ -3,6 +3,7 @@
 //! to add one.
 
 mod c_abi;
+mod clones;
 mod compartment;
 mod compat;
 mod core_dump;
@@ -66,6 +67,7 @@ const TOPICS: &[&[Test]] = &[
     spaces::TESTS,
     sched::TESTS,
     process::TESTS,
+    clones::TESTS,
     signal::TESTS,
     core_dump::TESTS,
     outside::TESTS,

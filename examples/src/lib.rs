@@ -47,18 +47,26 @@ pub fn ticks() -> u64 {
 /// does several in one.
 pub fn unit() -> &'static str {
     const NOPS: u64 = 4096;
-    let run = || {
+    // One copy: each of several would have pages of its own, and meet a page fault there.
+    #[inline(never)]
+    fn run() -> u64 {
         let start = ticks();
         // SAFETY: Does nothing.
         unsafe { asm!(".rept 4096", "nop", ".endr", options(nomem, nostack, preserves_flags)) };
         ticks() - start
-    };
+    }
     let fastest = (0..8).map(|_| run()).min().unwrap_or(0);
     if (NOPS..NOPS + 16).contains(&fastest) {
         "instructions (emulated machine)"
     } else {
         "TSC cycles"
     }
+}
+
+/// The middle one of some figures, 0 of none.
+pub fn median(values: &mut [u64]) -> u64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
 }
 
 /// Times of the same thing done again and again.

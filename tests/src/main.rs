@@ -8,6 +8,7 @@ mod compartment;
 mod compat;
 mod core_dump;
 mod enter;
+mod examples;
 mod framework;
 mod fuzz;
 mod fuzz_abi;
@@ -64,6 +65,7 @@ const TOPICS: &[&[Test]] = &[
     mm::TESTS,
     paging::TESTS,
     compartment::TESTS,
+    examples::TESTS,
     spaces::TESTS,
     sched::TESTS,
     process::TESTS,

@@ -16,6 +16,8 @@ pub const PROGRAMS: &[&str] = &[
     "getpid",
     "pagefault",
     "plugin",
+    "gc",
+    "sthread",
     "wordcount",
     "dune-tests",
     "dune-bench",

@@ -83,7 +83,7 @@ unsafe extern "C" fn note(object: *mut libc::dl_phdr_info, _: usize, seen: *mut 
     // Written once, by the dynamic linker: addresses of functions and constants. Its last page is data again if it ends within.
     for header in headers.iter().filter(|header| header.p_type == libc::PT_GNU_RELRO) {
         let whole = libc::Elf64_Phdr {
-            p_memsz: (header.p_vaddr + header.p_memsz & !(PAGE_BYTES - 1)).saturating_sub(header.p_vaddr),
+            p_memsz: ((header.p_vaddr + header.p_memsz) & !(PAGE_BYTES - 1)).saturating_sub(header.p_vaddr),
             ..*header
         };
         if whole.p_memsz != 0 {

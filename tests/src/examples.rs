@@ -42,13 +42,13 @@ fn hostile_requests_stay_in_compartments() {
 /// A heap that is small enough for a test, and full collections too.
 const SMALL: [&str; 8] = [
     "--heap",
-    "128",
+    "48",
     "--live",
-    "600",
+    "200",
     "--operations",
-    "900",
+    "300",
     "--nursery",
-    "64",
+    "32",
 ];
 
 fn collectors_come_to_the_same() {

@@ -18,7 +18,7 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 	$$(((($$(date +%s%N) - start) / 100000000) % 10))
 
 .DEFAULT_GOAL := all
-.PHONY: all run test test-long bench bench-lib bench-compare shell check doc load unload install uninstall setup kernel clean help \
+.PHONY: all run test test-long bench bench-lib bench-compare shell check check-docs doc load unload install uninstall setup kernel clean help \
 	programs vm-tool
 
 all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
@@ -52,6 +52,9 @@ shell: ## an interactive root shell in the emulated machine, module loaded
 
 check: ## formatting, lints, unsafe allow-list, layering, licences, scripts
 	@scripts/check
+
+check-docs: ## listings, links and, for real, the shell lines of docs/guide.md
+	@scripts/setup --quiet && scripts/check-docs
 
 doc: ## the documentation of the crates, in target/doc
 	@cargo doc --workspace --no-deps

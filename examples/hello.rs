@@ -15,6 +15,7 @@ use libdune::Thread;
 use libdune::TrapFrame;
 use libdune::Vector;
 
+// ANCHOR: handler
 /// Bytes of the `div ecx` below.
 const DIV_BYTES: u64 = 2;
 
@@ -26,7 +27,9 @@ fn divide_error(frame: &mut TrapFrame, _thread: &Thread<'_>) -> Outcome {
     frame.rip += DIV_BYTES;
     Outcome::Resume
 }
+// ANCHOR_END: handler
 
+// ANCHOR: divide
 fn divide(dividend: u32, divisor: u32) -> u32 {
     let quotient;
     // SAFETY: A divisor of 0 goes to the handler, which sets the quotient.
@@ -35,8 +38,10 @@ fn divide(dividend: u32, divisor: u32) -> u32 {
     }
     quotient
 }
+// ANCHOR_END: divide
 
 fn main() {
+    // ANCHOR: main
     println!("outside: pid {} at CPL {}", std::process::id(), cpl());
     let dune = Dune::enter().unwrap_or_else(|error| die(&error));
     println!("inside:  pid {} at CPL {}", std::process::id(), cpl());
@@ -53,6 +58,7 @@ fn main() {
     }
     dune.leave();
     println!("outside: pid {} at CPL {}", std::process::id(), cpl());
+    // ANCHOR_END: main
     if quotient != QUOTIENT || cpl() != 3 {
         std::process::exit(1);
     }

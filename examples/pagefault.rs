@@ -37,6 +37,7 @@ static FAULTS: AtomicU64 = AtomicU64::new(0);
 static ADDRESS: AtomicU64 = AtomicU64::new(0);
 static ENTERED: AtomicU64 = AtomicU64::new(0);
 
+// ANCHOR: handler
 /// Gives the page its permissions back and lets the program try again.
 fn page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
     ENTERED.store(ticks(), Relaxed);
@@ -58,16 +59,19 @@ fn page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
     }
     Outcome::Resume
 }
+// ANCHOR_END: handler
 
 fn main() {
     let options = Options::parse();
     let unit = unit();
     let mut page = Box::new(Page([0; 512]));
     let word = &raw mut page.0[123];
+    // ANCHOR: enter
     let dune = Dune::enter().unwrap_or_else(|error| die(&error));
     dune.set_exception_handler(Vector::PF, page_fault);
     let space = dune.address_space();
     let start = Gva::of(&raw const *page).expect("a program's address is canonical");
+    // ANCHOR_END: enter
 
     let (mut total, mut to_handler, mut min) = (0, 0, u64::MAX);
     let mut before = dune.counters();
@@ -78,6 +82,7 @@ fn main() {
             FAULTS.store(0, Relaxed);
             before = dune.counters();
         }
+        // ANCHOR: fault
         space
             .protect(start, PAGE, Permissions::NONE)
             .expect("the page can be protected")
@@ -85,6 +90,7 @@ fn main() {
         let begin = ticks();
         // SAFETY: The program's own page; the handler makes it accessible.
         unsafe { word.write_volatile(round) };
+        // ANCHOR_END: fault
         let end = ticks();
         total += end - begin;
         to_handler += ENTERED.load(Relaxed) - begin;

@@ -7,6 +7,24 @@
 //! takes its own exceptions ([`Dune::set_exception_handler`]) and owns its page table ([`Dune::address_space`]),
 //! with no exit to the host.
 //!
+//! ```no_run
+//! # // ANCHOR: first
+//! use libdune::{Dune, Outcome, Vector};
+//!
+//! fn main() -> Result<(), libdune::Error> {
+//!     let dune = Dune::enter()?;                       // CPL0 from here on
+//!     dune.set_exception_handler(Vector::DE, |frame, _| {
+//!         frame.rip += 2;                              // skip the DIV: no signal, no VM exit
+//!         Outcome::Resume
+//!     });
+//!     unsafe { core::arch::asm!("div ecx", in("ecx") 0, out("eax") _, out("edx") _) };
+//!     println!("pid {} at CPL0: {}", std::process::id(), Dune::is_active());
+//!     dune.leave();                                    // CPL3 again
+//!     Ok(())
+//! }
+//! # // ANCHOR_END: first
+//! ```
+//!
 //! # What it does not do
 //!
 //! - An exception for which there is neither a handler nor a signal handler is given to Linux from outside Dune mode.

@@ -7,6 +7,7 @@ mod clones;
 mod compartment;
 mod compat;
 mod core_dump;
+mod documentation;
 mod enter;
 mod examples;
 mod framework;
@@ -59,6 +60,7 @@ const TOPICS: &[&[Test]] = &[
     syscall::TESTS,
     compat::TESTS,
     c_abi::TESTS,
+    documentation::TESTS,
     trap::TESTS,
     user::TESTS,
     memory::TESTS,

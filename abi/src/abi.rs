@@ -161,6 +161,7 @@ pub struct UnusedSlot {
 /// General-purpose registers, in the order of their numbers in machine code.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // Each name is the SDM's.
 pub struct Gprs {
     pub rax: u64,
     pub rcx: u64,
@@ -185,17 +186,22 @@ pub struct Gprs {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
+    /// Base address.
     pub base: u64,
+    /// Limit in bytes.
     pub limit: u32,
     /// VMX access rights; bit 16 = unusable.
     pub access_rights: u32,
+    /// Selector.
     pub selector: u16,
+    /// 0.
     pub reserved: [u16; 3],
 }
 
 /// System registers of the guest.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // Each name is the SDM's.
 pub struct Sregs {
     pub cr0: u64,
     pub cr3: u64,
@@ -226,9 +232,11 @@ pub struct Sregs {
 pub struct Event {
     /// VM-entry interruption-information: bits 7:0 vector, 10:8 type, 11 error code valid, 31 valid.
     pub info: u32,
+    /// Error code, where `info` says that there is one.
     pub error_code: u32,
-    /// Length of the instruction, for software interrupts and exceptions.
+    /// Bytes of the instruction, for software interrupts and exceptions.
     pub instruction_len: u32,
+    /// 0.
     pub reserved: u32,
 }
 
@@ -240,7 +248,9 @@ pub struct Exit {
     pub kind: u32,
     /// Basic exit reason (SDM, appendix "VMX Basic Exit Reasons"); bit 31: VM-entry failure.
     pub reason: u32,
+    /// Exit qualification (SDM, "Exit Qualification").
     pub qualification: u64,
+    /// Guest-physical address of an EPT violation.
     pub gpa: u64,
     /// Guest-linear address; valid where [`FLAG_GLA_VALID`].
     pub gla: u64,
@@ -250,9 +260,11 @@ pub struct Exit {
     pub access: u32,
     /// `FLAG_*` bits.
     pub flags: u32,
+    /// Bytes of the instruction that caused the exit.
     pub instruction_len: u32,
     /// VM-exit interruption-information, or IDT-vectoring information where [`FLAG_EVENT_DELIVERY`].
     pub interruption_info: u32,
+    /// Error code, where that says that there is one.
     pub interruption_error_code: u32,
     /// VM-instruction error (SDM, "VM-Instruction Error Numbers") of [`EXIT_FAIL_ENTRY`]; else 0.
     pub instruction_error: u32,
@@ -275,8 +287,11 @@ pub const EXIT_UNHANDLED: u32 = 6;
 /// Nothing for user space: go through user mode once and RUN again.
 pub const EXIT_AGAIN: u32 = 7;
 
+/// [`Exit::access`]: a read.
 pub const ACCESS_READ: u32 = 1;
+/// [`Exit::access`]: a write.
 pub const ACCESS_WRITE: u32 = 2;
+/// [`Exit::access`]: an instruction fetch.
 pub const ACCESS_EXECUTE: u32 = 4;
 
 /// [`Exit::gla`] is valid.
@@ -306,21 +321,27 @@ pub struct Counters {
     pub exits: [u64; EXIT_REASONS],
     /// VM entries that succeeded.
     pub entries: u64,
-    /// EPT leaves installed.
+    /// EPT leaves of 4 KiB installed.
     pub ept_4k: u64,
+    /// EPT leaves of 2 MiB installed.
     pub ept_2m: u64,
     /// EPT violations settled by `handle_mm_fault` in the exit.
     pub mm_faults: u64,
     /// Times the retry check refused to install a leaf.
     pub retries: u64,
+    /// INVEPTs executed.
     pub invept: u64,
+    /// INVVPIDs executed.
     pub invvpid: u64,
     /// Times the vCPU was loaded on another CPU than before.
     pub migrations: u64,
-    /// Only with [`CAP_COUNT_OPS`].
+    /// VMREADs executed; only with [`CAP_COUNT_OPS`].
     pub vmreads: u64,
+    /// VMWRITEs executed; only with [`CAP_COUNT_OPS`].
     pub vmwrites: u64,
+    /// RDMSRs executed; only with [`CAP_COUNT_OPS`].
     pub rdmsrs: u64,
+    /// WRMSRs executed; only with [`CAP_COUNT_OPS`].
     pub wrmsrs: u64,
     /// EPT leaves installed beside those that were asked for.
     pub ept_around: u64,
@@ -337,6 +358,7 @@ pub struct RunPage {
     pub gprs: Gprs,
     /// As `gprs.rsp`: valid after [`DUNE_SYNC`] or an exit other than [`EXIT_SYSCALL`].
     pub rip: u64,
+    /// As `rip`.
     pub rflags: u64,
     /// Loaded on each entry and stored on each exit.
     pub cr2: u64,
@@ -344,9 +366,13 @@ pub struct RunPage {
     pub dirty: u32,
     /// Nonzero: RUN returns EINTR at once.
     pub interrupt_request: u32,
+    /// In: what to deliver, with [`DIRTY_EVENT`].
     pub event: Event,
+    /// Out: what ended RUN.
     pub exit: Exit,
+    /// In, with [`DIRTY_SREGS`]; out after [`DUNE_SYNC`] or an exit other than [`EXIT_SYSCALL`].
     pub sregs: Sregs,
+    /// Out: what the vCPU did so far, at any time.
     pub counters: Counters,
     /// Nonzero: RUN returns EINTR once the TSC, as user space reads it, is not below this: at the next interrupt or other
     /// exit that user space does not see.

@@ -23,13 +23,13 @@ macro_rules! address {
                 self.0
             }
 
-            /// The address rounded down to a multiple of `bytes`, a power of two.
+            /// The address rounded down to a multiple of `bytes`, which must be a power of two.
             #[must_use]
             pub const fn align_down(self, bytes: u64) -> Self {
                 Self(self.0 & !(bytes - 1))
             }
 
-            /// Whether the address is a multiple of `bytes`, a power of two.
+            /// Whether the address is a multiple of `bytes`, which must be a power of two.
             pub const fn is_aligned(self, bytes: u64) -> bool {
                 self.0 & (bytes - 1) == 0
             }
@@ -59,14 +59,44 @@ macro_rules! address {
 
 address! {
     /// Guest-virtual address; canonical.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use libdune::Gva;
+    ///
+    /// let gva = Gva::new(0x7fff_1234_5678).ok_or("not canonical")?;
+    /// assert_eq!(gva.align_down(4096).as_u64(), 0x7fff_1234_5000);
+    /// assert_eq!(Gva::new(0x8000_0000_0000), None);
+    ///
+    /// let word = 1u64;
+    /// assert_eq!(Gva::of(&word).map(Gva::as_u64), Some(&raw const word as u64));
+    /// # Ok::<(), &str>(())
+    /// ```
     Gva
 }
 address! {
     /// Guest-physical address; below 2^48.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// assert_eq!(libdune::Gpa::new(1 << 48), None);
+    /// ```
     Gpa
 }
 address! {
     /// Host-virtual address of this process; below 2^47.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use libdune::{Gva, Hva};
+    ///
+    /// assert_eq!(Hva::new(1 << 47), None);
+    /// // Where the default page table maps an address to.
+    /// assert_eq!(Gva::new(0x1000).and_then(Gva::identity), Hva::new(0x1000));
+    /// ```
     Hva
 }
 

@@ -3,6 +3,26 @@
 //! For programs that edit page tables entry by entry, in the manner of the first Dune: what the C ABI (`libdune-c`) is
 //! made of. Rust programs have [`PageTable`] and [`Dune`](crate::Dune) instead.
 //!
+//! ```no_run
+//! # #[repr(align(4096))]
+//! # struct Page([u8; 4096]);
+//! use std::sync::atomic::Ordering::Relaxed;
+//!
+//! use libdune::edit::{Missing, Shared};
+//! use libdune::{Dune, Gva};
+//!
+//! let shared = Shared::keep(&Dune::builder())?;
+//! let page = Box::new(Page([7; 4096]));
+//! let dune = Dune::enter()?;
+//! let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+//! let entry = shared.address_space().entry(start, 1, Missing::Tell)?;
+//! // The entry of 4 KiB that the CPU uses: present, at the page's GPA.
+//! let hva = start.identity().ok_or("no address of a process")?;
+//! assert_eq!(entry.word.load(Relaxed) & 1, 1);
+//! assert_eq!(entry.word.load(Relaxed) & 0xf_ffff_f000, shared.gpa(hva)?.as_u64());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Safety
 //!
 //! [`Shared`] stays for the life of the process, so what it hands out does. What entries say is the program's business:

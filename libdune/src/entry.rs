@@ -66,6 +66,18 @@ use crate::trap::Vector;
 const SURROUNDINGS: u64 = 128 << 20;
 
 /// Options for entering Dune mode. Those of the thread that enters first count for the whole process.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::Dune;
+///
+/// let dune = Dune::builder().threads(false).enter()?;
+/// let inside = std::thread::spawn(Dune::is_active).join();
+/// assert_eq!(inside.ok(), Some(false));
+/// assert!(Dune::is_active());
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Builder {
@@ -120,6 +132,33 @@ impl Builder {
 ///
 /// A thread falls out of Dune mode early when an exception that no handler takes is given to Linux as a signal:
 /// [`Dune::is_active`] says so, and all methods are harmless then.
+///
+/// It is the token for what only a thread in Dune mode can do: neither `Send` nor `Sync`, and what it lends
+/// ([`Dune::thread`], [`Dune::address_space`]) ends with it.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::{Dune, Outcome, Vector};
+///
+/// let dune = Dune::enter()?;
+/// // Skips INT3, which is behind the frame's RIP already.
+/// dune.set_exception_handler(Vector::BP, |_, _| Outcome::Resume);
+/// unsafe { core::arch::asm!("int3") };
+///
+/// let before = dune.counters();
+/// dune.set_exception_handler(Vector::UD, |frame, _| {
+///     frame.rip += 2; // UD2
+///     Outcome::Resume
+/// });
+/// unsafe { core::arch::asm!("ud2") };
+/// // No exception left Dune mode (basic exit reason 0).
+/// assert_eq!(dune.counters().exits[0], before.exits[0]);
+///
+/// dune.leave();
+/// assert!(!Dune::is_active());
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Dune {
     /// Also what keeps it from being `Send` and `Sync`.
@@ -153,7 +192,8 @@ impl Dune {
         Builder::default()
     }
 
-    /// Whether the calling thread is in Dune mode.
+    /// Whether the calling thread is in Dune mode. Right everywhere: in other threads, in children, in signal handlers. It
+    /// reads CS and costs a few instructions.
     pub fn is_active() -> bool {
         is_cpl0()
     }
@@ -161,7 +201,7 @@ impl Dune {
     /// Leaves Dune mode: the thread goes on behind this call as an ordinary thread.
     pub fn leave(self) {}
 
-    /// Number of the vCPU among those of this process.
+    /// Number of the vCPU among those of this process, from 0.
     pub fn vcpu(&self) -> u32 {
         self.thread().vcpu()
     }
@@ -171,7 +211,7 @@ impl Dune {
         &self.info
     }
 
-    /// What the vCPU did so far; reading it costs no exit. All 0 outside Dune mode.
+    /// What the vCPU did so far: exits by basic exit reason, and more. Reading it costs no exit. All 0 outside Dune mode.
     pub fn counters(&self) -> Counters {
         if is_cpl0() {
             self.thread().counters()
@@ -186,7 +226,7 @@ impl Dune {
         self.thread().address_space()
     }
 
-    /// See [`Thread::new_page_table`].
+    /// A page table of the program's own: see [`Thread::new_page_table`].
     ///
     /// # Errors
     ///
@@ -195,7 +235,7 @@ impl Dune {
         self.thread().new_page_table()
     }
 
-    /// See [`Thread::load`].
+    /// Makes the calling thread use a page table: see [`Thread::load`].
     ///
     /// # Safety
     ///
@@ -205,12 +245,13 @@ impl Dune {
         unsafe { self.thread().load(table) };
     }
 
-    /// See [`Thread::set_exception_handler`].
+    /// Calls `handler` for exceptions of this thread with this vector from now on, and returns the one before: see
+    /// [`Thread::set_exception_handler`].
     pub fn set_exception_handler(&self, vector: Vector, handler: Handler) -> Option<Handler> {
         self.thread().set_exception_handler(vector, handler)
     }
 
-    /// See [`Thread::clear_exception_handler`].
+    /// Goes back to the default for this vector, and returns the handler: see [`Thread::clear_exception_handler`].
     pub fn clear_exception_handler(&self, vector: Vector) -> Option<Handler> {
         self.thread().clear_exception_handler(vector)
     }

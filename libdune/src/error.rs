@@ -9,6 +9,26 @@ use crate::sys::Errno;
 pub type Result<T> = core::result::Result<T, Error>;
 
 /// Why a thread could not enter Dune mode. The message says what to do.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::{Dune, Error};
+///
+/// let dune = match Dune::enter() {
+///     Ok(dune) => Some(dune),
+///     Err(error @ (Error::NotLoaded | Error::NoVtx)) => {
+///         eprintln!("{error}; going on without");
+///         None
+///     }
+///     Err(error) => return Err(error),
+/// };
+/// if let Some(dune) = &dune {
+///     // A thread enters once.
+///     assert!(matches!(Dune::enter(), Err(Error::AlreadyInside)));
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -30,6 +30,9 @@
 //! - An exception for which there is neither a handler nor a signal handler is given to Linux from outside Dune mode.
 #![deny(unsafe_op_in_unsafe_fn)]
 #![deny(clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
+#![warn(clippy::missing_errors_doc)]
+#![warn(clippy::missing_panics_doc)]
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 pub mod error;

@@ -23,15 +23,28 @@ use crate::trap::Thread;
 /// pointer of a call that it passes on:
 ///
 /// ```no_run
-/// # use libdune::{Permissions, Thread};
-/// # use libdune::hook::SystemCall;
-/// # fn write(call: &mut SystemCall, thread: &Thread<'_>) -> Result<(), libdune::hook::BounceError> {
-/// let mut buffer = [0; 4096];
-/// let bytes = (call.argument(2) as usize).min(buffer.len());
-/// let bounce = thread.bounce(call.argument(1), bytes, Permissions::READ, &mut buffer)?;
-/// // … makes the call with bounce.address() and bytes …
-/// # Ok(())
-/// # }
+/// use libdune::hook::{Hooks, SystemCall, Verdict};
+/// use libdune::{Dune, Permissions, Thread};
+///
+/// fn write(call: &mut SystemCall, thread: &Thread<'_>) -> Verdict {
+///     if call.number() as i64 != libc::SYS_write {
+///         return Verdict::Allow;
+///     }
+///     let mut buffer = [0; 4096];
+///     let bytes = (call.argument(2) as usize).min(buffer.len());
+///     match thread.bounce(call.argument(1), bytes, Permissions::READ, &mut buffer) {
+///         // SAFETY: Linux reads what the page table means by the caller's pointer.
+///         Ok(bounce) => Verdict::Answer(unsafe {
+///             libc::syscall(libc::SYS_write, call.argument(0), bounce.address(), bytes)
+///         }),
+///         Err(_) => Verdict::deny(libc::EFAULT),
+///     }
+/// }
+///
+/// let dune = Dune::enter()?;
+/// dune.thread().set_hooks(Hooks { before: Some(write), after: None });
+/// println!("by way of a bounce");
+/// # Ok::<(), libdune::Error>(())
 /// ```
 pub struct Bounce<'t> {
     thread: &'t Thread<'t>,

@@ -25,6 +25,7 @@
 //!     after: None,
 //! });
 //! assert!(std::fs::File::open("/etc/passwd").is_err());
+//! assert_eq!(std::os::unix::process::parent_id(), 1);
 //! # Ok::<(), libdune::Error>(())
 //! ```
 //!
@@ -94,10 +95,34 @@ impl Verdict {
 /// Decides about a call that is about to be made.
 pub type Before = fn(&mut SystemCall, &Thread<'_>) -> Verdict;
 
-/// Sees what Linux answered to a call, and says what the caller gets.
+/// Sees what Linux answered to a call, a result or a negative error number, and says what the caller gets.
 pub type After = fn(&SystemCall, i64, &Thread<'_>) -> i64;
 
 /// Hooks of a thread or of the process.
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use libdune::hook::Hooks;
+/// use libdune::Dune;
+///
+/// static FAILED: AtomicU64 = AtomicU64::new(0);
+///
+/// let dune = Dune::enter()?;
+/// let before = dune.thread().set_process_hooks(Hooks {
+///     after: Some(|_, result, _| {
+///         FAILED.fetch_add(u64::from((-4095..0).contains(&result)), Ordering::Relaxed);
+///         result
+///     }),
+///     ..Hooks::default()
+/// });
+/// assert!(std::thread::spawn(|| std::fs::read("/nowhere")).join().is_ok());
+/// dune.thread().set_process_hooks(before);
+/// assert!(FAILED.load(Ordering::Relaxed) > 0);
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hooks {
     /// Asked before each call.
@@ -107,6 +132,26 @@ pub struct Hooks {
 }
 
 /// A system call on its way.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::hook::{Hooks, SystemCall, Verdict};
+/// use libdune::{Dune, Thread};
+///
+/// /// Has `write` to standard error go to standard output.
+/// fn redirect(call: &mut SystemCall, _: &Thread<'_>) -> Verdict {
+///     if call.number() as i64 == libc::SYS_write && call.argument(0) == 2 {
+///         call.set_argument(0, 1);
+///     }
+///     Verdict::Allow
+/// }
+///
+/// let dune = Dune::enter()?;
+/// dune.thread().set_hooks(Hooks { before: Some(redirect), after: None });
+/// eprintln!("on standard output");
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[repr(transparent)]
 pub struct SystemCall(Frame);
 
@@ -315,7 +360,8 @@ impl Thread<'_> {
         before
     }
 
-    /// The same for all Dune threads of the process, also those to come.
+    /// Has the system calls of all Dune threads of the process, also of those to come, come to hooks, and returns those
+    /// before.
     pub fn set_process_hooks(&self, hooks: Hooks) -> Hooks {
         let process = self.block().process();
         let before = process.hooks.get();

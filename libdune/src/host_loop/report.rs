@@ -25,9 +25,13 @@ pub struct LastWords {
     pub reason: u32,
     /// Number of the vCPU.
     pub vcpu: u32,
+    /// RIP where it cannot go on.
     pub rip: u64,
+    /// RSP there.
     pub rsp: u64,
+    /// RFLAGS there.
     pub rflags: u64,
+    /// CR3 there.
     pub cr3: u64,
 }
 

@@ -31,6 +31,16 @@ const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// What a page may be used for. A present page can always be read.
+///
+/// # Examples
+///
+/// ```
+/// use libdune::Permissions;
+///
+/// let code = Permissions::USER | Permissions::EXECUTE;
+/// assert!(code.contains(Permissions::READ) && !code.contains(Permissions::WRITE));
+/// assert_eq!(format!("{code:?}"), "r-xu");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Permissions(u8);
 

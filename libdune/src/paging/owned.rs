@@ -24,6 +24,27 @@ use crate::process::Process;
 /// What an [`AddressSpace`] can do it can; any thread may have it, also one outside Dune mode. Its tables are given back
 /// when it is dropped and no thread has it in CR3 any more. While there is one the process keeps what it has for Dune
 /// threads, also when the last of those has left.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::Dune;
+///
+/// let dune = Dune::enter()?;
+/// let table = dune.address_space().duplicate()?;
+/// // Each thread has its own CR3, and starts with its maker's.
+/// let is_loaded = std::thread::scope(|scope| {
+///     let thread = scope.spawn(|| {
+///         // SAFETY: It maps what the default table does.
+///         libdune::Thread::with_current(|thread| unsafe { thread.load(&table) });
+///         table.is_loaded()
+///     });
+///     thread.join()
+/// });
+/// assert_eq!(is_loaded.ok(), Some(true));
+/// assert!(!table.is_loaded() && dune.address_space().is_loaded());
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct PageTable {
     space: AddressSpace<'static>,

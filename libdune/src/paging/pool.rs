@@ -109,12 +109,12 @@ impl FramePool {
         Ok(Self { header })
     }
 
-    /// Where the pool's GiB is.
+    /// Where the pool's GiB is: a multiple of 1 GiB.
     pub fn start(&self) -> Hva {
         Hva::new(self.header as u64).unwrap_or_default()
     }
 
-    /// A frame for the program's own use, zeroed: what [`AddressSpace::map`](crate::AddressSpace::map) can map.
+    /// A frame of 4 KiB for the program's own use, zeroed: what [`AddressSpace::map`](crate::AddressSpace::map) can map.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl FramePool {
         self.header().release(frame);
     }
 
-    /// Frames that are in use.
+    /// Number of the frames that are in use, by the program or by page tables.
     pub fn used(&self) -> u64 {
         let header = self.header();
         let first = FRAMES / PAGE_BYTES;

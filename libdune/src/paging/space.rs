@@ -58,8 +58,43 @@ pub struct UsedPage {
 /// A page table of the process.
 ///
 /// Borrowed from a Dune thread ([`Dune::address_space`](crate::Dune::address_space)), or from the [`PageTable`] that owns
-/// it. Ranges are whole pages of 4 KiB within one half of the canonical addresses. Any thread may change a table at any
-/// time, also from a trap handler: entries change one by one, each at once.
+/// it. Any thread may change a table at any time, also from a trap handler: entries change one by one, each at once. Nothing
+/// here allocates.
+///
+/// Ranges are whole pages of 4 KiB within one half of the canonical addresses: `start` and `bytes` are multiples of 4096.
+///
+/// # Errors of changes
+///
+/// [`PagingError::Unaligned`] and [`PagingError::OutOfRange`], for a range that is none: nothing is changed then.
+/// [`PagingError::NotMapped`] at a page that is mapped to nothing, where the change needs one that is, and
+/// [`PagingError::OutOfMemory`], [`PagingError::OutOfSlots`], [`PagingError::MapSlot`] where a table or a GiB of the process
+/// has to be brought in: pages before the one that failed are changed then, and flushed.
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::{Dune, Gva, Permissions};
+///
+/// let pages: Vec<Page> = (0..4).map(|_| Page([7; 4096])).collect();
+/// let dune = Dune::enter()?;
+/// let space = dune.address_space();
+/// let start = Gva::of(pages.as_ptr()).ok_or("not canonical")?;
+///
+/// space.protect(start, 4 * 4096, Permissions::READ)?.flush();
+/// let mapping = space.look_up(start).ok_or("not mapped")?;
+/// assert_eq!((mapping.permissions, mapping.page_bytes), (Permissions::READ, 4096));
+/// assert_eq!(space.hva(start), start.identity());
+/// assert_eq!(space.translate(start, Permissions::WRITE), None);
+///
+/// let mut visited = 0;
+/// space.walk(start, 4 * 4096, |_, mapping| visited += mapping.page_bytes);
+/// assert_eq!(visited, 4 * 4096);
+///
+/// space.protect(start, 4 * 4096, Permissions::ALL)?.ignore();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct AddressSpace<'d> {
     process: *const Process,
     name: Name,
@@ -226,7 +261,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// See [`PagingError`]; pages before the one that failed are changed.
+    /// Those [of changes](AddressSpace#errors-of-changes).
     // So that what a handler changes stays in registers: all else is out of line.
     #[inline(always)]
     pub fn protect(&self, start: Gva, bytes: u64, permissions: Permissions) -> Result<Flush<'_>, PagingError> {
@@ -246,18 +281,19 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// See [`PagingError`]; pages before the one that failed are changed.
+    /// Those [of changes](AddressSpace#errors-of-changes).
     pub fn map(&self, start: Gva, bytes: u64, to: Hva, permissions: Permissions) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, retired| {
             tree.map(start, bytes, to, permissions, retired)
         })
     }
 
-    /// Takes whole pages out of the table. The process still has what lies there.
+    /// Takes whole pages out of the table. The process still has what lies there. They are not filled in again: a touch is a
+    /// page fault for the handler.
     ///
     /// # Errors
     ///
-    /// See [`PagingError`]; pages before the one that failed are changed.
+    /// Those [of changes](AddressSpace#errors-of-changes).
     pub fn unmap(&self, start: Gva, bytes: u64) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, retired| tree.unmap(start, bytes, retired))
     }
@@ -266,7 +302,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// See [`PagingError`]; pages before the one that failed are changed.
+    /// Those [of changes](AddressSpace#errors-of-changes).
     pub fn set_user(&self, start: Gva, bytes: u64, user: bool) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, _| tree.set_user(start, bytes, user))
     }
@@ -276,8 +312,8 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// [`PagingError::NoProtectionKeys`] where the CPU or Linux has none, [`PagingError::NoSuchKey`] above 15, else see
-    /// [`PagingError`]; pages before the one that failed are changed.
+    /// [`PagingError::NoProtectionKeys`] where the CPU or Linux has none, [`PagingError::NoSuchKey`] above 15, else
+    /// those [of changes](AddressSpace#errors-of-changes).
     pub fn set_protection_key(&self, start: Gva, bytes: u64, key: u8) -> Result<Flush<'_>, PagingError> {
         if !self.process().has_keys {
             return Err(PagingError::NoProtectionKeys);
@@ -292,7 +328,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// See [`PagingError`]; pages before the one that failed are changed.
+    /// Those [of changes](AddressSpace#errors-of-changes).
     pub fn clear_accessed_dirty(&self, start: Gva, bytes: u64) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, _| tree.clear_accessed_dirty(start, bytes))
     }
@@ -304,9 +340,30 @@ impl<'d> AddressSpace<'d> {
     /// What is written before the flush need not be noted again: read pages that were named after the flush. A few
     /// instructions per page.
     ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::paging::Used;
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let mut pages: Vec<Page> = (0..100).map(|_| Page([0; 4096])).collect();
+    /// let dune = Dune::enter()?;
+    /// let (space, start) = (dune.address_space(), Gva::of(pages.as_ptr()).ok_or("not canonical")?);
+    /// space.clear_accessed_dirty(start, 100 * 4096)?.flush();
+    ///
+    /// unsafe { (&raw mut pages[42].0[0]).write_volatile(1) };
+    ///
+    /// let mut written = Vec::new();
+    /// space.take_used(start, 100 * 4096, Used::Dirty, |page| written.push(page.start))?.flush();
+    /// assert_eq!(written, [start.checked_add(42 * 4096).ok_or("too far")?]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// See [`PagingError`].
+    /// Those [of changes](AddressSpace#errors-of-changes), but pages that are mapped to nothing are passed over.
     pub fn take_used(
         &self,
         start: Gva,
@@ -322,7 +379,7 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// See [`PagingError`].
+    /// Those [of changes](AddressSpace#errors-of-changes), but pages that are mapped to nothing are passed over.
     pub fn read_used(
         &self,
         start: Gva,
@@ -385,7 +442,8 @@ impl<'d> AddressSpace<'d> {
     ///
     /// # Errors
     ///
-    /// [`PagingError::OtherPool`], else see [`PagingError`]; pages before the one that failed are changed.
+    /// [`PagingError::OtherPool`], [`PagingError::Foreign`] of a table that libdune did not load, else those
+    /// [of changes](AddressSpace#errors-of-changes).
     pub fn copy_on_write(&self, start: Gva, bytes: u64, pool: &FramePool) -> Result<Flush<'_>, PagingError> {
         let number = self.number().ok_or(PagingError::Foreign)?;
         self.process().expect_copies();
@@ -397,13 +455,14 @@ impl<'d> AddressSpace<'d> {
         })
     }
 
-    /// Maps by a leaf of 2 MiB or 1 GiB what 512 smaller ones of a range map alike to memory in one piece, and gives
+    /// Gives pages their large leaves back: maps by one of 2 MiB or 1 GiB what 512 smaller ones of a range map alike to memory in one piece, and gives
     /// their tables back. Returns how many tables those were. Flushes by itself, and keeps other changes of page tables
     /// waiting meanwhile.
     ///
     /// # Errors
     ///
-    /// [`PagingError::Busy`] where a change that was interrupted (by the calling handler, for one) does not end.
+    /// [`PagingError::Busy`] where a change that was interrupted (by the calling handler, for one) does not end, else those
+    /// [of changes](AddressSpace#errors-of-changes).
     pub fn merge(&self, start: Gva, bytes: u64) -> Result<u64, PagingError> {
         super::tree::check_range(start, bytes)?;
         self.process()
@@ -495,6 +554,32 @@ impl<'d> AddressSpace<'d> {
 
     /// A table that maps what this one does, with a range copied on write in both: what is written through one of them is
     /// not seen through the other. Flushes by itself. See [`AddressSpace::copy_on_write`] for what Linux sees.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, FramePool, Gva};
+    ///
+    /// let mut page = Box::new(Page([1; 4096]));
+    /// let dune = Dune::enter()?;
+    /// let pool = FramePool::new()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let snapshot = dune.address_space().snapshot(start, 4096, &pool)?;
+    ///
+    /// let byte = &raw mut page.0[0];
+    /// // SAFETY: The snapshot maps what the default table does.
+    /// unsafe {
+    ///     byte.write_volatile(2);
+    ///     dune.load(&snapshot);
+    ///     assert_eq!(byte.read_volatile(), 1);
+    ///     dune.load(&dune.address_space());
+    ///     assert_eq!(byte.read_volatile(), 2);
+    /// }
+    /// assert_eq!(pool.used(), 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

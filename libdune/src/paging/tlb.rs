@@ -166,6 +166,23 @@ pub(crate) unsafe fn switch(process: &Process, area: u64, here: &Here, number: u
 /// What TLBs may still hold after a change: flush it, or say that it does not matter.
 ///
 /// Where it is dropped otherwise, frames of a pool that the change took out stay in use for good.
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::{Dune, Gva, Permissions};
+///
+/// let page = Box::new(Page([0; 4096]));
+/// let dune = Dune::enter()?;
+/// let (space, start) = (dune.address_space(), Gva::of(&raw const *page).ok_or("not canonical")?);
+/// // Threads may have the page as writable in their TLBs.
+/// space.protect(start, 4096, Permissions::READ)?.flush();
+/// // Who has it as read-only takes a page fault at worst.
+/// space.protect(start, 4096, Permissions::ALL)?.ignore();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use = "TLBs may still hold the old translation: call flush() or ignore()"]
 pub struct Flush<'t> {
     process: *const Process,

@@ -50,7 +50,7 @@ pub(super) const LEVEL_DOUBLE_FAULT: u32 = 102;
 /// A function of libdune whose surroundings the page table must map before the first exception.
 pub(crate) const ANCHOR: *const () = dune_trap_dispatch as *const ();
 
-/// What a handler made of an exception.
+/// What a [`Handler`] made of an exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Outcome {
@@ -65,9 +65,67 @@ pub enum Outcome {
 /// It can interrupt the program anywhere, also inside the allocator or while it holds a lock, so it may do what a
 /// signal handler may do (signal-safety(7)): no allocation, no lock that the program can hold. System calls are
 /// possible. It may change any register in the frame. It must not unwind.
+///
+/// It is a function, and no closure that holds anything: there is no `Vec` for it to push to. What it tells the program goes
+/// through atomics. That it calls no function that allocates no type can say; where a fault came from inside the allocator,
+/// such a handler would wait for a lock that its own thread holds.
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use libdune::{Dune, Gva, Outcome, Permissions, Thread, TrapFrame, Vector};
+///
+/// static LAST: AtomicU64 = AtomicU64::new(0);
+///
+/// /// Notes where a page fault was, and lets the program go on.
+/// fn page_fault(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+///     let Some(page) = Gva::new(frame.cr2).filter(|_| !frame.host_refused()) else {
+///         return Outcome::Unhandled;
+///     };
+///     LAST.store(frame.cr2, Ordering::Relaxed);
+///     let space = thread.address_space();
+///     match space.protect(page.align_down(4096), 4096, Permissions::ALL) {
+///         Ok(flush) => flush.ignore(), // what was not present is in no TLB
+///         Err(_) => return Outcome::Unhandled,
+///     }
+///     Outcome::Resume
+/// }
+///
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// let mut page = Box::new(Page([0; 4096]));
+/// let dune = Dune::enter()?;
+/// dune.set_exception_handler(Vector::PF, page_fault);
+/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+/// dune.address_space().protect(start, 4096, Permissions::NONE)?.flush();
+/// let byte = &raw mut page.0[100];
+/// unsafe { byte.write_volatile(1) };
+/// assert_eq!(LAST.load(Ordering::Relaxed), byte as u64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 
-/// The Dune thread as a handler sees it.
+/// The Dune thread as a handler sees it: the token for what only a thread in Dune mode can do.
+///
+/// [`Dune::thread`](crate::Dune::thread) lends it, handlers and hooks get it, and [`Thread::with_current`] finds it.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::{Dune, Thread};
+///
+/// /// Somewhere deep in a library that knows nothing of who entered.
+/// fn forget_translations() -> bool {
+///     Thread::with_current(|thread| thread.flush_all()).is_some()
+/// }
+///
+/// assert!(!forget_translations());
+/// let dune = Dune::enter()?;
+/// assert!(forget_translations());
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[repr(transparent)]
 pub struct Thread<'a> {
     block: *const Block,
@@ -120,7 +178,33 @@ impl<'a> Thread<'a> {
     ///
     /// # Errors
     ///
-    /// [`PagingError::OutOfTables`], [`PagingError::OutOfMemory`] and what getting more memory can give.
+    /// [`PagingError::OutOfTables`] where the process has 4,096, [`PagingError::OutOfMemory`],
+    /// [`PagingError::OutOfSlots`], [`PagingError::MapSlot`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, Gva, Hva, Permissions};
+    ///
+    /// let (page, other) = (Box::new(Page([1; 4096])), Box::new(Page([2; 4096])));
+    /// let dune = Dune::enter()?;
+    /// let table = dune.new_page_table()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let to = Hva::new(&raw const *other as u64).ok_or("no address of a process")?;
+    /// table.map(start, 4096, to, Permissions::READ)?.ignore();
+    ///
+    /// let byte = &raw const page.0[0];
+    /// // SAFETY: The table maps all that the default one does, but for the page that is read here.
+    /// unsafe {
+    ///     dune.load(&table);
+    ///     assert_eq!(byte.read_volatile(), 2);
+    ///     dune.load(&dune.address_space());
+    ///     assert_eq!(byte.read_volatile(), 1);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new_page_table(&self) -> Result<PageTable, PagingError> {
         let block = self.block();
         let process = block.process();
@@ -170,14 +254,14 @@ impl<'a> Thread<'a> {
         flush_all();
     }
 
-    /// Calls `f` with the calling thread as a Dune thread; `None` outside Dune mode. Costs one exit.
+    /// Calls `f` with the calling thread as a Dune thread; `None`, without calling it, outside Dune mode. Costs one exit.
     pub fn with_current<R>(f: impl FnOnce(&Thread<'_>) -> R) -> Option<R> {
         // SAFETY: The host loop answers with the block of this thread, which lives as long as it is in Dune mode. A
         // private call has no other effect.
         is_cpl0().then(|| unsafe { f(&Self::new(sys::vmcall(CALL_SELF) as *const Block)) })
     }
 
-    /// Number of the vCPU among those of this process.
+    /// Number of the vCPU among those of this process, from 0.
     pub fn vcpu(&self) -> u32 {
         self.block().vcpu.load(Relaxed)
     }
@@ -190,7 +274,7 @@ impl<'a> Thread<'a> {
         self.replace_handler(vector, handler as usize)
     }
 
-    /// Goes back to the default for exceptions of this thread with this vector.
+    /// Goes back to the default for exceptions of this thread with this vector, and returns the handler.
     pub fn clear_exception_handler(&self, vector: Vector) -> Option<Handler> {
         self.replace_handler(vector, 0)
     }
@@ -208,7 +292,7 @@ impl<'a> Thread<'a> {
         (old != 0).then(|| unsafe { core::mem::transmute::<usize, Handler>(old) })
     }
 
-    /// What the vCPU did so far; reading it costs no exit.
+    /// What the vCPU did so far: exits by basic exit reason, and more. Reading it costs no exit.
     pub fn counters(&self) -> Counters {
         // SAFETY: The run page is mapped as long as the block lives; the module may write it at any time.
         unsafe { (&raw const (*self.block().run).counters).read_volatile() }

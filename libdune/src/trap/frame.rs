@@ -24,6 +24,26 @@ pub(crate) use pop_registers;
 ///       vector error          pushed by the stub and the CPU
 /// high  rip cs rflags rsp ss  what IRETQ takes
 /// ```
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::{Dune, Outcome, Thread, TrapFrame, Vector};
+///
+/// /// Has UD2 mean: its vector in RAX.
+/// fn invalid_opcode(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+///     frame.rax = u64::from(frame.vector().0);
+///     frame.rip += 2;
+///     Outcome::Resume
+/// }
+///
+/// let dune = Dune::enter()?;
+/// dune.set_exception_handler(Vector::UD, invalid_opcode);
+/// let answer: u64;
+/// unsafe { core::arch::asm!("ud2", out("rax") answer) };
+/// assert_eq!(answer, 6);
+/// # Ok::<(), libdune::Error>(())
+/// ```
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrapFrame {
@@ -31,28 +51,48 @@ pub struct TrapFrame {
     pub(crate) level: u64,
     /// CR2 as it was when the exception came: the address of a page fault.
     pub cr2: u64,
+    /// R15.
     pub r15: u64,
+    /// R14.
     pub r14: u64,
+    /// R13.
     pub r13: u64,
+    /// R12.
     pub r12: u64,
+    /// R11.
     pub r11: u64,
+    /// R10.
     pub r10: u64,
+    /// R9.
     pub r9: u64,
+    /// R8.
     pub r8: u64,
+    /// RDI.
     pub rdi: u64,
+    /// RSI.
     pub rsi: u64,
+    /// RBP.
     pub rbp: u64,
+    /// RBX.
     pub rbx: u64,
+    /// RDX.
     pub rdx: u64,
+    /// RCX.
     pub rcx: u64,
+    /// RAX.
     pub rax: u64,
     pub(crate) vector: u64,
-    /// Error code of the exception, 0 where it has none.
+    /// Error code of the exception, 0 where it has none (SDM, "Error Code"; of page faults "Interrupt 14").
     pub error_code: u64,
+    /// RIP: of a fault the instruction itself, of a trap the one behind. What is left here must be canonical.
     pub rip: u64,
+    /// Selector of CS; its lowest two bits are the CPL.
     pub cs: u64,
+    /// RFLAGS.
     pub rflags: u64,
+    /// RSP. Below it there may be 128 bytes in use, the red zone.
     pub rsp: u64,
+    /// Selector of SS.
     pub ss: u64,
 }
 
@@ -84,7 +124,7 @@ impl TrapFrame {
         Vector(self.vector as u8)
     }
 
-    /// How many handlers this one interrupted.
+    /// How many handlers this one interrupted, 0 to 7.
     pub fn level(&self) -> usize {
         self.level as usize
     }
@@ -101,6 +141,15 @@ impl TrapFrame {
 }
 
 /// Number of an exception or interrupt, with the SDM's mnemonics.
+///
+/// # Examples
+///
+/// ```
+/// use libdune::Vector;
+///
+/// assert_eq!(Vector::PF, Vector(14));
+/// assert_eq!(Vector::PF.to_string(), "#PF (page fault) 14");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vector(pub u8);
 

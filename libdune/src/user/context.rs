@@ -104,7 +104,26 @@ struct Line([u8; 64]);
 
 /// Some code at CPL3: its registers, segment bases and extended state (x87, SSE, AVX, …), which are its own.
 ///
-/// It belongs to no thread: any Dune thread may run it, one at a time. Dropping it forgets the code's state.
+/// It belongs to no thread: any Dune thread may run it, one at a time. Dropping it forgets the code's state. The
+/// [module](crate::user) has an example that runs something; this one is about what comes back:
+///
+/// ```no_run
+/// use libdune::user::{UserContext, UserExit};
+/// use libdune::Dune;
+///
+/// let dune = Dune::enter()?;
+/// let mut context = UserContext::new(&dune.thread());
+/// // CPL3 may not use this page: it has this program's code.
+/// context.registers_mut().rip = Dune::is_active as usize as u64;
+/// match context.run(&dune.thread()) {
+///     UserExit::PageFault(fault) => {
+///         assert_eq!(fault.address, context.registers().rip);
+///         assert!(fault.is_execute() && fault.is_present() && !fault.host_refused());
+///     }
+///     exit => return Err(format!("{exit:?}").into()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct UserContext {
     frame: Frame,
     /// Extended state of CPL3, and CPL0's while CPL3 runs.
@@ -180,7 +199,7 @@ impl UserContext {
         self.visit(thread, None)
     }
 
-    /// The same, for at most `ticks` of the TSC from now on, as time goes by, whether the thread has the CPU or not.
+    /// Runs the code for at most `ticks` of the TSC from now on, as time goes by, whether the thread has the CPU or not.
     ///
     /// It ends at the first interrupt of the CPU after that: with a tick of 250 Hz, up to 4 ms later.
     pub fn run_for(&mut self, thread: &Thread<'_>, ticks: u64) -> UserExit {

@@ -12,27 +12,37 @@
 //!
 //! ```no_run
 //! use libdune::user::{UserContext, UserExit};
-//! use libdune::Dune;
+//! use libdune::{Dune, Gva, Permissions};
 //!
-//! # fn pages() -> (u64, u64) { todo!() }
+//! # let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+//! # let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+//! # let page = unsafe { libc::mmap(core::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+//! // mov eax, 2; syscall; mov edi, eax; mov eax, 60; syscall; hlt
+//! let code = *b"\xb8\x02\0\0\0\x0f\x05\x89\xc7\xb8\x3c\0\0\0\x0f\x05\xf4";
+//! // SAFETY: A page of the program's own.
+//! unsafe { page.cast::<[u8; 17]>().write(code) };
+//!
 //! let dune = Dune::enter()?;
-//! let (entry, stack_top) = pages();
+//! let start = Gva::new(page as u64).ok_or("not canonical")?;
+//! let for_cpl3 = Permissions::USER | Permissions::EXECUTE;
+//! dune.address_space().protect(start, 4096, for_cpl3)?.flush();
+//!
 //! let mut plugin = UserContext::new(&dune.thread());
-//! plugin.registers_mut().rip = entry;
-//! plugin.registers_mut().rsp = stack_top;
-//! loop {
+//! plugin.registers_mut().rip = start.as_u64();
+//! let status = loop {
 //!     match plugin.run_for(&dune.thread(), 1_000_000_000) {
 //!         UserExit::Syscall => {
-//!             let (number, _arguments) = plugin.system_call();
+//!             let (number, arguments) = plugin.system_call();
 //!             if number == libc::SYS_exit as u64 {
-//!                 break;
+//!                 break arguments[0] as i32;
 //!             }
 //!             plugin.set_result(-i64::from(libc::EPERM) as u64);
 //!         }
-//!         exit => panic!("{exit:?}"),
+//!         exit => return Err(format!("{exit:?}").into()),
 //!     }
-//! }
-//! # Ok::<(), libdune::Error>(())
+//! };
+//! assert_eq!(status, -libc::EPERM);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # Safety

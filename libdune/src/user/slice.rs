@@ -16,6 +16,31 @@ use crate::trap::Thread;
 /// CPL0 copies from and to it, once for each byte: what was copied is the host's, and CPL3 cannot change it between check
 /// and use. The range is checked against the page table that was loaded; who changes that table, or loads another one,
 /// throws the slice away first.
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::user::UserSlice;
+/// use libdune::{Dune, Gva, Permissions};
+///
+/// let page = Box::new(Page([b'x'; 4096]));
+/// let dune = Dune::enter()?;
+/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+/// let thread = dune.thread();
+/// // It is the program's: what CPL3 names must be CPL3's.
+/// assert!(UserSlice::readable(&thread, start.as_u64(), 5).is_err());
+///
+/// let shared = Permissions::USER | Permissions::WRITE;
+/// dune.address_space().protect(start, 4096, shared)?.flush();
+/// let slice = UserSlice::writable(&thread, start.as_u64(), 5)?;
+/// slice.write(b"hello")?;
+/// assert_eq!(slice.to_vec()?, b"hello");
+/// assert!(UserSlice::readable(&thread, start.as_u64() + 4090, 7).is_err());
+/// # dune.address_space().protect(start, 4096, Permissions::ALL)?.flush();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct UserSlice<'t> {
     start: u64,
@@ -56,7 +81,7 @@ impl<'t> UserSlice<'t> {
         Self::new(thread, start, bytes, false)
     }
 
-    /// The same, for [`UserSlice::write`] too.
+    /// The `bytes` bytes at `start`, for [`UserSlice::write`] too.
     ///
     /// # Errors
     ///
@@ -118,7 +143,7 @@ impl<'t> UserSlice<'t> {
         self.copy(to.as_mut_ptr() as u64, self.start, to.len(), false)
     }
 
-    /// All of it.
+    /// A copy of all of it.
     ///
     /// # Errors
     ///

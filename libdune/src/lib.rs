@@ -64,6 +64,8 @@ pub mod user;
 
 pub mod compartment;
 
+mod interop;
+
 pub use addr::Gpa;
 pub use addr::Gva;
 pub use addr::Hva;
@@ -71,6 +73,7 @@ pub use entry::Builder;
 pub use entry::Dune;
 pub use error::Error;
 pub use error::Result;
+pub use interop::AddressError;
 pub use paging::AddressSpace;
 pub use paging::FramePool;
 pub use paging::PageTable;
@@ -80,3 +83,5 @@ pub use trap::Outcome;
 pub use trap::Thread;
 pub use trap::TrapFrame;
 pub use trap::Vector;
+/// Its types are used for bits that it has words for.
+pub use x86_64;

@@ -32,6 +32,7 @@ use dune_abi::Gprs;
 use dune_abi::Sregs;
 use dune_abi::DIRTY_RIP;
 use dune_abi::DIRTY_SREGS;
+use x86_64::structures::idt::PageFaultErrorCode;
 
 use super::compat;
 use super::context::HostContext;
@@ -659,9 +660,9 @@ fn refuse_gate(frame: &mut TrapFrame) {
 /// Where the program has a handler for its signal that runs. Else the thread leaves Dune mode, and the same instruction
 /// raises the signal for Linux to treat; or, where it would not do so there, the process ends with a report.
 pub(super) fn exception(context: &mut HostContext, mut frame: TrapFrame) -> Result<Action, Fatal> {
-    const WRITE: u64 = 2;
-    const FETCH: u64 = 16;
-    const PRESENT: u64 = 1;
+    const WRITE: u64 = PageFaultErrorCode::CAUSED_BY_WRITE.bits();
+    const FETCH: u64 = PageFaultErrorCode::INSTRUCTION_FETCH.bits();
+    const PRESENT: u64 = PageFaultErrorCode::PROTECTION_VIOLATION.bits();
     const SEGV_MAPERR: i32 = 1;
     const SEGV_ACCERR: i32 = 2;
     if frame.vector() == Vector(compat::GATE) {

@@ -5,14 +5,16 @@
 use core::fmt;
 use core::ops::BitOr;
 
+use x86_64::structures::paging::PageTableFlags;
+
 use crate::addr::Gpa;
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
+const PRESENT: u64 = PageTableFlags::PRESENT.bits();
+const WRITABLE: u64 = PageTableFlags::WRITABLE.bits();
+const USER: u64 = PageTableFlags::USER_ACCESSIBLE.bits();
+const ACCESSED: u64 = PageTableFlags::ACCESSED.bits();
+const DIRTY: u64 = PageTableFlags::DIRTY.bits();
+const LARGE: u64 = PageTableFlags::HUGE_PAGE.bits();
 /// Software bit: a leaf whose permissions were taken away; its address is kept.
 const HELD: u64 = 1 << 9;
 /// Software bit: unmapped on purpose; not to be filled in on a page fault.
@@ -27,7 +29,7 @@ const OWNED: u64 = 1 << 53;
 const COPY: u64 = 1 << 54;
 const KEY_SHIFT: u32 = 59;
 const KEY: u64 = 0xf << KEY_SHIFT;
-const NO_EXECUTE: u64 = 1 << 63;
+const NO_EXECUTE: u64 = PageTableFlags::NO_EXECUTE.bits();
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// What a page may be used for. A present page can always be read.

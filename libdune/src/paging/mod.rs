@@ -56,6 +56,12 @@ use crate::addr::Gpa;
 use crate::addr::Gva;
 use crate::addr::Hva;
 
+/// The word of a lowest leaf at GPA 0.
+#[cfg(test)]
+pub(crate) fn leaf_bits(permissions: Permissions) -> u64 {
+    entry::Entry::leaf(Gpa::default(), 1, permissions).0
+}
+
 /// Starts an empty tree of tables and returns its root.
 pub(crate) fn new_root(memory: &memory::Memory) -> Result<Gpa, PagingError> {
     tree::Tree::new(memory).map(|tree| tree.root)

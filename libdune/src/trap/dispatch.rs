@@ -11,6 +11,8 @@ use core::marker::PhantomData;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::Ordering::SeqCst;
 
+use x86_64::structures::idt::PageFaultErrorCode;
+
 use super::escape;
 use super::frame::TrapFrame;
 use super::frame::Vector;
@@ -433,7 +435,7 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
         }
     }
     if frame.vector() == Vector::PF && !frame.is_cpl3() {
-        const WRITE: u64 = 2;
+        const WRITE: u64 = PageFaultErrorCode::CAUSED_BY_WRITE.bits();
         if let Some(recovery) = cpl3::recovery(frame.rip, frame.error_code & WRITE != 0, frame.r9) {
             frame.rip = recovery;
             return 0;
@@ -461,7 +463,7 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
 
 /// Fills in the leaf of a GiB that is used for the first time.
 fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
-    const PRESENT: u64 = 1;
+    const PRESENT: u64 = PageFaultErrorCode::PROTECTION_VIOLATION.bits();
     if frame.error_code & (PRESENT | PAGE_FAULT_HOST_REFUSED) != 0 || frame.cr2 >= USER_END {
         return Ok(false);
     }
@@ -477,8 +479,9 @@ fn fill_leaf(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
 
 /// Settles a write to a page that is copied on write.
 fn copied_on_write(frame: &TrapFrame, block: &Block) -> Result<bool, PagingError> {
-    const PRESENT_WRITE: u64 = 3;
-    const USER: u64 = 4;
+    const PRESENT_WRITE: u64 =
+        PageFaultErrorCode::PROTECTION_VIOLATION.bits() | PageFaultErrorCode::CAUSED_BY_WRITE.bits();
+    const USER: u64 = PageFaultErrorCode::USER_MODE.bits();
     match Gva::new(frame.cr2) {
         Some(gva) if frame.error_code & !USER == PRESENT_WRITE && has_copies(block.process(), &block.here) => {
             settle_write(block.process(), &block.here, gva, frame.error_code & USER != 0)

@@ -82,7 +82,8 @@ pub struct TrapFrame {
     /// RAX.
     pub rax: u64,
     pub(crate) vector: u64,
-    /// Error code of the exception, 0 where it has none (SDM, "Error Code"; of page faults "Interrupt 14").
+    /// Error code of the exception, 0 where it has none (SDM, "Error Code"; of page faults "Interrupt 14", and
+    /// [`TrapFrame::page_fault_code`]).
     pub error_code: u64,
     /// RIP: of a fault the instruction itself, of a trap the one behind. What is left here must be canonical.
     pub rip: u64,

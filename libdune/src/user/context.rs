@@ -8,6 +8,8 @@
 
 use core::fmt;
 
+use x86_64::structures::idt::PageFaultErrorCode;
+
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::cpl3;
 use crate::cpl3::Frame;
@@ -47,24 +49,25 @@ pub enum UserExit {
 pub struct PageFault {
     /// The linear address. Not necessarily canonical memory of the process.
     pub address: u64,
-    /// The CPU's error code (SDM, "Interrupt 14: Page-Fault Exception"), with libdune's bit 14.
+    /// The CPU's error code (SDM, "Interrupt 14: Page-Fault Exception"), with libdune's bit 14. [`PageFault::code`]
+    /// spells it out.
     pub error_code: u64,
 }
 
 impl PageFault {
     /// The page is there, but not for this access.
     pub fn is_present(&self) -> bool {
-        self.error_code & 1 != 0
+        self.code().contains(PageFaultErrorCode::PROTECTION_VIOLATION)
     }
 
     /// It was a write.
     pub fn is_write(&self) -> bool {
-        self.error_code & 1 << 1 != 0
+        self.code().contains(PageFaultErrorCode::CAUSED_BY_WRITE)
     }
 
     /// It was an instruction fetch.
     pub fn is_execute(&self) -> bool {
-        self.error_code & 1 << 4 != 0
+        self.code().contains(PageFaultErrorCode::INSTRUCTION_FETCH)
     }
 
     /// The process has no such memory or not with that access: the guest's page table is not the cause.

@@ -4,6 +4,7 @@
 use std::arch::asm;
 use std::arch::global_asm;
 use std::ptr;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -22,6 +23,7 @@ use crate::support::exits;
 use crate::support::install_probe;
 use crate::support::load;
 use crate::support::probe_faults;
+use crate::support::set_plain_handler;
 use crate::support::spawn;
 use crate::support::store;
 use crate::support::Map;
@@ -41,6 +43,15 @@ pub const TESTS: &[Test] = &[
         unclaimed_exception_becomes_its_signal,
     ),
     Test::asserting("each_vector_reaches_its_handler", each_vector_reaches_its_handler),
+    Test::asserting(
+        "divide_error_inside_page_fault_handler",
+        divide_error_inside_page_fault_handler,
+    ),
+    Test::asserting(
+        "fault_inside_malloc_with_plain_handler_does_not_deadlock",
+        fault_inside_malloc_with_plain_handler_does_not_deadlock,
+    ),
+    Test::asserting("unclaimed_int3_is_sigtrap", unclaimed_int3_is_sigtrap),
 ];
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -504,4 +515,155 @@ fn each_vector_reaches_its_handler() {
     assert!(dune.clear_exception_handler(Vector::BP).is_some());
     dune.leave();
     assert!(!Dune::is_active());
+}
+
+fn divides_by_zero(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+    assert_eq!(divide_by_zero(), 4711);
+    gives_the_page_back(frame, thread)
+}
+
+fn divide_error_inside_page_fault_handler() {
+    let map = Map::new(PAGE);
+    map.write(0, 1);
+    let dune = enter();
+    dune.set_exception_handler(Vector::PF, divides_by_zero);
+    dune.set_exception_handler(Vector::DE, |frame, thread| {
+        DEEPEST.store(frame.level() as u64, Relaxed);
+        skip_div(frame, thread)
+    });
+    for round in 0..100 {
+        let page = gva(map.page(0));
+        dune.address_space()
+            .protect(page, PAGE as u64, Permissions::NONE)
+            .unwrap()
+            .flush();
+        map.write(0, round);
+        assert_eq!(map.read(0), round);
+        assert_eq!(COUNT.load(Relaxed), round + 1);
+    }
+    assert_eq!(DEEPEST.load(Relaxed), 1);
+    dune.leave();
+}
+
+/// Faults that came, and those that came in malloc and what it calls.
+static FAULTS: AtomicU64 = AtomicU64::new(0);
+static FAULTS_IN_MALLOC: AtomicU64 = AtomicU64::new(0);
+
+/// A plain handler: atomics and the page table.
+fn gives_the_page_back(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+    const SURROUNDINGS: u64 = 1 << 16;
+    let Some(page) = Gva::new(frame.cr2).filter(|_| !frame.host_refused()) else {
+        return Outcome::Unhandled;
+    };
+    FAULTS.fetch_add(1, Relaxed);
+    if frame.rip.abs_diff(libc::malloc as *const () as u64) < SURROUNDINGS {
+        FAULTS_IN_MALLOC.fetch_add(1, Relaxed);
+    }
+    let space = thread.address_space();
+    let result = space.protect(page.align_down(PAGE as u64), PAGE as u64, Permissions::ALL);
+    result.map_or(Outcome::Unhandled, |flush| {
+        flush.ignore();
+        Outcome::Resume
+    })
+}
+
+/// Bytes of an arena of glibc that are taken away.
+const ARENA_BYTES: u64 = 8 * PAGE as u64;
+
+/// Where the calling thread's arena of glibc begins: with its lock and its lists.
+fn own_malloc_arena() -> u64 {
+    const HEAP_BYTES: u64 = 64 << 20;
+    // A small block may be one that the thread's maker had.
+    let block = vec![0u8; 5000];
+    let start = block.as_ptr() as u64 & !(HEAP_BYTES - 1);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let holds_it = |line: &str| {
+        let (range, rest) = line.split_once(' ').unwrap();
+        let (low, high) = range.split_once('-').unwrap();
+        let [low, high] = [low, high].map(|text| u64::from_str_radix(text, 16).unwrap());
+        low <= start && start + ARENA_BYTES <= high && rest.starts_with("rw")
+    };
+    assert!(maps.lines().any(holds_it), "{start:#x} is no arena");
+    start
+}
+
+/// Threads allocate and free, while the beginning of each one's arena is taken away again and again: most faults come with
+/// the arena's lock held.
+fn fault_inside_malloc_with_plain_handler_does_not_deadlock() {
+    const THREADS: usize = 4;
+    const ROUNDS: u64 = 40;
+    let arenas = [const { AtomicU64::new(0) }; THREADS];
+    /// Also where something fails: the threads would go on.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Relaxed);
+        }
+    }
+    let is_done = AtomicBool::new(false);
+    let dune = enter();
+    dune.set_exception_handler(Vector::PF, gives_the_page_back);
+    let space = dune.address_space();
+    std::thread::scope(|scope| {
+        let _done = Done(&is_done);
+        let mut threads = Vec::new();
+        for arena in &arenas {
+            threads.push(scope.spawn(|| {
+                arena.store(own_malloc_arena(), Relaxed);
+                let mut round = 0usize;
+                while !is_done.load(Relaxed) {
+                    let blocks: Vec<Vec<u8>> = (0..8)
+                        .map(|index| vec![round as u8; 100 + (round * 97 + index * 1201) % 20_000])
+                        .collect();
+                    for block in &blocks {
+                        assert_eq!((block[0], block[block.len() - 1]), (round as u8, round as u8));
+                    }
+                    round += 1;
+                    std::thread::yield_now();
+                }
+            }));
+        }
+        let wait_while = |is_so: &dyn Fn() -> bool| {
+            while is_so() {
+                assert!(!threads.iter().any(|thread| thread.is_finished()), "a thread ended");
+                std::thread::yield_now();
+            }
+        };
+        wait_while(&|| arenas.iter().any(|arena| arena.load(Relaxed) == 0));
+        for _ in 0..ROUNDS {
+            let before = FAULTS.load(Relaxed);
+            for arena in &arenas {
+                let start = gva(arena.load(Relaxed) as usize);
+                space.protect(start, ARENA_BYTES, Permissions::NONE).unwrap().flush();
+            }
+            wait_while(&|| FAULTS.load(Relaxed) == before);
+        }
+    });
+    let (faults, in_malloc) = (FAULTS.load(Relaxed), FAULTS_IN_MALLOC.load(Relaxed));
+    assert!(in_malloc >= ROUNDS / 4, "{in_malloc} of {faults} faults in malloc");
+    dune.leave();
+}
+
+/// Without a handler it is what it always is: the program's own handler, behind the instruction, or the end.
+fn unclaimed_int3_is_sigtrap() {
+    extern "C" fn count(_: i32) {
+        COUNT.fetch_add(1, Relaxed);
+    }
+    // SAFETY: the second dies of it.
+    let int3 = || unsafe { asm!("int3") };
+    let ended = spawn(|| {
+        let dune = enter();
+        set_plain_handler(libc::SIGTRAP, count, 0);
+        int3();
+        assert_eq!(COUNT.load(Relaxed), 1);
+        assert!(Dune::is_active());
+        set_plain_handler(libc::SIGTRAP, count, libc::SA_RESETHAND);
+        int3();
+        assert_eq!(COUNT.load(Relaxed), 2);
+        int3();
+        dune.leave();
+    })
+    .wait();
+    assert_eq!(ended.signal(), Some(libc::SIGTRAP), "{ended:?}");
+    assert!(!ended.output.contains("dune: fatal"), "{ended:?}");
 }

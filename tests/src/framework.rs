@@ -105,12 +105,16 @@ impl Need {
                 (here < count).then(|| format!("needs {count} CPUs, has {here}"))
             }
             Need::CpuFlag(flag) => (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}")),
-            Need::NoKmemleak => std::path::Path::new("/sys/kernel/debug/kmemleak")
-                .exists()
+            Need::NoKmemleak => has_kmemleak()
                 .then(|| "KASAN keeps back what was freed; kmemleak looks for what is left over".to_string()),
             Need::Path(path) => (!std::path::Path::new(path).exists()).then(|| format!("there is no {path}")),
         }
     }
+}
+
+/// Whether this is the kernel that looks for mistakes: kmemleak and KASAN are there together.
+fn has_kmemleak() -> bool {
+    std::path::Path::new("/sys/kernel/debug/kmemleak").exists()
 }
 
 /// One test. Its function runs in a process of its own.
@@ -119,7 +123,7 @@ pub struct Test {
     pub name: &'static str,
     pub suite: Suite,
     pub run_as: User,
-    /// Seconds after which it is killed and has failed.
+    /// Seconds after which it is killed and has failed, on a kernel that does not look for mistakes.
     pub timeout_s: u64,
     pub needs: &'static [Need],
     pub body: Body,
@@ -168,6 +172,12 @@ impl Test {
     #[allow(dead_code)]
     pub const fn timeout_s(self, timeout_s: u64) -> Self {
         Self { timeout_s, ..self }
+    }
+
+    /// Seconds after which it is killed and has failed. KASAN and lockdep make system calls several times as long.
+    pub fn limit_s(&self) -> u64 {
+        const SLOWER: u64 = 4;
+        self.timeout_s * if has_kmemleak() { SLOWER } else { 1 }
     }
 
     #[allow(dead_code)]

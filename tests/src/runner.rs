@@ -148,7 +148,8 @@ fn run_one(test: &Test) -> (Outcome, String) {
         let _ = reader.read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    let waited = receiver.recv_timeout(Duration::from_secs(test.timeout_s));
+    let limit_s = test.limit_s();
+    let waited = receiver.recv_timeout(Duration::from_secs(limit_s));
     // Whatever the test left behind goes with it.
     // SAFETY: kill touches no memory; the group is the child's own.
     unsafe { libc::kill(-group, libc::SIGKILL) };
@@ -161,7 +162,7 @@ fn run_one(test: &Test) -> (Outcome, String) {
     let _ = waiter.join();
     let output = collector.join().unwrap_or_default();
     let outcome = match waited {
-        Err(_) => Outcome::Fail(format!("killed after {} s", test.timeout_s)),
+        Err(_) => Outcome::Fail(format!("killed after {limit_s} s")),
         Ok(Err(error)) => Outcome::Fail(format!("cannot be waited for: {error}")),
         Ok(Ok(status)) => judge(status, &output),
     };

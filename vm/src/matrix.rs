@@ -373,7 +373,7 @@ fn full_product() -> Vec<Row> {
                         kernel,
                         cpus,
                         gpa_bits: Some(bits),
-                        timeout_s: 7200,
+                        timeout_s: 14_400,
                         ..green(
                             &format!("long-{short_name}-{cpus}cpu-{bits}bit-{kernel}"),
                             cpu_model,

@@ -1,50 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What Linux tells of the pages of a range: /proc/self/pagemap and its PAGEMAP_SCAN (include/uapi/linux/fs.h).
+//! What Linux tells of the pages of a range: /proc/self/pagemap and its PAGEMAP_SCAN.
+
+use linux_raw_sys::general::page_region;
+use linux_raw_sys::general::pm_scan_arg;
 
 use crate::pages::Memory;
 use crate::pages::PAGE;
 
-pub const IS_WRITTEN: u64 = 1 << 1;
-pub const IS_PRESENT: u64 = 1 << 3;
-pub const IS_HUGE: u64 = 1 << 6;
-
-/// Write-protects, and so forgets as written, what is told.
-pub const WP_MATCHING: u64 = 1;
-/// Only where userfaultfd notes writes.
-pub const CHECK_WPASYNC: u64 = 2;
-
+/// Not among the crate's numbers: `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
-#[repr(C)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
+pub const NO_PAGES: page_region = page_region {
+    start: 0,
+    end: 0,
+    categories: 0,
+};
 
-/// Pages that are alike.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Region {
-    start: u64,
-    end: u64,
-    pub categories: u64,
-}
-
-impl Region {
-    pub fn pages(&self) -> u64 {
-        (self.end - self.start) / PAGE as u64
-    }
+pub fn pages_of(region: &page_region) -> u64 {
+    (region.end - region.start) / PAGE as u64
 }
 
 pub struct Pagemap(i32);
@@ -62,15 +36,15 @@ impl Pagemap {
         &self,
         memory: &Memory,
         range: core::ops::Range<usize>,
-        flags: u64,
-        wanted: u64,
-        told: u64,
-        regions: &mut [Region],
+        flags: u32,
+        wanted: u32,
+        told: u32,
+        regions: &mut [page_region],
     ) -> i32 {
         let start = memory.start() as u64;
-        let mut ask = Scan {
-            size: size_of::<Scan>() as u64,
-            flags,
+        let mut ask = pm_scan_arg {
+            size: size_of::<pm_scan_arg>() as u64,
+            flags: flags.into(),
             start: start + range.start as u64,
             end: start + range.end as u64,
             walk_end: 0,
@@ -78,9 +52,9 @@ impl Pagemap {
             vec_len: regions.len() as u64,
             max_pages: 0,
             category_inverted: 0,
-            category_mask: wanted,
+            category_mask: wanted.into(),
             category_anyof_mask: 0,
-            return_mask: told,
+            return_mask: told.into(),
         };
         // SAFETY: The structure is as Linux has it; the regions are where it says.
         unsafe { libc::ioctl(self.0, PAGEMAP_SCAN, &raw mut ask) }

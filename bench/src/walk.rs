@@ -14,13 +14,14 @@ use dune_examples::cr3;
 use libdune::Dune;
 use libdune::Gva;
 use libdune::Permissions;
+use linux_raw_sys::general;
 
 use crate::measure::is_emulated;
 use crate::measure::timed;
 use crate::measure::System;
-use crate::pagemap;
+use crate::pagemap::pages_of;
 use crate::pagemap::Pagemap;
-use crate::pagemap::Region;
+use crate::pagemap::NO_PAGES;
 use crate::pages::Memory;
 use crate::pages::PAGE;
 
@@ -186,14 +187,14 @@ fn guest_leaf_bytes(dune: &Dune, memory: &Memory, range: core::ops::Range<usize>
 /// Linux' own page table.
 fn native(memory: &Memory, range: core::ops::Range<usize>) -> Result<Translation, String> {
     let pagemap = Pagemap::open().ok_or("no pagemap")?;
-    let mut regions = [Region::default(); 2];
+    let mut regions = [NO_PAGES; 2];
     let pages = (range.len() / PAGE) as u64;
-    let told = pagemap::IS_PRESENT | pagemap::IS_HUGE;
-    let found = pagemap.scan(memory, range, 0, pagemap::IS_PRESENT, told, &mut regions);
-    if found != 1 || regions[0].pages() != pages {
+    let told = general::PAGE_IS_PRESENT | general::PAGE_IS_HUGE;
+    let found = pagemap.scan(memory, range, 0, general::PAGE_IS_PRESENT, told, &mut regions);
+    if found != 1 || pages_of(&regions[0]) != pages {
         return Err(format!("the pages are not there, or not alike: {found} {regions:?}"));
     }
-    let is_large = regions[0].categories & pagemap::IS_HUGE != 0;
+    let is_large = regions[0].categories & u64::from(general::PAGE_IS_HUGE) != 0;
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").map_err(|error| error.to_string())?;
     Ok(Translation::One {
         // Linux hides the flag where it does not use it.

@@ -10,6 +10,18 @@ use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
+use linux_raw_sys::general;
+use linux_raw_sys::general::uffd_msg;
+use linux_raw_sys::general::uffdio_api;
+use linux_raw_sys::general::uffdio_copy;
+use linux_raw_sys::general::uffdio_range;
+use linux_raw_sys::general::uffdio_register;
+use linux_raw_sys::general::uffdio_writeprotect;
+use linux_raw_sys::ioctl::UFFDIO_API;
+use linux_raw_sys::ioctl::UFFDIO_COPY;
+use linux_raw_sys::ioctl::UFFDIO_REGISTER;
+use linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT;
+
 use crate::framework::Need;
 use crate::framework::Outcome;
 use crate::framework::Test;
@@ -432,19 +444,20 @@ fn idle_pages_are_told_from_used_ones() {
 /// Writes in Dune mode reach those who track them: by asynchronous write-protection, which pagemap shows.
 fn written_pages_are_told_from_others() {
     const PAGES: usize = 64;
-    const WP_ASYNC: u64 = 1 << 15;
     let map = Map::new(PAGES * PAGE);
     advise(&map, 0, map.bytes, libc::MADV_NOHUGEPAGE).unwrap();
     let dune = enter();
     for page in 0..PAGES {
         map.write(page * PAGE, 1);
     }
-    let uffd = Userfaultfd::new(WP_ASYNC | 1);
-    uffd.register(&map, 2);
+    let uffd = Userfaultfd::new(general::UFFD_FEATURE_WP_ASYNC | general::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
+    uffd.register(&map, general::UFFDIO_REGISTER_MODE_WP);
     for round in 0..4 {
-        let mut protect = UffdioWriteprotect {
-            start: map.address() as u64,
-            len: map.bytes as u64,
+        let mut protect = uffdio_writeprotect {
+            range: uffdio_range {
+                start: map.address() as u64,
+                len: map.bytes as u64,
+            },
             mode: 1,
         };
         uffd.request(UFFDIO_WRITEPROTECT, (&raw mut protect).cast());
@@ -604,74 +617,39 @@ fn writes_from_outside_are_seen() {
     dune.leave();
 }
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
-}
-
-#[repr(C)]
-struct UffdioWriteprotect {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
-
-const UFFDIO_API: u64 = 0xc018_aa3f;
-const UFFDIO_REGISTER: u64 = 0xc020_aa00;
-const UFFDIO_COPY: u64 = 0xc028_aa03;
-const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
-
 /// A userfaultfd that handles faults of user mode only, as an ordinary user may.
 struct Userfaultfd(OwnedFd);
 
 impl Userfaultfd {
-    fn new(features: u64) -> Self {
-        const UFFD_USER_MODE_ONLY: i32 = 1;
+    fn new(features: u32) -> Self {
+        let flags = libc::O_CLOEXEC | general::UFFD_USER_MODE_ONLY as i32;
         // SAFETY: a new fd.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) } as i32;
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
         assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
         // SAFETY: just made.
         let uffd = Self(unsafe { OwnedFd::from_raw_fd(fd) });
-        let mut api = UffdioApi {
-            api: 0xaa,
-            features,
+        let mut api = uffdio_api {
+            api: general::UFFD_API.into(),
+            features: features.into(),
             ioctls: 0,
         };
         uffd.request(UFFDIO_API, (&raw mut api).cast());
         uffd
     }
 
-    fn request(&self, request: u64, argument: *mut libc::c_void) {
+    fn request(&self, request: u32, argument: *mut libc::c_void) {
         // SAFETY: the callers pass a structure of the size that the request names.
-        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument) };
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request.into(), argument) };
         assert_eq!(result, 0, "{request:#x}: {}", io::Error::last_os_error());
     }
 
-    /// `mode`: 1 missing pages, 2 write-protection.
-    fn register(&self, map: &Map, mode: u64) {
-        let mut register = UffdioRegister {
-            start: map.address() as u64,
-            len: map.bytes as u64,
-            mode,
+    fn register(&self, map: &Map, mode: u32) {
+        let mut register = uffdio_register {
+            range: uffdio_range {
+                start: map.address() as u64,
+                len: map.bytes as u64,
+            },
+            mode: mode.into(),
             ioctls: 0,
         };
         self.request(UFFDIO_REGISTER, (&raw mut register).cast());
@@ -681,40 +659,50 @@ impl Userfaultfd {
 /// Missing pages are filled, and writes to protected ones let through, by a thread that is told of each.
 fn userfaultfd_serves_a_dune_thread() {
     const PAGES: usize = 32;
-    let uffd = Userfaultfd::new(1); // write-protection
+    let uffd = Userfaultfd::new(general::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
     let map = Map::new(PAGES * PAGE);
-    uffd.register(&map, 3);
+    uffd.register(
+        &map,
+        general::UFFDIO_REGISTER_MODE_MISSING | general::UFFDIO_REGISTER_MODE_WP,
+    );
     let fd = uffd.0.as_raw_fd();
     let server = std::thread::spawn(move || {
         let (mut missing, mut protected) = (0u32, 0u32);
         while protected < PAGES as u32 {
-            let mut message = [0u8; 32];
-            // SAFETY: one message.
-            let read = unsafe { libc::read(fd, message.as_mut_ptr().cast(), 32) };
-            assert_eq!(read, 32);
-            let word = |at: usize| u64::from_le_bytes(message[at..at + 8].try_into().unwrap());
-            let (flags, address) = (word(8), word(16) & !0xfff);
-            if flags & 2 != 0 {
+            let bytes = size_of::<uffd_msg>();
+            // SAFETY: one message, all zeroes are one; all that was asked for are page faults.
+            let fault = unsafe {
+                let mut message: uffd_msg = core::mem::zeroed();
+                assert_eq!(libc::read(fd, (&raw mut message).cast(), bytes), bytes as isize);
+                message.arg.pagefault
+            };
+            let address = fault.address & !0xfff;
+            if fault.flags & u64::from(general::UFFD_PAGEFAULT_FLAG_WP) != 0 {
                 protected += 1;
-                let mut change = UffdioWriteprotect {
-                    start: address,
-                    len: PAGE as u64,
+                let mut change = uffdio_writeprotect {
+                    range: uffdio_range {
+                        start: address,
+                        len: PAGE as u64,
+                    },
                     mode: 0,
                 };
                 // SAFETY: as above.
-                assert_eq!(unsafe { libc::ioctl(fd, UFFDIO_WRITEPROTECT, &raw mut change) }, 0);
+                assert_eq!(
+                    unsafe { libc::ioctl(fd, UFFDIO_WRITEPROTECT.into(), &raw mut change) },
+                    0
+                );
             } else {
                 missing += 1;
                 let page = [address; PAGE / 8];
-                let mut copy = UffdioCopy {
+                let mut copy = uffdio_copy {
                     dst: address,
                     src: page.as_ptr() as u64,
                     len: PAGE as u64,
-                    mode: 1 << 1, // write-protected
+                    mode: general::UFFDIO_COPY_MODE_WP.into(),
                     copy: 0,
                 };
                 // SAFETY: as above.
-                assert_eq!(unsafe { libc::ioctl(fd, UFFDIO_COPY, &raw mut copy) }, 0);
+                assert_eq!(unsafe { libc::ioctl(fd, UFFDIO_COPY.into(), &raw mut copy) }, 0);
             }
         }
         (missing, protected)

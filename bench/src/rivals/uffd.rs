@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! userfaultfd: a missing page filled by another thread or by a SIGBUS handler, a write-protected one, and writes that
-//! are only noted (WP_ASYNC) and collected by PAGEMAP_SCAN. Structures: include/uapi/linux/userfaultfd.h.
+//! are only noted (WP_ASYNC) and collected by PAGEMAP_SCAN.
 
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU64;
@@ -9,11 +9,23 @@ use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering::Relaxed;
 use std::thread;
 
+use linux_raw_sys::general;
+use linux_raw_sys::general::uffd_msg;
+use linux_raw_sys::general::uffdio_api;
+use linux_raw_sys::general::uffdio_copy;
+use linux_raw_sys::general::uffdio_range;
+use linux_raw_sys::general::uffdio_register;
+use linux_raw_sys::general::uffdio_writeprotect;
+use linux_raw_sys::ioctl::UFFDIO_API;
+use linux_raw_sys::ioctl::UFFDIO_COPY;
+use linux_raw_sys::ioctl::UFFDIO_REGISTER;
+use linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT;
+
 use crate::measure::timed;
 use crate::measure::System;
-use crate::pagemap;
+use crate::pagemap::pages_of;
 use crate::pagemap::Pagemap;
-use crate::pagemap::Region;
+use crate::pagemap::NO_PAGES;
 use crate::pages::Memory;
 use crate::pages::PAGE;
 
@@ -21,62 +33,10 @@ const PAGES: usize = 200;
 /// Pages of a scan.
 const SCANNED: usize = 1000;
 
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
-const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
-
-const MODE_MISSING: u64 = 1;
-const MODE_WP: u64 = 2;
-const FEATURE_SIGBUS: u64 = 1 << 7;
-const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const FEATURE_WP_ASYNC: u64 = 1 << 15;
-
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Copy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
-}
-
-#[repr(C)]
-struct WriteProtect {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
-
-/// `struct uffd_msg` of a page fault.
-#[repr(C)]
-struct Message {
-    event: u8,
-    reserved: [u8; 7],
-    flags: u64,
-    address: u64,
-    thread: u64,
-}
-
 struct Uffd(i32);
 
 impl Uffd {
-    fn new(features: u64) -> Option<Self> {
+    fn new(features: u32) -> Option<Self> {
         // SAFETY: A fresh fd; the structure is as Linux has it.
         unsafe {
             let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32;
@@ -84,34 +44,41 @@ impl Uffd {
                 return None;
             }
             let uffd = Self(fd);
-            let mut api = Api {
-                api: 0xaa,
-                features,
+            let mut api = uffdio_api {
+                api: general::UFFD_API.into(),
+                features: features.into(),
                 ioctls: 0,
             };
-            (libc::ioctl(fd, UFFDIO_API, &raw mut api) == 0).then_some(uffd)
+            (libc::ioctl(fd, UFFDIO_API.into(), &raw mut api) == 0).then_some(uffd)
         }
     }
 
-    fn register(&self, memory: &Memory, bytes: usize, mode: u64) {
-        let mut ask = Register {
-            start: memory.start() as u64,
-            len: bytes as u64,
-            mode,
+    fn register(&self, memory: &Memory, bytes: usize, mode: u32) {
+        let mut ask = uffdio_register {
+            range: uffdio_range {
+                start: memory.start() as u64,
+                len: bytes as u64,
+            },
+            mode: mode.into(),
             ioctls: 0,
         };
         // SAFETY: The structure is as Linux has it; the memory is ours.
-        assert_eq!(unsafe { libc::ioctl(self.0, UFFDIO_REGISTER, &raw mut ask) }, 0);
+        assert_eq!(unsafe { libc::ioctl(self.0, UFFDIO_REGISTER.into(), &raw mut ask) }, 0);
     }
 
     fn protect(&self, start: u64, bytes: usize, on: bool) {
-        let mut ask = WriteProtect {
-            start,
-            len: bytes as u64,
+        let mut ask = uffdio_writeprotect {
+            range: uffdio_range {
+                start,
+                len: bytes as u64,
+            },
             mode: on.into(),
         };
         // SAFETY: As above.
-        assert_eq!(unsafe { libc::ioctl(self.0, UFFDIO_WRITEPROTECT, &raw mut ask) }, 0);
+        assert_eq!(
+            unsafe { libc::ioctl(self.0, UFFDIO_WRITEPROTECT.into(), &raw mut ask) },
+            0
+        );
     }
 
     /// Handles `count` faults in another thread.
@@ -119,14 +86,14 @@ impl Uffd {
         let fd = self.0;
         thread::spawn(move || {
             for _ in 0..count {
-                // SAFETY: A message into a structure of its size.
-                let message = unsafe {
-                    let mut message: Message = core::mem::zeroed();
-                    let bytes = size_of::<Message>();
+                // SAFETY: A message into a structure of its size; all that was asked for are page faults.
+                let address = unsafe {
+                    let mut message: uffd_msg = core::mem::zeroed();
+                    let bytes = size_of::<uffd_msg>();
                     assert_eq!(libc::read(fd, (&raw mut message).cast(), bytes), bytes as isize);
-                    message
+                    message.arg.pagefault.address
                 };
-                handle(fd, message.address & !(PAGE as u64 - 1));
+                handle(fd, address & !(PAGE as u64 - 1));
             }
         })
     }
@@ -142,7 +109,7 @@ impl Drop for Uffd {
 /// Fills a page with sevens.
 fn fill(fd: i32, page: u64) -> bool {
     static SEVENS: [u8; PAGE] = [7; PAGE];
-    let mut ask = Copy {
+    let mut ask = uffdio_copy {
         dst: page,
         src: SEVENS.as_ptr() as u64,
         len: PAGE as u64,
@@ -150,7 +117,7 @@ fn fill(fd: i32, page: u64) -> bool {
         copy: 0,
     };
     // SAFETY: The structure is as Linux has it.
-    unsafe { libc::ioctl(fd, UFFDIO_COPY, &raw mut ask) == 0 }
+    unsafe { libc::ioctl(fd, UFFDIO_COPY.into(), &raw mut ask) == 0 }
 }
 
 pub fn measure(linux: &System<'_>) {
@@ -169,7 +136,7 @@ pub fn measure(linux: &System<'_>) {
 fn missing(system: &System<'_>) {
     let Some(uffd) = Uffd::new(0) else { return };
     let memory = Memory::new(PAGES * PAGE).small();
-    uffd.register(&memory, PAGES * PAGE, MODE_MISSING);
+    uffd.register(&memory, PAGES * PAGE, general::UFFDIO_REGISTER_MODE_MISSING);
     let server = uffd.serve(PAGES, |fd, page| assert!(fill(fd, page)));
     system.once("page_fault", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
     assert!((0..PAGES).all(|i| memory.read(i * PAGE + 1) == 7));
@@ -190,7 +157,9 @@ extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void
 }
 
 fn sigbus(system: &System<'_>) {
-    let Some(uffd) = Uffd::new(FEATURE_SIGBUS) else { return };
+    let Some(uffd) = Uffd::new(general::UFFD_FEATURE_SIGBUS) else {
+        return;
+    };
     SIGBUS_FD.store(uffd.0, Relaxed);
     // SAFETY: A handler of the right type.
     unsafe {
@@ -200,7 +169,7 @@ fn sigbus(system: &System<'_>) {
         assert_eq!(libc::sigaction(libc::SIGBUS, &action, core::ptr::null_mut()), 0);
     }
     let memory = Memory::new(PAGES * PAGE).small();
-    uffd.register(&memory, PAGES * PAGE, MODE_MISSING);
+    uffd.register(&memory, PAGES * PAGE, general::UFFDIO_REGISTER_MODE_MISSING);
     system.once("page_fault", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
     assert_eq!(SIGBUS_COUNT.load(Relaxed), PAGES);
     // SAFETY: The default again.
@@ -210,7 +179,7 @@ fn sigbus(system: &System<'_>) {
 fn write_protected(system: &System<'_>) {
     let Some(uffd) = Uffd::new(0) else { return };
     let memory = Memory::new(PAGES * PAGE).small().populated();
-    uffd.register(&memory, PAGES * PAGE, MODE_WP);
+    uffd.register(&memory, PAGES * PAGE, general::UFFDIO_REGISTER_MODE_WP);
     uffd.protect(memory.start() as u64, PAGES * PAGE, true);
     let fd = uffd.0;
     let server = uffd.serve(PAGES, move |_, page| {
@@ -224,24 +193,24 @@ fn write_protected(system: &System<'_>) {
 
 /// Linux notes the writes; the price of a write, and that of asking for 1,000 pages.
 fn noted(system: &System<'_>) {
-    let Some(uffd) = Uffd::new(FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED) else {
+    let Some(uffd) = Uffd::new(general::UFFD_FEATURE_WP_ASYNC | general::UFFD_FEATURE_WP_UNPOPULATED) else {
         return;
     };
     let memory = Memory::new(SCANNED * PAGE).small().populated();
-    uffd.register(&memory, SCANNED * PAGE, MODE_WP);
+    uffd.register(&memory, SCANNED * PAGE, general::UFFDIO_REGISTER_MODE_WP);
     uffd.protect(memory.start() as u64, SCANNED * PAGE, true);
     system.once("dirty_write", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
     let Some(pagemap) = Pagemap::open() else { return };
     let seen = AtomicU64::new(0);
-    let mut regions = [Region::default(); 8];
+    let mut regions = [NO_PAGES; 8];
     system.once("dirty_scan", 20, |_| {
         (0..SCANNED).for_each(|i| memory.write(i * PAGE, 2));
         let mut found = 0;
-        let flags = pagemap::WP_MATCHING | pagemap::CHECK_WPASYNC;
-        let (range, written) = (0..SCANNED * PAGE, pagemap::IS_WRITTEN);
+        let flags = general::PM_SCAN_WP_MATCHING | general::PM_SCAN_CHECK_WPASYNC;
+        let (range, written) = (0..SCANNED * PAGE, general::PAGE_IS_WRITTEN);
         let ticks = timed(|| found = pagemap.scan(&memory, range, flags, written, written, &mut regions));
         assert_eq!(found, 1, "one region was written");
-        seen.fetch_add(regions[0].pages(), Relaxed);
+        seen.fetch_add(pages_of(&regions[0]), Relaxed);
         ticks
     });
     if system.wants(&["dirty_scan"]) {

@@ -1,13 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Linux' own ways: mprotect and SIGSEGV, userfaultfd with a thread that handles the writes, userfaultfd that only notes
-//! them (WP_ASYNC) with PAGEMAP_SCAN. Structures: include/uapi/linux/userfaultfd.h, fs.h.
+//! them (WP_ASYNC) with PAGEMAP_SCAN.
 
 use std::mem;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
+
+use linux_raw_sys::general;
+use linux_raw_sys::general::page_region;
+use linux_raw_sys::general::pm_scan_arg;
+use linux_raw_sys::general::uffd_msg;
+use linux_raw_sys::general::uffdio_api;
+use linux_raw_sys::general::uffdio_range;
+use linux_raw_sys::general::uffdio_register;
+use linux_raw_sys::general::uffdio_writeprotect;
+use linux_raw_sys::ioctl::UFFDIO_API;
+use linux_raw_sys::ioctl::UFFDIO_REGISTER;
+use linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT;
 
 use super::Barrier;
 use super::BarrierError;
@@ -81,48 +93,8 @@ impl Drop for Mprotect {
     }
 }
 
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+/// Not among the crate's numbers: `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-
-/// What an ordinary user may have.
-const UFFD_USER_MODE_ONLY: i32 = 1;
-const MODE_WP: u64 = 2;
-const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const FEATURE_WP_ASYNC: u64 = 1 << 15;
-
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct WriteProtect {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
-
-/// `struct uffd_msg` of a page fault.
-#[repr(C)]
-struct Message {
-    event: u8,
-    reserved: [u8; 7],
-    flags: u64,
-    address: u64,
-    thread: u64,
-}
 
 /// A userfaultfd that has all of the heap write-protected, and the page behind it.
 struct Uffd {
@@ -132,10 +104,14 @@ struct Uffd {
 }
 
 impl Uffd {
-    fn new(memory: &Memory, features: u64) -> Result<Self, BarrierError> {
+    fn new(memory: &Memory, features: u32) -> Result<Self, BarrierError> {
         // SAFETY: A fresh fd; the structures are as Linux has them; the memory is the heap's.
         unsafe {
-            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as i32;
+            let fd = libc::syscall(
+                libc::SYS_userfaultfd,
+                // What an ordinary user may have.
+                libc::O_CLOEXEC | general::UFFD_USER_MODE_ONLY as i32,
+            ) as i32;
             if fd < 0 {
                 return Err(BarrierError::last("userfaultfd"));
             }
@@ -144,21 +120,23 @@ impl Uffd {
                 start: memory.address() as u64,
                 bytes: (memory.bytes() + PAGE) as u64,
             };
-            let mut api = Api {
-                api: 0xaa,
-                features,
+            let mut api = uffdio_api {
+                api: general::UFFD_API.into(),
+                features: features.into(),
                 ioctls: 0,
             };
-            if libc::ioctl(fd, UFFDIO_API, &raw mut api) != 0 {
+            if libc::ioctl(fd, UFFDIO_API.into(), &raw mut api) != 0 {
                 return Err(BarrierError::last("UFFDIO_API"));
             }
-            let mut register = Register {
-                start: uffd.start,
-                len: uffd.bytes,
-                mode: MODE_WP,
+            let mut register = uffdio_register {
+                range: uffdio_range {
+                    start: uffd.start,
+                    len: uffd.bytes,
+                },
+                mode: general::UFFDIO_REGISTER_MODE_WP.into(),
                 ioctls: 0,
             };
-            if libc::ioctl(fd, UFFDIO_REGISTER, &raw mut register) != 0 {
+            if libc::ioctl(fd, UFFDIO_REGISTER.into(), &raw mut register) != 0 {
                 return Err(BarrierError::last("UFFDIO_REGISTER"));
             }
             uffd.protect(uffd.start, uffd.bytes, true)?;
@@ -172,13 +150,12 @@ impl Uffd {
 }
 
 fn write_protect(fd: i32, start: u64, len: u64, on: bool) -> Result<(), BarrierError> {
-    let mut ask = WriteProtect {
-        start,
-        len,
+    let mut ask = uffdio_writeprotect {
+        range: uffdio_range { start, len },
         mode: on.into(),
     };
     // SAFETY: The structure is as Linux has it.
-    match unsafe { libc::ioctl(fd, UFFDIO_WRITEPROTECT, &raw mut ask) } {
+    match unsafe { libc::ioctl(fd, UFFDIO_WRITEPROTECT.into(), &raw mut ask) } {
         0 => Ok(()),
         _ => Err(BarrierError::last("UFFDIO_WRITEPROTECT")),
     }
@@ -198,14 +175,14 @@ impl Userfaultfd {
         let uffd = Uffd::new(memory, 0)?;
         let (fd, last) = (uffd.fd.as_raw_fd(), memory.address() + memory.bytes());
         let server = std::thread::spawn(move || {
-            let mut message = mem::MaybeUninit::<Message>::uninit();
+            let mut message = mem::MaybeUninit::<uffd_msg>::uninit();
             loop {
-                // SAFETY: A message into a structure of its size.
+                // SAFETY: A message into a structure of its size; all that was asked for are page faults.
                 let address = unsafe {
-                    if libc::read(fd, message.as_mut_ptr().cast(), size_of::<Message>()) <= 0 {
+                    if libc::read(fd, message.as_mut_ptr().cast(), size_of::<uffd_msg>()) <= 0 {
                         return;
                     }
-                    message.assume_init_ref().address
+                    message.assume_init_ref().arg.pagefault.address
                 };
                 let page = Notes::note(address as usize);
                 let is_done = page.is_some_and(|page| write_protect(fd, page as u64, PAGE as u64, false).is_ok());
@@ -240,40 +217,25 @@ impl Drop for Userfaultfd {
     }
 }
 
-#[repr(C)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
+const NO_PAGES: page_region = page_region {
+    start: 0,
+    end: 0,
+    categories: 0,
+};
 
 /// Linux notes the first write to each page in its own page table, and is asked.
 pub struct PagemapScan {
     uffd: Uffd,
     pagemap: OwnedFd,
-    regions: Vec<Region>,
+    regions: Vec<page_region>,
 }
 
 impl PagemapScan {
     pub fn new(memory: &Memory) -> Result<Self, BarrierError> {
-        let uffd = Uffd::new(memory, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED)?;
+        let uffd = Uffd::new(
+            memory,
+            general::UFFD_FEATURE_WP_ASYNC | general::UFFD_FEATURE_WP_UNPOPULATED,
+        )?;
         let pagemap = std::fs::File::open("/proc/self/pagemap").map_err(|error| BarrierError::Linux {
             step: "/proc/self/pagemap",
             error,
@@ -281,21 +243,19 @@ impl PagemapScan {
         Ok(Self {
             uffd,
             pagemap: pagemap.into(),
-            regions: vec![Region::default(); 256],
+            regions: vec![NO_PAGES; 256],
         })
     }
 }
 
 impl Barrier for PagemapScan {
     fn take_written(&mut self, pages: &mut Vec<usize>) -> Result<(), BarrierError> {
-        const PAGE_IS_WRITTEN: u64 = 1 << 1;
-        const SCAN_WP_MATCHING: u64 = 1;
-        const SCAN_CHECK_WPASYNC: u64 = 2;
+        let written = general::PAGE_IS_WRITTEN.into();
         let (mut start, end) = (self.uffd.start, self.uffd.start + self.uffd.bytes - PAGE as u64);
         while start < end {
-            let mut ask = Scan {
-                size: size_of::<Scan>() as u64,
-                flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+            let mut ask = pm_scan_arg {
+                size: size_of::<pm_scan_arg>() as u64,
+                flags: (general::PM_SCAN_WP_MATCHING | general::PM_SCAN_CHECK_WPASYNC).into(),
                 start,
                 end,
                 walk_end: 0,
@@ -303,9 +263,9 @@ impl Barrier for PagemapScan {
                 vec_len: self.regions.len() as u64,
                 max_pages: 0,
                 category_inverted: 0,
-                category_mask: PAGE_IS_WRITTEN,
+                category_mask: written,
                 category_anyof_mask: 0,
-                return_mask: PAGE_IS_WRITTEN,
+                return_mask: written,
             };
             // SAFETY: The structure is as Linux has it; the regions are where it says.
             let found = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut ask) };

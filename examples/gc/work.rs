@@ -128,6 +128,36 @@ impl Work for List {
     }
 }
 
+/// Entries by key, that come, change and go in the same way in a map and in a tree.
+trait Keyed {
+    fn model(&self) -> &BTreeMap<u64, u64>;
+    /// Puts an entry in, in place of the key's old one.
+    fn insert(&mut self, heap: &mut Heap<'_>, key: u64, value: u64) -> Result<(), GcError>;
+    /// Takes a key out, if it is there.
+    fn remove(&mut self, heap: &mut Heap<'_>, key: u64) -> Result<(), GcError>;
+
+    fn add(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
+        let (key, value) = (numbers.next(), numbers.next());
+        self.insert(heap, key, value)
+    }
+
+    /// Gives a key another value, or puts an entry in another's place.
+    fn change(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
+        // Near a random place.
+        let place = numbers.next();
+        let behind = self.model().range(place..).next();
+        let Some((&key, _)) = behind.or_else(|| self.model().iter().next()) else {
+            return self.add(heap, numbers);
+        };
+        if numbers.below(2) == 0 {
+            let value = numbers.next();
+            return self.insert(heap, key, value);
+        }
+        self.remove(heap, key)?;
+        self.add(heap, numbers)
+    }
+}
+
 /// Levels of the table of buckets, of `REFS` each.
 const LEVELS: usize = 3;
 const BUCKETS: u64 = (REFS as u64).pow(LEVELS as u32 + 1);
@@ -161,26 +191,15 @@ impl Map {
         }
         Ok((at, bucket as usize))
     }
+}
 
-    /// Takes a key out; whether it was there.
-    fn remove(heap: &mut Heap<'_>, key: u64) -> Result<bool, GcError> {
-        let (mut before, mut place) = Self::bucket(heap, key)?;
-        loop {
-            let at = heap.get(before, place)?;
-            if at.is_none() {
-                return Ok(false);
-            }
-            if heap.key(at)? == key {
-                let behind = heap.get(at, 0)?;
-                heap.set(before, place, behind)?;
-                return Ok(true);
-            }
-            (before, place) = (at, 0);
-        }
+impl Keyed for Map {
+    fn model(&self) -> &BTreeMap<u64, u64> {
+        &self.model
     }
 
     fn insert(&mut self, heap: &mut Heap<'_>, key: u64, value: u64) -> Result<(), GcError> {
-        Self::remove(heap, key)?;
+        self.remove(heap, key)?;
         let (table, place) = Self::bucket(heap, key)?;
         let cell = heap.allocate(key, value)?;
         let first = heap.get(table, place)?;
@@ -189,13 +208,22 @@ impl Map {
         self.model.insert(key, value);
         Ok(())
     }
-}
 
-/// A key that a model has, near a random place.
-fn some_key(model: &BTreeMap<u64, u64>, numbers: &mut Numbers) -> Option<u64> {
-    let place = numbers.next();
-    let mut behind = model.range(place..);
-    behind.next().or_else(|| model.iter().next()).map(|(key, _)| *key)
+    fn remove(&mut self, heap: &mut Heap<'_>, key: u64) -> Result<(), GcError> {
+        self.model.remove(&key);
+        let (mut before, mut place) = Self::bucket(heap, key)?;
+        loop {
+            let at = heap.get(before, place)?;
+            if at.is_none() {
+                return Ok(());
+            }
+            if heap.key(at)? == key {
+                let behind = heap.get(at, 0)?;
+                return heap.set(before, place, behind);
+            }
+            (before, place) = (at, 0);
+        }
+    }
 }
 
 impl Work for Map {
@@ -204,21 +232,11 @@ impl Work for Map {
     }
 
     fn grow(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        let (key, value) = (numbers.next(), numbers.next());
-        self.insert(heap, key, value)
+        self.add(heap, numbers)
     }
 
     fn step(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        let Some(key) = some_key(&self.model, numbers) else {
-            return self.grow(heap, numbers);
-        };
-        if numbers.below(2) == 0 {
-            let value = numbers.next();
-            return self.insert(heap, key, value);
-        }
-        Self::remove(heap, key)?;
-        self.model.remove(&key);
-        self.grow(heap, numbers)
+        self.change(heap, numbers)
     }
 
     fn entries(&self, heap: &Heap<'_>) -> Result<(Vec<Entry>, Vec<Entry>), GcError> {
@@ -285,6 +303,12 @@ impl Tree {
             place = Place::Cell(at, usize::from(heap.key(at)? < key));
         }
     }
+}
+
+impl Keyed for Tree {
+    fn model(&self) -> &BTreeMap<u64, u64> {
+        &self.model
+    }
 
     fn insert(&mut self, heap: &mut Heap<'_>, key: u64, value: u64) -> Result<(), GcError> {
         let place = Self::find(heap, key)?;
@@ -335,20 +359,11 @@ impl Work for Tree {
     }
 
     fn grow(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        let (key, value) = (numbers.next(), numbers.next());
-        self.insert(heap, key, value)
+        self.add(heap, numbers)
     }
 
     fn step(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        let Some(key) = some_key(&self.model, numbers) else {
-            return self.grow(heap, numbers);
-        };
-        if numbers.below(2) == 0 {
-            let value = numbers.next();
-            return self.insert(heap, key, value);
-        }
-        self.remove(heap, key)?;
-        self.grow(heap, numbers)
+        self.change(heap, numbers)
     }
 
     fn entries(&self, heap: &Heap<'_>) -> Result<(Vec<Entry>, Vec<Entry>), GcError> {

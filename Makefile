@@ -18,8 +18,8 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 	$$(((($$(date +%s%N) - start) / 100000000) % 10))
 
 .DEFAULT_GOAL := all
-.PHONY: all run test test-long bench bench-lib bench-compare shell check check-docs doc load unload install uninstall setup kernel clean help \
-	programs vm-tool
+.PHONY: all run test test-long bench bench-lib bench-compare shell check check-docs doc load unload install \
+	uninstall setup kernel clean help programs vm-tool
 
 all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
 	@scripts/module $(KERNEL)

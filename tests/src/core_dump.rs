@@ -24,6 +24,16 @@ const MARK: u64 = 0x1122_3344_5566_7788;
 /// Where nothing is mapped.
 const NOWHERE: u64 = 0x1000;
 
+macro_rules! push_frame_pointer {
+    () => {
+        "push rbp
+        .cfi_def_cfa_offset 16
+        .cfi_offset rbp, -16
+        mov rbp, rsp
+        .cfi_def_cfa_register rbp"
+    };
+}
+
 // A function that does what kills, as its first argument says, and one that calls it; both with a frame pointer.
 global_asm!(
     ".pushsection .text.dune_test_guilty, \"ax\", @progbits",
@@ -31,11 +41,7 @@ global_asm!(
     ".type dune_test_guilty, @function",
     "dune_test_guilty:",
     ".cfi_startproc",
-    "push rbp",
-    ".cfi_def_cfa_offset 16",
-    ".cfi_offset rbp, -16",
-    "mov rbp, rsp",
-    ".cfi_def_cfa_register rbp",
+    push_frame_pointer!(),
     "mov rax, {mark}",
     "cmp edi, {undefined}",
     "je 2f",
@@ -47,11 +53,7 @@ global_asm!(
     ".type dune_test_guilty_caller, @function",
     "dune_test_guilty_caller:",
     ".cfi_startproc",
-    "push rbp",
-    ".cfi_def_cfa_offset 16",
-    ".cfi_offset rbp, -16",
-    "mov rbp, rsp",
-    ".cfi_def_cfa_register rbp",
+    push_frame_pointer!(),
     "call dune_test_guilty",
     "pop rbp",
     ".cfi_def_cfa rsp, 8",

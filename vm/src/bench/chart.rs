@@ -102,7 +102,7 @@ fn columns(results: &Results) -> Vec<&str> {
 }
 
 /// Each name once, where it came first.
-fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+pub fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut seen = Vec::new();
     for name in names {
         if !seen.contains(&name) {

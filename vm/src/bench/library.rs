@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `make bench-lib`: what libdune is there for, each thing beside Linux' own ways to it, from one run.
 
+use super::chart::distinct;
 use super::results::Results;
 
 /// Where a figure is: bench, system.
@@ -89,16 +90,11 @@ const JOBS: &[Job] = &[
 
 /// The rows that the table needs.
 pub fn rows() -> String {
-    let mut rows: Vec<&str> = Vec::new();
-    for job in JOBS {
+    let rows = JOBS.iter().flat_map(|job| {
         let others = job.others.iter().map(|((bench, _), _)| *bench);
-        for bench in [job.own.0].into_iter().chain(others) {
-            if !rows.contains(&bench) {
-                rows.push(bench);
-            }
-        }
-    }
-    rows.join(",")
+        [job.own.0].into_iter().chain(others)
+    });
+    distinct(rows).join(",")
 }
 
 /// Prints the table; whether libdune's figures are all there.

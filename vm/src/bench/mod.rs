@@ -56,6 +56,9 @@ pub fn run(options: &Options) -> Result<Results> {
     } else {
         emulated(options)?
     };
+    if results.rows.is_empty() {
+        bail!("nothing was measured: no row's name holds what was asked for");
+    }
     targets::judge(&mut results.rows);
     let directory = paths::target_dir().join("bench");
     fs::create_dir_all(&directory)?;

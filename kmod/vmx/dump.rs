@@ -69,6 +69,7 @@ pub(crate) struct LastFailedEntry;
 
 impl Show for LastFailedEntry {
     fn show(to: &Seq) {
+        let with_host = to.may_see_addresses();
         let last = LAST.lock();
         to.text(c"failures ");
         to.number(last.failures);
@@ -89,7 +90,6 @@ impl Show for LastFailedEntry {
             to.number(last.value(exit_info::INSTRUCTION_ERROR.encoding()).unwrap_or(0));
         }
         to.text(c"\n");
-        let with_host = to.may_see_addresses();
         for ((_, area, name, bits, _), value) in FIELDS.iter().zip(&last.values) {
             if let Some(value) = value {
                 if *area != "host" || with_host {

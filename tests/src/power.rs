@@ -60,6 +60,13 @@ pub const TESTS: &[Test] = &[
         &[KVM_INTEL],
     )
     .suite(Suite::Harness),
+    test("crash_kernel_finds_vmx_off", crash_kernel_finds_vmx_off, &[]).suite(Suite::Harness),
+    test(
+        "crash_kernel_finds_vmx_off_beside_kvm",
+        crash_kernel_finds_vmx_off_beside_kvm,
+        &[KVM_INTEL],
+    )
+    .suite(Suite::Harness),
 ];
 
 /// Processes that loop in Dune mode, most without a call, one per CPU more than there are; they check what they compute.
@@ -178,7 +185,7 @@ fn machine_sleeps_under_a_guest_beside_kvm() {
     guest.finish();
 }
 
-// The "kernel" that kexec starts, in 64-bit mode with everything mapped to itself. Linux cleared CR4.VMXE on the way, which
+// The "kernel" that kexec starts, or a crash, in 64-bit mode with everything mapped to itself. Linux cleared CR4.VMXE on the way, which
 // faults while VMX is on: that it runs at all shows that VMX was off. It writes a result to the second serial port, where the
 // others go, a failed one, because a row of the matrix demands faults by name, and ends the machine by a triple fault.
 global_asm!(
@@ -213,28 +220,73 @@ extern "C" {
     static dune_test_kexec_end: u8;
 }
 
-/// Has Linux start another kernel, as `kexec -e` does, while guests run.
-fn start_next_kernel() -> ! {
-    const DESTINATION: usize = 32 << 20;
+/// Gives Linux that kernel, to be started from `destination`.
+fn load_next_kernel(destination: usize, flags: usize) {
     const ARCH_X86_64: usize = 62 << 16;
     const PAGE: usize = 4096;
-    let guests = Guests::start(&[0, 0]);
     let start = &raw const dune_test_kexec;
     // buf, bufsz, mem, memsz (linux/kexec.h)
     let segment = [
         start as usize,
         &raw const dune_test_kexec_end as usize - start as usize,
-        DESTINATION,
+        destination,
         PAGE,
     ];
-    // SAFETY: the segment is our code, copied by the call; the machine is the test's own.
-    unsafe {
-        let loaded = libc::syscall(libc::SYS_kexec_load, DESTINATION, 1, segment.as_ptr(), ARCH_X86_64);
-        assert_eq!(loaded, 0, "kexec_load: {}", std::io::Error::last_os_error());
-        guests.wait_for_more();
-        libc::reboot(libc::LINUX_REBOOT_CMD_KEXEC);
-    }
+    // SAFETY: the segment is our code, copied by the call.
+    let loaded = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_load,
+            destination,
+            1,
+            segment.as_ptr(),
+            ARCH_X86_64 | flags,
+        )
+    };
+    assert_eq!(loaded, 0, "kexec_load: {}", std::io::Error::last_os_error());
+}
+
+/// Has Linux start another kernel, as `kexec -e` does, while guests run.
+fn start_next_kernel() -> ! {
+    const DESTINATION: usize = 32 << 20;
+    let guests = Guests::start(&[0, 0]);
+    load_next_kernel(DESTINATION, 0);
+    guests.wait_for_more();
+    // SAFETY: the machine is the test's own.
+    unsafe { libc::reboot(libc::LINUX_REBOOT_CMD_KEXEC) };
     panic!("reboot: {}", std::io::Error::last_os_error());
+}
+
+/// Has Linux crash while guests run on every CPU, with a kernel for that case in the memory that `crashkernel=` keeps free.
+fn crash() -> ! {
+    const ON_CRASH: usize = 1;
+    let regions = fs::read_to_string("/proc/iomem").unwrap();
+    let region = regions
+        .lines()
+        .find_map(|line| line.trim().strip_suffix(" : Crash kernel"));
+    let start = region
+        .expect("no crashkernel= on the kernel's command line")
+        .split('-')
+        .next()
+        .unwrap();
+    let cpus: Vec<usize> = (0..crate::helpers::online_cpus()).collect();
+    let guests = Guests::start(&cpus);
+    load_next_kernel(usize::from_str_radix(start, 16).unwrap(), ON_CRASH);
+    // The log of the crash is on the console; the harness would stop the machine at it.
+    fs::write("/proc/sys/kernel/printk", "0").unwrap();
+    guests.wait_for_more();
+    fs::write("/proc/sysrq-trigger", "c").unwrap();
+    panic!("the machine did not crash");
+}
+
+fn crash_kernel_finds_vmx_off() {
+    crash();
+}
+
+fn crash_kernel_finds_vmx_off_beside_kvm() {
+    let _kvm = Kvm::load();
+    let mut guest = KvmGuest::new(500);
+    guest.run();
+    crash();
 }
 
 fn next_kernel_finds_vmx_off() {

@@ -182,6 +182,23 @@ pub fn rows(long: bool) -> Vec<Row> {
         ..green("torture", HASWELL, "dune-tests run --suite torture")
     });
     if long {
+        // The same after a crash.
+        for (name, cpus, command) in [
+            ("crash", 2, "dune-tests run --only crash_kernel_finds_vmx_off"),
+            (
+                "crash-beside-kvm",
+                1,
+                "dune-tests run --only crash_kernel_finds_vmx_off_beside_kvm",
+            ),
+        ] {
+            rows.push(Row {
+                when: When::Long,
+                cpus,
+                append: "crashkernel=16M",
+                expect: Expect::Red(&["not ok the_next_kernel_runs", "the emulator stopped", "token"]),
+                ..green(name, HASWELL, command)
+            });
+        }
         // A write out of bounds on purpose: an empty log of the debug kernel means something.
         rows.push(Row {
             when: When::Long,
@@ -408,8 +425,8 @@ mod tests {
     }
 
     #[test]
-    fn long_is_short_and_seventeen_more() {
-        assert_eq!(rows(true).len(), rows(false).len() + 17);
+    fn long_is_short_and_nineteen_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 19);
     }
 
     /// Each value of each property meets each value of each other on both kernels.

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use libdune::Dune;
 
+use crate::core_dump::die;
+use crate::core_dump::Deed;
 use crate::framework::Body;
 use crate::framework::Suite;
 use crate::framework::Test;
@@ -45,6 +47,11 @@ pub const TESTS: &[Test] = &[
     program("gcc_compiles_a_file", Suite::Programs, gcc_compiles_a_file),
     program("gdb_shows_the_guest", Suite::ProgramsLong, gdb_shows_the_guest),
     program(
+        "gdb_names_the_guilty_function",
+        Suite::ProgramsLong,
+        gdb_names_the_guilty_function,
+    ),
+    program(
         "sqlite_with_a_large_database",
         Suite::ProgramsLong,
         sqlite_with_a_large_database,
@@ -55,6 +62,11 @@ pub const TESTS: &[Test] = &[
         redis_serves_its_benchmark,
     ),
     program("stress_ng_families", Suite::ProgramsLong, stress_ng_families),
+    program(
+        "cgo_program_with_goroutines",
+        Suite::ProgramsLong,
+        cgo_program_with_goroutines,
+    ),
 ];
 
 #[no_mangle]
@@ -140,6 +152,33 @@ fn gdb_shows_the_guest() {
     shared.word(1).store(1, SeqCst);
     writer.write_all(&[7]).unwrap();
     child.wait().assert_success();
+}
+
+/// gdb's backtrace of a core: the function that died in Dune mode, and its callers.
+fn gdb_names_the_guilty_function() {
+    let shared = Shared::new();
+    let core = die(Deed::Store, true, &shared);
+    let output = Command::new("/usr/bin/gdb")
+        .args(["-nx", "-batch", "-ex", "bt", "-ex", "info registers rax rip"])
+        .arg(std::env::current_exe().unwrap())
+        .arg(&core.0)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let frame = |number: u32, name: &str| {
+        let start = format!("#{number} ");
+        let found = text.lines().find(|line| line.starts_with(&start));
+        assert!(
+            found.is_some_and(|line| line.contains(&format!(" {name} ("))),
+            "frame {number}: {found:?}"
+        );
+    };
+    assert!(text.contains("SIGSEGV"));
+    frame(0, "in dune_test_guilty");
+    frame(1, "in dune_test_guilty_caller");
+    frame(2, "in dune_test_commits");
+    assert!(text.contains("0x1122334455667788"), "RAX");
 }
 
 const PRELOAD: &str = "/usr/lib/libdune_preload.so";
@@ -322,4 +361,9 @@ fn stress_ng_families() {
 done"#,
         60,
     );
+}
+
+/// 100 goroutines, collections that preempt them by SIGURG, faults that become panics, signals, children.
+fn cgo_program_with_goroutines() {
+    same_in_and_out("/usr/bin/goroutines", 3);
 }

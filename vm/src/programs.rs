@@ -3,6 +3,10 @@
 
 use std::fs;
 use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -38,11 +42,39 @@ pub fn entries() -> Result<Vec<String>> {
     // The compiler proper stands in a directory of its version.
     let compiler = newest(Path::new("/usr/lib/gcc/x86_64-linux-gnu"))?.join("cc1");
     entries.push(format!("{0}:{0}", compiler.display()));
+    entries.push(format!("{}:/usr/bin/goroutines", goroutines()?.display()));
     Ok(entries)
 }
 
+/// Compiles `tests/programs/goroutines.go`, where it is newer than what it became before.
+fn goroutines() -> Result<PathBuf> {
+    let directory = crate::paths::target_dir().join("programs");
+    fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+    let source = crate::paths::root().join("tests/programs/goroutines.go");
+    let program = directory.join("goroutines");
+    // Two rows may want it at once.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let changed = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
+    if changed(&program) > changed(&source) {
+        return Ok(program);
+    }
+    let new = directory.join("goroutines.new");
+    let status = Command::new("go")
+        .args(["build", "-o"])
+        .args([&new, &source])
+        .env("GOCACHE", directory.join("go-cache"))
+        .env("CGO_ENABLED", "1")
+        .envs([("GOPROXY", "off"), ("GOTOOLCHAIN", "local"), ("GOFLAGS", "")])
+        .status()
+        .context("go: scripts/setup installs it")?;
+    anyhow::ensure!(status.success(), "go build of {} failed", source.display());
+    fs::rename(&new, &program).with_context(|| format!("renaming {}", new.display()))?;
+    Ok(program)
+}
+
 /// The entry of a directory with the highest number as its name.
-fn newest(dir: &Path) -> Result<std::path::PathBuf> {
+fn newest(dir: &Path) -> Result<PathBuf> {
     fs::read_dir(dir)
         .with_context(|| format!("reading {}", dir.display()))?
         .flatten()

@@ -72,6 +72,7 @@ impl kernel::Module for DuneModule {
         let counters = counters::show();
         counters.1.add_text::<space::List>(c"list");
         counters.1.add_text::<vmx::dump::LastFailedEntry>(c"last_failed_entry");
+        counters.1.add_knobs();
         let l1tf = sys::cpu::L1tf::start().inspect_err(|e| {
             if *e == EPERM {
                 pr_err!("this CPU has L1TF and hyper-threading is on: a guest's sibling thread could read any memory. Boot with nosmt, or load with allow_l1tf=1 if you trust the users of Dune\n");

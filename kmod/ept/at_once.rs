@@ -86,7 +86,7 @@ impl Ept {
         } else {
             0
         };
-        AtOnce::Mapped(Mapped::new(Level::Page4K, leaf.mem_type(), around))
+        AtOnce::Mapped(Mapped::new(Level::Page4K, leaf, around))
     }
 
     #[inline(never)]
@@ -104,7 +104,7 @@ impl Ept {
         let entry = EptEntry::leaf(piece.hpa, level, piece.perms(), piece.mem_type);
         match tree.table_at(gpa, level) {
             Some(table) if tree::set_at_once(&table[level.index(gpa.as_u64())], entry, level) => {
-                AtOnce::Mapped(Mapped::new(level, Some(piece.mem_type), 0))
+                AtOnce::Mapped(Mapped::new(level, entry, 0))
             }
             _ => AtOnce::Later,
         }

@@ -84,14 +84,17 @@ pub(crate) struct Mapped(u64);
 /// One word, so that it is returned in a register.
 impl Mapped {
     const LARGE: u64 = 1 << 62;
-    const IO: u64 = 1 << 63;
+    /// Where the leaf's memory type stands; as an exclusive or with write-back's, so that 0 is the usual one.
+    const TYPE_SHIFT: u32 = 59;
+    const TYPE: u64 = 7 << Self::TYPE_SHIFT;
+    const USUAL: u64 = MemType::Wb as u64;
 
-    /// `around`: neighbours that came along; below 2^62.
+    /// `leaf`, of `level`, was installed; `around`: neighbours that came along, below 2^59.
     #[inline(always)]
-    pub(super) fn new(level: Level, mem_type: Option<MemType>, around: u64) -> Self {
+    pub(super) fn new(level: Level, leaf: EptEntry, around: u64) -> Self {
         let large = if level == Level::Page2M { Self::LARGE } else { 0 };
-        let io = if mem_type == Some(MemType::Wb) { 0 } else { Self::IO };
-        Self(around | large | io)
+        let mem_type = (leaf.as_u64() & EptEntry::MEM_TYPE_MASK) >> EptEntry::MEM_TYPE_SHIFT;
+        Self(around | large | (mem_type ^ Self::USUAL) << Self::TYPE_SHIFT)
     }
 
     /// A leaf of 2 MiB.
@@ -101,17 +104,22 @@ impl Mapped {
 
     /// Another memory type than write-back.
     pub(crate) fn is_io(self) -> bool {
-        self.0 & Self::IO != 0
+        self.0 & Self::TYPE != 0
+    }
+
+    /// The leaf's memory type, as the SDM numbers it.
+    pub(crate) fn mem_type(self) -> u32 {
+        (((self.0 & Self::TYPE) >> Self::TYPE_SHIFT) ^ Self::USUAL) as u32
     }
 
     /// Neighbours that came along.
     pub(crate) fn around(self) -> u64 {
-        self.0 & !(Self::LARGE | Self::IO)
+        self.0 & !(Self::LARGE | Self::TYPE)
     }
 
     /// A leaf of 4 KiB of write-back memory, and [`Self::around`].
     pub(crate) fn is_plain(self) -> bool {
-        self.0 & (Self::LARGE | Self::IO) == 0
+        self.0 & (Self::LARGE | Self::TYPE) == 0
     }
 }
 
@@ -296,7 +304,7 @@ impl Ept {
         let piece = leaf.piece(hva, whole);
         let entry = EptEntry::leaf(piece.hpa, whole, piece.perms(), piece.mem_type);
         let result = tree.install(gpa, entry, whole, pages);
-        let mapped = Mapped::new(whole, Some(piece.mem_type), 0);
+        let mapped = Mapped::new(whole, entry, 0);
         if matches!(result, Install::Blocked) {
             // A larger leaf than the host has: its notifier will have zapped it, but do not depend on that.
             let start = gpa.align_down(Level::Page2M.bytes()).as_u64();

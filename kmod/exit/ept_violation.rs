@@ -57,6 +57,10 @@ fn tell(space: &Space, violation: EptViolation, gpa: u64, gva: u64, fault: Fault
         Fault::Refused(hva) => (trace::Outcome::Refused, Some(hva)),
         Fault::NoSlot => (trace::Outcome::NoSlot, None),
     };
+    let mem_type = match fault {
+        Fault::Mapped(mapped) => mapped.mem_type(),
+        _ => trace::NO_TYPE,
+    };
     let access = violation.read() as u32 | (violation.write() as u32) << 1 | (violation.execute() as u32) << 2;
     let violation = trace::TracedViolation {
         gpa,
@@ -64,6 +68,7 @@ fn tell(space: &Space, violation: EptViolation, gpa: u64, gva: u64, fault: Fault
         hva: hva.map_or(0, Hva::as_u64),
         access,
         outcome: outcome as u32,
+        mem_type,
     };
     trace::ept_violation(space.number, &violation);
 }

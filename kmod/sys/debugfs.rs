@@ -35,6 +35,15 @@ impl Dir {
         // SAFETY: The function lives as long as the module, and the file is gone before.
         unsafe { bindings::dune_debugfs_create_text(name.as_ptr().cast(), self.0, Some(show::<T>)) };
     }
+
+    /// Adds what the tests map; only in builds with `DUNE_DEBUG_KNOBS=y`.
+    pub(crate) fn add_knobs(&self) {
+        #[cfg(dune_debug_knobs)]
+        // SAFETY: The file is gone before the module is.
+        unsafe {
+            bindings::dune_knob_frames(self.0)
+        };
+    }
 }
 
 /// What a file of text shows.

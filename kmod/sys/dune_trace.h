@@ -62,6 +62,7 @@ TRACE_EVENT_FN(dune_ept_violation,
 		__field(u64, hva)
 		__field(u32, access)
 		__field(u32, outcome)
+		__field(u32, mem_type)
 	),
 	TP_fast_assign(
 		__entry->space = space;
@@ -70,14 +71,17 @@ TRACE_EVENT_FN(dune_ept_violation,
 		__entry->hva = violation->hva;
 		__entry->access = violation->access;
 		__entry->outcome = violation->outcome;
+		__entry->mem_type = violation->mem_type;
 	),
-	TP_printk("space %llu gpa 0x%llx gva 0x%llx hva 0x%llx access %s outcome %s",
+	TP_printk("space %llu gpa 0x%llx gva 0x%llx hva 0x%llx access %s outcome %s type %s",
 		__entry->space, __entry->gpa, __entry->gva, __entry->hva,
 		__print_flags(__entry->access, "", { 1, "r" }, { 2, "w" }, { 4, "x" }),
 		__print_symbolic(__entry->outcome,
 			{ DUNE_TRACED_MAPPED_4K, "mapped-4k" }, { DUNE_TRACED_MAPPED_2M, "mapped-2m" },
 			{ DUNE_TRACED_AGAIN, "again" }, { DUNE_TRACED_TOUCH, "touch" },
-			{ DUNE_TRACED_REFUSED, "refused" }, { DUNE_TRACED_NO_SLOT, "no-slot" })),
+			{ DUNE_TRACED_REFUSED, "refused" }, { DUNE_TRACED_NO_SLOT, "no-slot" }),
+		__print_symbolic(__entry->mem_type,
+			{ 0, "uc" }, { 1, "wc" }, { 4, "wt" }, { 5, "wp" }, { 6, "wb" }, { DUNE_TRACED_NO_TYPE, "none" })),
 	dune_trace_ept_violation_on, dune_trace_ept_violation_off
 );
 

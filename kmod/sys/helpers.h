@@ -31,6 +31,7 @@ bool dune_knob_has_fault_delay(void);
 void dune_knob_flush_delay(void);
 void dune_knob_invalidate_delay(void);
 void dune_knob_open_delay(void);
+void dune_knob_frames(void *dir);
 #endif
 
 /* Build configuration. */
@@ -230,12 +231,14 @@ void dune_trace_exit(u64 space, const struct dune_traced_exit *exit);
 #define DUNE_TRACED_TOUCH 3
 #define DUNE_TRACED_REFUSED 4
 #define DUNE_TRACED_NO_SLOT 5
+#define DUNE_TRACED_NO_TYPE 8
 struct dune_traced_violation {
 	u64 gpa;
 	u64 gva;
 	u64 hva;
 	u32 access;	/* 1 read, 2 write, 4 execute */
 	u32 outcome;
+	u32 mem_type;	/* of what was mapped, as the SDM numbers them */
 };
 void dune_trace_ept_violation(u64 space, const struct dune_traced_violation *violation);
 void dune_trace_invalidate(u64 space, u64 start, u64 end, bool flushed);

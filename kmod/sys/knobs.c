@@ -1,20 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Debug-only: what the tests look at to see that no guest changed the host's CPU. Read-only. */
+/* Debug-only: what the tests look at to see that no guest changed the host's CPU, and what they map. */
 
 #ifdef DUNE_DEBUG_KNOBS
 
+#include <linux/debugfs.h>
+#include <linux/fs.h>
+#include <linux/gfp.h>
+#include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/preempt.h>
+#include <linux/slab.h>
 #include <linux/sysfs.h>
 #include <asm/debugreg.h>
 #include <asm/desc.h>
 #include <asm/msr.h>
+#include <asm/set_memory.h>
 #include <asm/special_insns.h>
 #include <asm/cpufeature.h>
 #include <linux/version.h>
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
 #include <asm/fpu/xcr.h>
 #endif
+
+#include "helpers.h"
 
 static const struct {
 	const char *name;
@@ -77,5 +86,87 @@ static int dune_host_state_get(char *buffer, const struct kernel_param *kp)
 static const struct kernel_param_ops dune_host_state_ops = { .get = dune_host_state_get };
 /* World-readable: kernels with this knob are for tests only. */
 module_param_cb(host_state, &dune_host_state_ops, NULL, 0444);
+
+/*
+ * /sys/kernel/debug/dune/frames: what a driver does with remap_pfn_range(). Pages of memory of the file's own, one after the
+ * other write-back, write-combining, uncached; page N of the file is to be mapped by itself.
+ */
+enum { DUNE_FRAME_WB, DUNE_FRAME_WC, DUNE_FRAME_UC, DUNE_FRAMES };
+
+struct dune_frames {
+	unsigned long page[DUNE_FRAMES];
+};
+
+static void dune_frames_free(struct dune_frames *frames)
+{
+	unsigned int i;
+
+	for (i = 0; i < DUNE_FRAMES; i++) {
+		if (!frames->page[i])
+			continue;
+		if (i != DUNE_FRAME_WB)
+			set_memory_wb(frames->page[i], 1);
+		free_page(frames->page[i]);
+	}
+	kfree(frames);
+}
+
+static int dune_frames_open(struct inode *inode, struct file *file)
+{
+	struct dune_frames *frames = kzalloc(sizeof(*frames), GFP_KERNEL);
+	unsigned int i;
+	int err = 0;
+
+	if (!frames)
+		return -ENOMEM;
+	for (i = 0; !err && i < DUNE_FRAMES; i++) {
+		frames->page[i] = get_zeroed_page(GFP_KERNEL);
+		if (!frames->page[i])
+			err = -ENOMEM;
+		else if (i == DUNE_FRAME_WC)
+			err = set_memory_wc(frames->page[i], 1);
+		else if (i == DUNE_FRAME_UC)
+			err = set_memory_uc(frames->page[i], 1);
+	}
+	if (err) {
+		dune_frames_free(frames);
+		return err;
+	}
+	file->private_data = frames;
+	return 0;
+}
+
+static int dune_frames_release(struct inode *inode, struct file *file)
+{
+	dune_frames_free(file->private_data);
+	return 0;
+}
+
+static int dune_frames_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct dune_frames *frames = file->private_data;
+
+	if (vma->vm_pgoff >= DUNE_FRAMES || vma->vm_end - vma->vm_start != PAGE_SIZE)
+		return -EINVAL;
+	if (vma->vm_pgoff == DUNE_FRAME_WC)
+		vma->vm_page_prot = pgprot_writecombine(vma->vm_page_prot);
+	else if (vma->vm_pgoff == DUNE_FRAME_UC)
+		vma->vm_page_prot = pgprot_noncached(vma->vm_page_prot);
+	return remap_pfn_range(vma, vma->vm_start, PHYS_PFN(__pa(frames->page[vma->vm_pgoff])), PAGE_SIZE,
+			       vma->vm_page_prot);
+}
+
+static const struct file_operations dune_frames_fops = {
+	.owner = THIS_MODULE,
+	.open = dune_frames_open,
+	.release = dune_frames_release,
+	.mmap = dune_frames_mmap,
+};
+
+void dune_knob_frames(void *dir)
+{
+	/* debugfs' own wrapper of file operations has no mmap. */
+	debugfs_create_file_unsafe("frames", 0600, dir, NULL, &dune_frames_fops);
+}
 
 #endif

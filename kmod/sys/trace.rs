@@ -31,6 +31,9 @@ pub(crate) enum Outcome {
     NoSlot = bindings::DUNE_TRACED_NO_SLOT,
 }
 
+/// Nothing was mapped, that had a memory type.
+pub(crate) const NO_TYPE: u32 = bindings::DUNE_TRACED_NO_TYPE;
+
 /// Whether somebody listens.
 #[inline(always)]
 pub(crate) fn is_on(event: Event) -> bool {

@@ -7,6 +7,7 @@ mod clones;
 mod compartment;
 mod compat;
 mod core_dump;
+mod device_memory;
 mod documentation;
 mod enter;
 mod examples;
@@ -65,6 +66,7 @@ const TOPICS: &[&[Test]] = &[
     user::TESTS,
     memory::TESTS,
     mm::TESTS,
+    device_memory::TESTS,
     paging::TESTS,
     compartment::TESTS,
     examples::TESTS,

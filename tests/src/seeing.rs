@@ -233,22 +233,22 @@ fn drop_capability(number: u32) {
 }
 
 /// An instance of tracefs, with the module's tracepoints on; removed when dropped.
-struct Trace(String);
+pub struct Trace(String);
 
 impl Trace {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let trace = Self(format!("/sys/kernel/tracing/instances/dune-{}", std::process::id()));
         fs::create_dir(&trace.0).unwrap();
         trace.set(true);
         trace
     }
 
-    fn set(&self, on: bool) {
+    pub fn set(&self, on: bool) {
         fs::write(format!("{}/events/dune/enable", self.0), if on { "1" } else { "0" }).unwrap();
     }
 
     /// What this thread's events so far say, by the name of their tracepoint.
-    fn events(&self, name: &str) -> Vec<String> {
+    pub fn events(&self, name: &str) -> Vec<String> {
         let whose = format!("-{} ", std::process::id());
         let text = fs::read_to_string(format!("{}/trace", self.0)).unwrap();
         let what = format!(": {name}: ");
@@ -339,7 +339,7 @@ fn tracepoints_tell_of_exits() {
     assert_eq!(run(&mut guest, odd).exit().kind, dune_abi::EXIT_NO_SLOT);
     let last = trace.events("dune_ept_violation").pop().unwrap();
     let expected = format!(
-        "space {space} gpa {:#x} gva {odd:#x} hva 0x0 access r outcome no-slot",
+        "space {space} gpa {:#x} gva {odd:#x} hva 0x0 access r outcome no-slot type none",
         NO_SLOT
     );
     assert_eq!(last, expected);

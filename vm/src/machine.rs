@@ -318,6 +318,9 @@ fn make_iso(machine: &Machine, files: &Initramfs, dir: &Path, arguments: &str) -
     Ok(iso)
 }
 
+/// Most memory that Bochs takes of the host, in MiB; of a machine that has more and uses it, it keeps the rest in a file.
+const HOST_MIB: u32 = 2048;
+
 fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, serial: &[String]) -> String {
     let Machine {
         cpu_model,
@@ -330,11 +333,12 @@ fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, s
     // guest again.
     format!(
         "cpu: model={cpu_model}, count={cpus}, ips={ips}, quantum=32, reset_on_triple_fault=0\n\
-         megs: {memory_mib}\n\
+         memory: guest={memory_mib}, host={}\n\
          romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
          vgaromimage: file=/usr/share/vgabios/vgabios.bin\n\
          ata0-master: type=cdrom, path={}, status=inserted\n\
          boot: cdrom\n\
+         pci: enabled=1, chipset=i440fx, slot1=pcivga\n\
          {clock}\n\
          display_library: rfb, options=\"timeout=0\"\n\
          {}\n\
@@ -343,6 +347,7 @@ fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, s
          error: action=report\n\
          info: action=ignore\n\
          debug: action=ignore\n",
+        memory_mib.min(&HOST_MIB),
         iso.display(),
         serial.join("\n"),
         dir.join("bochs.log").display(),

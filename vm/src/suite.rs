@@ -93,33 +93,54 @@ fn chosen(options: &Options) -> Result<Vec<Row>> {
 /// Runs all parts and returns the sum.
 pub fn run(options: &Options) -> Result<Sum> {
     let rows = chosen(options)?;
-    let mut total = Sum::default();
-    let only_rows = !options.rows.is_empty();
-    if !only_rows {
-        results::forget()?;
-        total.add(part("host tests", host_tests)?);
-        total.add(part("check", || command_part("check", Command::new("scripts/check")))?);
-    }
-    if !only_rows {
-        match host::why_not_native() {
-            Some(reason) => println!("== native: not on this machine itself, because {reason}"),
-            None => total.add(part("native", native)?),
-        }
-    }
     let mut modules = Modules::new();
-    total.add(part("kernels and modules", || build(&rows, &mut modules))?);
-    if !only_rows {
-        for script in ["test-kbuild", "test-external-app"] {
-            let run = || command_part(script, Command::new(format!("scripts/{script}")));
-            total.add(part(script, run)?);
-        }
+    if !options.rows.is_empty() {
+        let mut total = part("kernels and modules", || build(&rows, &mut modules))?;
+        total.add(part("machines", || machines(rows, &modules, options.jobs, None))?);
+        return Ok(total);
     }
-    let whole = (!only_rows).then_some(options.long);
-    total.add(part("machines", || machines(rows, &modules, options.jobs, whole))?);
-    if !only_rows {
-        total.add(part("bench", costs)?);
+    results::forget()?;
+    let mut total = Sum::default();
+    match host::why_not_native() {
+        Some(reason) => println!("== native: not on this machine itself, because {reason}"),
+        None => total.add(part("native", native)?),
     }
+    // What cargo builds and what the kernel's make does, at the same time: neither keeps two cores busy.
+    let script = |name: &'static str| part(name, || command_part(name, Command::new(format!("scripts/{name}"))));
+    total.add(both(
+        || {
+            let mut sum = part("host tests", host_tests)?;
+            sum.add(script("check")?);
+            Ok(sum)
+        },
+        || {
+            let mut sum = part("kernels and modules", || build(&rows, &mut modules))?;
+            sum.add(script("test-kbuild")?);
+            sum.add(script("test-external-app")?);
+            Ok(sum)
+        },
+    )?);
+    // Costs are instructions: what else runs does not matter.
+    total.add(both(
+        || part("bench", costs),
+        || {
+            part("machines", || {
+                machines(rows, &modules, options.jobs, Some(options.long))
+            })
+        },
+    )?);
     Ok(total)
+}
+
+/// Runs two things at the same time.
+fn both(aside: impl FnOnce() -> Result<Sum> + Send, here: impl FnOnce() -> Result<Sum>) -> Result<Sum> {
+    thread::scope(|scope| {
+        let aside = scope.spawn(aside);
+        let here = here();
+        let mut sum = aside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        sum.add(here?);
+        Ok(sum)
+    })
 }
 
 /// Compares what the operations cost with the committed figures.
@@ -313,7 +334,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
         kernel_tree,
         cpu_model: row.cpu_model.to_string(),
         cpus: row.cpus,
-        memory_mib: 2048,
+        memory_mib: row.memory_mib,
         ips: machine::default_ips(row.kernel),
         append: format!(
             "{} {}",

@@ -79,6 +79,7 @@ pub use paging::FramePool;
 pub use paging::PageTable;
 pub use paging::PagingError;
 pub use paging::Permissions;
+pub use trap::ExtendedState;
 pub use trap::Outcome;
 pub use trap::Thread;
 pub use trap::TrapFrame;

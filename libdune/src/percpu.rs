@@ -3,6 +3,7 @@
 //! The per-thread block: descriptor tables, and what assembly finds by masking RSP.
 
 use core::ptr;
+use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::AtomicUsize;
@@ -157,6 +158,8 @@ pub(crate) struct Block {
     pub here: Here,
     /// Who waits for code that may end by an exception.
     pub waiting: trap::escape::Waiting,
+    /// The innermost scope of exception handlers that the thread has open, or null.
+    pub scope: AtomicPtr<trap::Scope>,
     /// Hooks of the thread's system calls.
     pub hooks: hook::Pair,
     /// Handlers by vector, `trap::Handler` or 0.

@@ -460,8 +460,9 @@ fn instructions_beyond_the_guest_fault() {
         case("enclv", &[0x0f, 0x01, 0xc0], &[UD], &[UD, GP]),
         case("enclu", &[0x0f, 0x01, 0xd7], &[UD, GP], &[UD, GP]),
         case("pconfig", &[0x0f, 0x01, 0xc5], &[UD], &[UD, GP]),
-        case("xsaves", &[0x48, 0x0f, 0xc7, 0x2f], &[UD], &[UD]),
-        case("xrstors", &[0x48, 0x0f, 0xc7, 0x1f], &[UD], &[UD]),
+        // Bochs looks at the CPL first.
+        case("xsaves", &[0x48, 0x0f, 0xc7, 0x2f], &[UD], &[UD, GP]),
+        case("xrstors", &[0x48, 0x0f, 0xc7, 0x1f], &[UD], &[UD, GP]),
         case("enqcmd", &[0xf2, 0x0f, 0x38, 0xf8, 0x07], &[UD, GP], &[UD, GP]),
         case("enqcmds", &[0xf3, 0x0f, 0x38, 0xf8, 0x07], &[UD, GP], &[UD, GP]),
         case("loadiwkey", &[0xf3, 0x0f, 0x38, 0xdc, 0xc1], &[UD], &[UD, GP]),

@@ -36,6 +36,7 @@ mod raw;
 mod robust;
 mod runner;
 mod sched;
+mod scope;
 mod seeing;
 mod signal;
 mod spaces;
@@ -63,6 +64,7 @@ const TOPICS: &[&[Test]] = &[
     c_abi::TESTS,
     documentation::TESTS,
     trap::TESTS,
+    scope::TESTS,
     user::TESTS,
     memory::TESTS,
     mm::TESTS,

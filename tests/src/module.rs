@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("wrong_parameters_are_refused", wrong_parameters_are_refused).run_as(User::Root),
     Test::asserting("load_unload_100_times", load_unload_100_times)
         .run_as(User::Root)
+        .suite(Suite::Long)
         .timeout_s(240),
     Test::asserting("counters_are_zero_after_each_end", counters_are_zero_after_each_end).run_as(User::Root),
     Test::asserting("no_leak_after_100_runs", no_leak_after_100_runs)

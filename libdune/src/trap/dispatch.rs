@@ -16,6 +16,7 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use super::escape;
 use super::frame::TrapFrame;
 use super::frame::Vector;
+use super::scope;
 use super::stub;
 use crate::abi::Counters;
 use crate::abi::CALL_EXCEPTION;
@@ -65,8 +66,8 @@ pub enum Outcome {
 /// A handler, called at CPL0 on a stack of its own, with exceptions possible inside it.
 ///
 /// It can interrupt the program anywhere, also inside the allocator or while it holds a lock, so it may do what a
-/// signal handler may do (signal-safety(7)): no allocation, no lock that the program can hold. System calls are
-/// possible. It may change any register in the frame. It must not unwind.
+/// signal handler may do (signal-safety(7)): no allocation, no lock that the program can hold
+/// ([`Thread::with_exception_handler`] is for handlers that want more). System calls are possible. It may change any register in the frame. It must not unwind.
 ///
 /// It is a function, and no closure that holds anything: there is no `Vec` for it to push to. What it tells the program goes
 /// through atomics. That it calls no function that allocates no type can say; where a fault came from inside the allocator,
@@ -306,10 +307,13 @@ pub(crate) fn forbid_plain(block: &Block) {
     block.inner_last.store(u64::MAX, SeqCst);
 }
 
-/// Says whether plain page faults of the thread go straight to its handler: one is there, no page of the process is
-/// copied on write, and nobody waits for what the handler does not take.
+/// Says whether plain page faults of the thread go straight to its handler: one is there, no scope is open, no page of the
+/// process is copied on write, and nobody waits for what the handler does not take.
 pub(crate) fn update_plain(block: &Block) {
-    if block.handlers[usize::from(Vector::PF.0)].load(Relaxed) == 0 || block.waiting.is_active() {
+    if block.handlers[usize::from(Vector::PF.0)].load(Relaxed) == 0
+        || block.waiting.is_active()
+        || !block.scope.load(Relaxed).is_null()
+    {
         forbid_plain(block);
         return;
     }
@@ -444,6 +448,9 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
     if cpl3::is_crossing(frame.rip, frame.r11) && !frame.is_cpl3() {
         // No handler of the program's without its segment bases.
         return fatal(Fatal::Window);
+    }
+    if scope::handle(frame, block) == Outcome::Resume {
+        return 0;
     }
     let handler = block.handlers[frame.vector as usize & 0xff].load(Relaxed);
     if handler != 0 {

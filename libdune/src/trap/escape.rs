@@ -79,9 +79,12 @@ pub(crate) unsafe fn run(
 ) -> Result<(), Escaped> {
     let waiting = &block.waiting;
     waiting.table.store(table.into(), Relaxed);
+    // Handlers whose scope is around it are not mapped for it; those that it opens go with its frames.
+    let scope = block.scope.swap(core::ptr::null_mut(), Relaxed);
     super::forbid_plain(block);
     // SAFETY: The caller's.
     let escaped = unsafe { dune_escape_run(argument, body, top, &raw const waiting.rsp) } != 0;
+    block.scope.store(scope, Relaxed);
     super::update_plain(block);
     if !escaped {
         return Ok(());

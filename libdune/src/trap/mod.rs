@@ -10,6 +10,7 @@
 //!    counter: a handler that never returns leaves nothing behind.
 //! 3. It builds a [`TrapFrame`] on that level's stack and goes over to it: the IST stack is free again.
 //! 4. FPU state is saved above the frame, `dispatch` fills in page-table leaves that were never used, or calls the handler.
+//!    A handler that the interrupted piece of the program opened a scope for goes first (`scope.rs`).
 //! 5. FPU state and registers are loaded from the frame, IRETQ. Where no handler took it and the thread runs a compartment,
 //!    that ends (`escape.rs`).
 //!
@@ -18,6 +19,7 @@
 mod dispatch;
 pub(crate) mod escape;
 mod frame;
+mod scope;
 mod stub;
 
 pub use dispatch::Handler;
@@ -25,6 +27,7 @@ pub use dispatch::Outcome;
 pub use dispatch::Thread;
 pub use frame::TrapFrame;
 pub use frame::Vector;
+pub use scope::ExtendedState;
 
 pub(crate) use dispatch::forbid_plain;
 pub(crate) use dispatch::prepare_native;
@@ -32,6 +35,7 @@ pub(crate) use dispatch::update_plain;
 pub(crate) use dispatch::Fatal;
 pub(crate) use dispatch::ANCHOR;
 pub(crate) use frame::pop_registers;
+pub(crate) use scope::Scope;
 pub(crate) use stub::is_entry;
 pub(crate) use stub::page_fault as page_fault_entry;
 pub(crate) use stub::stubs;

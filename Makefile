@@ -8,6 +8,7 @@ CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 RELEASE := $(CARGO_TARGET_DIR)/release
 KERNEL ?= test
+NEWEST = $(if $(filter newest,$(KERNEL)),--newest)
 DESTDIR ?=
 PREFIX ?= /usr
 KVER ?= $(shell uname -r)
@@ -31,11 +32,11 @@ run: ## run the five examples: natively with VT-x, else in the emulated machine
 	$(RELEASE)/dune-vm boot --native --memory 2048 --user tester --file $(CARGO_TARGET_DIR)/run:/opt/run -- "$$(cat scripts/run-examples)"; \
 	status=$$?; $(ELAPSED); exit $$status
 
-test: ## host tests, checks, the short matrix of machines; ends with a count
-	@scripts/setup --quiet && scripts/run-tests
+test: ## host tests, checks, the short matrix of machines; ends with a count (KERNEL=newest: the machines, with that kernel)
+	@scripts/setup --quiet && scripts/run-tests $(NEWEST)
 
-test-long: ## the full matrix and the long suites
-	@scripts/setup --quiet && scripts/run-tests --long
+test-long: ## the full matrix and the long suites (KERNEL=newest as well)
+	@scripts/setup --quiet && scripts/run-tests --long $(NEWEST)
 
 bench: ## what the operations cost, beside Linux' and KVM's: a table, target/bench/results.json and report.html
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench
@@ -74,7 +75,7 @@ uninstall: ## remove what install installed
 setup: ## install the packages and tools that are missing (apt-get; root or sudo)
 	@scripts/setup
 
-kernel: ## build the reference kernel (KERNEL=test|debug|bench) into the cache
+kernel: ## build the reference kernel (KERNEL=test|debug|bench|newest) into the cache
 	@scripts/setup --quiet && scripts/kernel $(KERNEL)
 
 clean: ## remove what was built in the tree (kernels stay in the cache)

@@ -35,6 +35,7 @@
 #include <asm/debugreg.h>
 #include <asm/desc.h>
 #include <asm/fpu/api.h>
+#include <asm/fpu/xcr.h>
 #include <asm/fsgsbase.h>
 #include <asm/mce.h>
 #include <asm/msr.h>
@@ -46,10 +47,10 @@
 #include <linux/entry-kvm.h>
 #endif
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
-#include <asm/fpu/xcr.h>
 #include <asm/intel_pt.h>
 #endif
 
+#include "compat.h"
 #include "helpers.h"
 
 unsigned int dune_param_gpa_bits;
@@ -681,14 +682,14 @@ bool dune_user_work_pending(void)
  */
 bool dune_do_user_work(void)
 {
+#ifdef DUNE_WORK_WANTS_VCPU
 	static struct kvm_run run;
 	static struct kvm_vcpu vcpu = { .run = &run };
-	typedef int (*with_vcpu)(struct kvm_vcpu *vcpu);
-	typedef int (*without)(void);
 
-	if (__builtin_types_compatible_p(typeof(&xfer_to_guest_mode_handle_work), with_vcpu))
-		return !((with_vcpu)xfer_to_guest_mode_handle_work)(&vcpu);
-	return !((without)(void *)xfer_to_guest_mode_handle_work)();
+	return !xfer_to_guest_mode_handle_work(&vcpu);
+#else
+	return !xfer_to_guest_mode_handle_work();
+#endif
 }
 
 void dune_cond_resched(void)
@@ -786,7 +787,7 @@ unsigned long dune_percpu_base(void)
 {
 	unsigned long base;
 
-	rdmsrl(MSR_GS_BASE, base);
+	rdmsrq(MSR_GS_BASE, base);
 	return base;
 }
 
@@ -797,7 +798,20 @@ unsigned long dune_tss_base(void)
 
 static noinline __cold void dune_reload_tss_limit(void)
 {
-	invalidate_tss_limit();
+	struct desc_struct *gdt = get_current_gdt_rw();
+	struct desc_ptr writable = { .size = GDT_SIZE - 1, .address = (unsigned long)gdt };
+	struct desc_ptr loaded;
+	tss_desc tss;
+
+	memcpy(&tss, &gdt[GDT_ENTRY_TSS], sizeof(tss));
+	tss.type = DESC_TSS;
+	write_gdt_entry(gdt, GDT_ENTRY_TSS, &tss, DESC_TSS);
+	/* LTR marks it busy, which the table that is loaded otherwise does not let it. */
+	native_store_gdt(&loaded);
+	native_load_gdt(&writable);
+	asm volatile("ltr %w0" : : "q" (GDT_ENTRY_TSS * 8));
+	native_load_gdt(&loaded);
+	this_cpu_write(__tss_limit_invalid, false);
 }
 
 /* Puts back what a VM exit left wrong: TR's limit, of which only a thread with ports is told, and DR7. */
@@ -831,7 +845,7 @@ void dune_window_end(void)
 
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {
-	return rdmsrl_safe(msr, value);
+	return rdmsrq_safe(msr, value);
 }
 
 u64 dune_xcr0(void)

@@ -18,11 +18,9 @@
 #include <asm/set_memory.h>
 #include <asm/special_insns.h>
 #include <asm/cpufeature.h>
-#include <linux/version.h>
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
 #include <asm/fpu/xcr.h>
-#endif
 
+#include "compat.h"
 #include "helpers.h"
 
 static const struct {
@@ -76,7 +74,7 @@ static int dune_host_state_get(char *buffer, const struct kernel_param *kp)
 	if (boot_cpu_has(X86_FEATURE_OSXSAVE))
 		at += sysfs_emit_at(buffer, at, "XCR0 %llx\n", xgetbv(XCR_XFEATURE_ENABLED_MASK));
 	for (i = 0; i < ARRAY_SIZE(dune_host_msrs); i++) {
-		if (!rdmsrl_safe(dune_host_msrs[i].number, &value))
+		if (!rdmsrq_safe(dune_host_msrs[i].number, &value))
 			at += sysfs_emit_at(buffer, at, "%s %llx\n", dune_host_msrs[i].name, value);
 	}
 	preempt_enable();

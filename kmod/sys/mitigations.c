@@ -18,6 +18,7 @@
 #include <asm/nospec-branch.h>
 #include <asm/processor.h>
 
+#include "compat.h"
 #include "helpers.h"
 
 static bool dune_allow_l1tf;
@@ -61,7 +62,7 @@ static bool dune_has_l1tf(void)
 	if (!boot_cpu_has_bug(X86_BUG_L1TF))
 		return false;
 	if (boot_cpu_has(X86_FEATURE_ARCH_CAPABILITIES))
-		rdmsrl_safe(MSR_IA32_ARCH_CAPABILITIES, &capabilities);
+		rdmsrq_safe(MSR_IA32_ARCH_CAPABILITIES, &capabilities);
 	return !(capabilities & ARCH_CAP_SKIP_VMENTRY_L1DFLUSH);
 }
 
@@ -100,8 +101,8 @@ static noinstr void dune_l1d_flush(void)
 {
 	unsigned long offset;
 
-	if (static_cpu_has(X86_FEATURE_FLUSH_L1D)) {
-		native_wrmsrl(MSR_IA32_FLUSH_CMD, L1D_FLUSH);
+	if (cpu_feature_enabled(X86_FEATURE_FLUSH_L1D)) {
+		native_wrmsrq(MSR_IA32_FLUSH_CMD, L1D_FLUSH);
 		return;
 	}
 	/* Translations first, so that no page walk comes in between; LFENCE keeps the two apart and the entry behind. */
@@ -134,18 +135,18 @@ noinstr void dune_l1tf_before_entry(bool host_ran)
 void dune_ibpb(void)
 {
 #ifdef X86_FEATURE_USE_IBPB
-	if (static_cpu_has(X86_FEATURE_USE_IBPB))
+	if (cpu_feature_enabled(X86_FEATURE_USE_IBPB))
 #else
-	if (static_cpu_has(X86_FEATURE_IBPB) && !cpu_mitigations_off())
+	if (cpu_feature_enabled(X86_FEATURE_IBPB) && !cpu_mitigations_off())
 #endif
-		native_wrmsrl(MSR_IA32_PRED_CMD, PRED_CMD_IBPB);
+		native_wrmsrq(MSR_IA32_PRED_CMD, PRED_CMD_IBPB);
 }
 
 bool dune_cpu_has_pebs(void)
 {
 	u64 enabled;
 
-	return boot_cpu_has(X86_FEATURE_PEBS) && !rdmsrl_safe(MSR_IA32_PEBS_ENABLE, &enabled);
+	return boot_cpu_has(X86_FEATURE_PEBS) && !rdmsrq_safe(MSR_IA32_PEBS_ENABLE, &enabled);
 }
 
 bool dune_cpu_has_xfd(void)
@@ -159,6 +160,6 @@ bool dune_cpu_has_xfd(void)
  */
 void dune_xfd_err_clear(void)
 {
-	if (static_cpu_has(X86_FEATURE_XFD))
-		native_wrmsrl(MSR_IA32_XFD_ERR, 0);
+	if (cpu_feature_enabled(X86_FEATURE_XFD))
+		native_wrmsrq(MSR_IA32_XFD_ERR, 0);
 }

@@ -214,9 +214,9 @@ impl Notifier {
         unsafe {
             let ops = &mut *(*this).ops.get();
             ops.release = Some(release::<T>);
-            ops.clear_flush_young = Some(clear_flush_young::<T>);
-            ops.clear_young = Some(clear_young::<T>);
-            ops.test_young = Some(test_young::<T>);
+            ops.clear_flush_young = Some(clear_flush_young::<T, _>);
+            ops.clear_young = Some(clear_young::<T, _>);
+            ops.test_young = Some(test_young::<T, _>);
             ops.invalidate_range_start = Some(invalidate_range_start::<T>);
             ops.invalidate_range_end = Some(invalidate_range_end::<T>);
             ops.free_notifier = Some(free::<T>);
@@ -264,34 +264,51 @@ unsafe extern "C" fn free<T: NotifierOps>(n: *mut bindings::mmu_notifier) {
     unsafe { T::free(n.cast()) };
 }
 
-unsafe extern "C" fn clear_flush_young<T: NotifierOps>(
+/// The type of an answer: `int` before 7.0, `bool` since.
+trait Young {
+    fn from(is_young: bool) -> Self;
+}
+
+impl Young for bool {
+    fn from(is_young: bool) -> Self {
+        is_young
+    }
+}
+
+impl Young for c_int {
+    fn from(is_young: bool) -> Self {
+        is_young as c_int
+    }
+}
+
+unsafe extern "C" fn clear_flush_young<T: NotifierOps, R: Young>(
     n: *mut bindings::mmu_notifier,
     _mm: *mut bindings::mm_struct,
     start: c_ulong,
     end: c_ulong,
-) -> c_int {
+) -> R {
     // SAFETY: As above.
-    unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, true) as c_int
+    R::from(unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, true))
 }
 
-unsafe extern "C" fn clear_young<T: NotifierOps>(
+unsafe extern "C" fn clear_young<T: NotifierOps, R: Young>(
     n: *mut bindings::mmu_notifier,
     _mm: *mut bindings::mm_struct,
     start: c_ulong,
     end: c_ulong,
-) -> c_int {
+) -> R {
     // SAFETY: As above.
-    unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, false) as c_int
+    R::from(unsafe { owner::<T>(n) }.young(start as u64..end as u64, true, false))
 }
 
-unsafe extern "C" fn test_young<T: NotifierOps>(
+unsafe extern "C" fn test_young<T: NotifierOps, R: Young>(
     n: *mut bindings::mmu_notifier,
     _mm: *mut bindings::mm_struct,
     address: c_ulong,
-) -> c_int {
+) -> R {
     let start = address as u64;
     // SAFETY: As above.
-    unsafe { owner::<T>(n) }.young(start..start + 1, false, false) as c_int
+    R::from(unsafe { owner::<T>(n) }.young(start..start + 1, false, false))
 }
 
 unsafe extern "C" fn invalidate_range_start<T: NotifierOps>(

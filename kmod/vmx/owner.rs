@@ -290,7 +290,8 @@ fn check(cpu: usize) -> Result<VmxCapabilities> {
             Err(ENODEV)
         }
         Err(missing) => {
-            pr_err!("CPU {}: {}\n", cpu, missing);
+            // The kernel formats what core does, not what others are.
+            pr_err!("CPU {}: {}\n", cpu, format_args!("{missing}"));
             Err(ENODEV)
         }
     }
@@ -397,7 +398,7 @@ pub(crate) fn start() -> Result {
         return Err(ENODEV);
     }
     let capabilities = capability::read().map_err(|missing| {
-        pr_err!("{}\n", missing);
+        pr_err!("{}\n", format_args!("{missing}"));
         ENODEV
     })?;
     let host_lstar = host_lstar()?;

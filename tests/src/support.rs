@@ -292,8 +292,8 @@ pub fn probe_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
     Outcome::Resume
 }
 
-/// Takes the faults of [`load`] and [`store`] by signal handlers, which threads in and out of Dune mode share. Any other
-/// fault is the end.
+/// Takes the faults of [`load`] and [`store`] by signal handlers, which threads in and out of Dune mode share; the error
+/// code is the signal's number and its code. Any other fault is the end.
 pub fn install_signal_probe() {
     extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::ucontext_t) {
         let at = |symbol: &u8| ptr::from_ref(symbol) as i64;
@@ -322,7 +322,9 @@ pub fn install_signal_probe() {
             return;
         }
         FAULTS.fetch_add(1, Relaxed);
-        registers[libc::REG_RDX as usize] = WAS_FAULT as i64;
+        // SAFETY: as above.
+        let code = unsafe { (*info).si_code } & 0xff;
+        registers[libc::REG_RDX as usize] = WAS_FAULT as i64 | i64::from(signal << 8 | code);
         // SAFETY: as above.
         registers[libc::REG_RIP as usize] = at(unsafe { &dune_test_end });
     }

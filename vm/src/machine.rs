@@ -104,6 +104,16 @@ pub fn default_ips(kernel: &str) -> u32 {
     }
 }
 
+/// What the command line of a kernel has besides.
+pub fn arguments_of(kernel: &str) -> &'static str {
+    if kernel == "newest" {
+        // Only KVM may turn VMX on there. And Linux warns of Bochs' CPUs, which say that they have hyper-threading, but not how.
+        "dune_kvm=1 clearcpuid=ht"
+    } else {
+        ""
+    }
+}
+
 /// How often the serial lines are looked at.
 const POLL: Duration = Duration::from_millis(20);
 /// How long a machine may take to start the command, and to end after it: fifty

@@ -47,6 +47,9 @@ enum Action {
         /// Only the machines whose name holds this, those of the full matrix too.
         #[arg(long = "row")]
         rows: Vec<String>,
+        /// Only the machines of the reference kernel, with the newest packaged kernel instead.
+        #[arg(long)]
+        newest: bool,
         /// How many machines run at a time.
         #[arg(long, default_value_t = 2)]
         jobs: usize,
@@ -134,7 +137,17 @@ fn main() -> ExitCode {
     let result = match Cli::parse().action {
         Action::Boot(arguments) => boot(&arguments),
         Action::Shell(arguments) => shell(&arguments),
-        Action::Test { long, rows, jobs } => test(&Options { long, rows, jobs }),
+        Action::Test {
+            long,
+            rows,
+            newest,
+            jobs,
+        } => test(&Options {
+            long,
+            rows,
+            newest,
+            jobs,
+        }),
         Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
         Action::BenchCompare { old, new } => bench_compare(&old, new),
         Action::Rows => {
@@ -261,7 +274,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
         ips: arguments.ips.unwrap_or_else(|| machine::default_ips(&arguments.kernel)),
-        append: arguments.append.clone(),
+        append: format!("{} {}", machine::arguments_of(&arguments.kernel), arguments.append),
         module_parameters: if module.is_some() {
             module_parameters(arguments)
         } else {

@@ -67,6 +67,8 @@ pub struct Options {
     pub long: bool,
     /// Only rows whose name holds one of these, long ones too; empty for all.
     pub rows: Vec<String>,
+    /// The machines of the reference kernel, with the newest packaged one.
+    pub newest: bool,
     /// How many machines run at a time.
     pub jobs: usize,
 }
@@ -77,10 +79,18 @@ pub struct Options {
 ///
 /// A name that no row holds.
 fn chosen(options: &Options) -> Result<Vec<Row>> {
+    let all = |long: bool| {
+        let mut rows = matrix::rows(long);
+        if options.newest {
+            rows.retain(|row| row.kernel == "test");
+            rows.iter_mut().for_each(|row| row.kernel = "newest");
+        }
+        rows
+    };
     if options.rows.is_empty() {
-        return Ok(matrix::rows(options.long));
+        return Ok(all(options.long));
     }
-    let mut rows = matrix::rows(true);
+    let mut rows = all(true);
     for name in &options.rows {
         if !rows.iter().any(|row| row.name.contains(name.as_str())) {
             bail!("no row's name holds {name:?}: dune-vm rows lists them");
@@ -94,7 +104,7 @@ fn chosen(options: &Options) -> Result<Vec<Row>> {
 pub fn run(options: &Options) -> Result<Sum> {
     let rows = chosen(options)?;
     let mut modules = Modules::new();
-    if !options.rows.is_empty() {
+    if options.newest || !options.rows.is_empty() {
         let mut total = part("kernels and modules", || build(&rows, &mut modules))?;
         total.add(part("machines", || machines(rows, &modules, options.jobs, None))?);
         return Ok(total);
@@ -337,8 +347,9 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
         memory_mib: row.memory_mib,
         ips: machine::default_ips(row.kernel),
         append: format!(
-            "{} {}",
+            "{} {} {}",
             if row.kernel == "debug" { "dune_leaks=1" } else { "" },
+            machine::arguments_of(row.kernel),
             row.append
         ),
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
@@ -486,7 +497,14 @@ mod tests {
 
     fn row_count(long: bool, names: &[&str]) -> Option<usize> {
         let rows = names.iter().map(|name| name.to_string()).collect();
-        chosen(&Options { long, rows, jobs: 1 }).ok().map(|rows| rows.len())
+        chosen(&Options {
+            long,
+            rows,
+            newest: false,
+            jobs: 1,
+        })
+        .ok()
+        .map(|rows| rows.len())
     }
 
     #[test]

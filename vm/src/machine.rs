@@ -107,8 +107,9 @@ pub fn default_ips(kernel: &str) -> u32 {
 /// What the command line of a kernel has besides.
 pub fn arguments_of(kernel: &str) -> &'static str {
     if kernel == "newest" {
-        // Only KVM may turn VMX on there. And Linux warns of Bochs' CPUs, which say that they have hyper-threading, but not how.
-        "dune_kvm=1 clearcpuid=ht"
+        // Only KVM may turn VMX on there. Linux warns of Bochs' CPUs, which say that they have hyper-threading, but not how.
+        // And /proc/PID/mem is what a distribution makes of it.
+        "dune_kvm=1 clearcpuid=ht proc_mem.force_override=always"
     } else {
         ""
     }

@@ -88,21 +88,24 @@ impl<'d> AddressSpace<'d> {
         with_slots(self.memory(), || {
             let tree = self.raw_tree();
             loop {
-                let (found, word) = tree.find_down_to(level, gva)?;
-                let entry = Entry(word.load(Relaxed));
-                match entry.kind(found) {
+                let found = tree.find_down_to(level, gva)?;
+                let raw = RawEntry {
+                    level: found.level,
+                    word: found.slot,
+                };
+                match found.kind() {
                     Kind::Empty if is_in_process(gva) && tree.fill(gva)? => {}
-                    Kind::Empty if found == level && missing == Missing::Make => {
+                    Kind::Empty if found.level == level && missing == Missing::Make => {
                         // The program's from here on: without libdune's mark.
-                        let _ = word.compare_exchange(entry.0, 0, AcqRel, Relaxed);
-                        return Ok(RawEntry { level: found, word });
+                        let _ = raw.word.compare_exchange(found.entry.0, 0, AcqRel, Relaxed);
+                        return Ok(raw);
                     }
-                    Kind::Empty if missing == Missing::Make => tree.split(found, word)?,
+                    Kind::Empty if missing == Missing::Make => tree.split(&found)?,
                     Kind::Empty => return Err(PagingError::NotMapped(gva)),
-                    _ if found == level || entry.0 & WHOLE != 0 => return Ok(RawEntry { level: found, word }),
-                    Kind::Leaf => tree.split(found, word)?,
+                    _ if found.level == level || found.entry.0 & WHOLE != 0 => return Ok(raw),
+                    Kind::Leaf => tree.split(&found)?,
                     _ if missing == Missing::Tell => return Err(PagingError::NotMapped(gva)),
-                    _ => tree.open(found, word)?,
+                    _ => tree.open(&found)?,
                 }
             }
         })
@@ -112,9 +115,7 @@ impl<'d> AddressSpace<'d> {
     pub fn gap(&self, gva: Gva) -> u64 {
         let _using = self.memory().begin();
         match self.raw_tree().find(gva) {
-            Ok((level, word)) if Entry(word.load(Relaxed)).kind(level) == Kind::Gone => {
-                leaf_bytes(level) - gva.as_u64() % leaf_bytes(level)
-            }
+            Ok(found) if found.kind() == Kind::Gone => found.bytes_from(gva),
             _ => PAGE_BYTES,
         }
     }
@@ -130,7 +131,8 @@ impl<'d> AddressSpace<'d> {
                 let _using = self.memory().begin();
                 tree.find(at)
             };
-            let Ok((level, first)) = found else { return };
+            let Ok(found) = found else { return };
+            let (level, first) = (found.level, found.slot);
             let size = leaf_bytes(level);
             let mut begin = at.align_down(size);
             // The rest of the table, as far as there are no tables below it.

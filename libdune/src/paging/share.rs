@@ -38,13 +38,13 @@ impl<F: Frames> Tree<'_, F> {
         copy: impl Fn() -> Result<Gpa, PagingError>,
     ) -> Result<Unshared, PagingError> {
         loop {
-            let (level, slot) = self.find(gva)?;
-            let entry = Entry(slot.load(Relaxed));
-            if entry.kind(level) != Kind::Leaf || !entry.is_copied_on_write() {
+            let found = self.find(gva)?;
+            let (slot, entry) = (found.slot, found.entry);
+            if found.kind() != Kind::Leaf || !entry.is_copied_on_write() {
                 return Ok(Unshared::NotShared);
             }
-            if level > 1 {
-                self.split(level, slot)?;
+            if found.level > 1 {
+                self.split(&found)?;
                 continue;
             }
             let old = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;

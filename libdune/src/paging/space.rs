@@ -622,10 +622,10 @@ fn remember<'d>(space: AddressSpace<'d>, record: &Record, page: Gva) -> Option<&
         frames: memory,
         root: record.root(),
     };
-    let (level, slot) = tree.find(page).ok()?;
-    (level == 1).then(|| {
-        record.remember(memory, page, slot);
-        slot
+    let found = tree.find(page).ok()?;
+    (found.level == 1).then(|| {
+        record.remember(memory, page, found.slot);
+        found.slot
     })
 }
 

@@ -95,6 +95,28 @@ impl Mapping {
     }
 }
 
+/// The entry that decides about an address.
+#[derive(Clone, Copy)]
+pub(super) struct Found<'f> {
+    pub level: u32,
+    pub slot: &'f AtomicU64,
+    /// What it held when that was decided. Other threads, and handlers, may change it at any time: who acts on this value has
+    /// to exchange it for the new one.
+    pub entry: Entry,
+}
+
+impl Found<'_> {
+    pub fn kind(&self) -> Kind {
+        self.entry.kind(self.level)
+    }
+
+    /// Bytes from `at`, for which it was found, to the end of what it decides about.
+    pub fn bytes_from(&self, at: Gva) -> u64 {
+        let bytes = leaf_bytes(self.level);
+        bytes - at.as_u64() % bytes
+    }
+}
+
 /// A tree of tables and where its pages come from.
 #[derive(Clone, Copy)]
 pub(crate) struct Tree<'f, F> {
@@ -119,20 +141,20 @@ impl<'f, F: Frames> Tree<'f, F> {
         self.table(Gpa::truncated(entry.address()))
     }
 
-    /// The entry that decides about `gva`, and its level: the first one on the way that refers to no table.
-    pub(super) fn find(&self, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
+    /// The entry that decides about `gva`: the first one on the way that refers to no table.
+    pub(super) fn find(&self, gva: Gva) -> Result<Found<'f>, PagingError> {
         self.find_down_to(1, gva)
     }
 
-    /// As `find`, but not below `lowest`.
-    pub(super) fn find_down_to(&self, lowest: u32, gva: Gva) -> Result<(u32, &'f AtomicU64), PagingError> {
+    /// As `find`, but not below `lowest`, where it may refer to a table.
+    pub(super) fn find_down_to(&self, lowest: u32, gva: Gva) -> Result<Found<'f>, PagingError> {
         let mut level = 4;
         let mut table = self.table(self.root)?;
         loop {
             let slot = &table.0[gva.index(level)];
             let entry = Entry(slot.load(Relaxed));
             if level == lowest || entry.kind(level) != Kind::Table {
-                return Ok((level, slot));
+                return Ok(Found { level, slot, entry });
             }
             table = self.table_of(entry)?;
             level -= 1;
@@ -141,8 +163,8 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     /// What `gva` is mapped to, with `Permissions::NONE` where the page is kept but not accessible.
     pub fn look_up(&self, gva: Gva) -> Option<Mapping> {
-        let (level, slot) = self.find(gva).ok()?;
-        Mapping::new(Entry(slot.load(Relaxed)), level, gva)
+        let found = self.find(gva).ok()?;
+        Mapping::new(found.entry, found.level, gva)
     }
 
     /// The first page at or behind `start` and before `start` + `bytes`: where it begins, or `start` inside it.
@@ -150,28 +172,36 @@ impl<'f, F: Frames> Tree<'f, F> {
         let mut done = 0;
         while done < bytes {
             let at = start.checked_add(done)?;
-            let (level, slot) = self.find(at).ok()?;
-            if let Some(mapping) = Mapping::new(Entry(slot.load(Relaxed)), level, at) {
+            let found = self.find(at).ok()?;
+            if let Some(mapping) = Mapping::new(found.entry, found.level, at) {
                 return Some((at, mapping));
             }
-            done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
+            done += found.bytes_from(at);
         }
         None
     }
 
-    /// Replaces the gap or leaf in `slot` by a table that means the same.
-    pub(super) fn split(&self, level: u32, slot: &AtomicU64) -> Result<(), PagingError> {
-        let old = Entry(slot.load(Relaxed));
-        let gpa = self.frames.allocate()?;
-        let table = self.table(gpa)?;
-        if old.0 != 0 || level == 3 {
-            for (index, piece) in table.0.iter().enumerate() {
-                piece.store(old.piece(level, index as u64).0, Relaxed);
+    /// Replaces the gap or leaf that was found by a table that means the same. Where it is something else by now it stays, and
+    /// the caller looks again.
+    pub(super) fn split(&self, found: &Found<'_>) -> Result<(), PagingError> {
+        debug_assert!(found.kind() != Kind::Table);
+        self.replace_by_table(found, |table| {
+            if found.entry.0 != 0 || found.level == 3 {
+                for (index, piece) in table.0.iter().enumerate() {
+                    piece.store(found.entry.piece(found.level, index as u64).0, Relaxed);
+                }
             }
-        }
-        // A page fault of ours may have filled the entry in between: then it stays as it is and the caller looks again.
-        if slot
-            .compare_exchange(old.0, Entry::table(gpa).0, AcqRel, Relaxed)
+        })
+    }
+
+    /// The same with a table that `fill` makes of an empty one.
+    fn replace_by_table(&self, found: &Found<'_>, fill: impl FnOnce(&Table)) -> Result<(), PagingError> {
+        let gpa = self.frames.allocate()?;
+        fill(self.table(gpa)?);
+        let new = Entry::table(gpa);
+        if found
+            .slot
+            .compare_exchange(found.entry.0, new.0, AcqRel, Relaxed)
             .is_err()
         {
             self.frames.free(gpa);
@@ -181,30 +211,20 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     /// Whether the CPU finds a page at `gva`; `None`: nothing decided about it yet.
     pub fn has_page(&self, gva: Gva) -> Option<bool> {
-        let (level, slot) = self.find(gva).ok()?;
-        let entry = Entry(slot.load(Relaxed));
-        (entry.kind(level) != Kind::Empty).then(|| entry.is_present())
+        let found = self.find(gva).ok()?;
+        (found.kind() != Kind::Empty).then(|| found.entry.is_present())
     }
 
-    /// Replaces what maps nothing in `slot` by a table of the same.
-    pub(super) fn open(&self, level: u32, slot: &AtomicU64) -> Result<(), PagingError> {
-        let old = Entry(slot.load(Relaxed));
-        if old.kind(level) == Kind::Empty {
-            return self.split(level, slot);
-        }
-        let gpa = self.frames.allocate()?;
-        if level > 3 {
-            for piece in &self.table(gpa)?.0 {
-                piece.store(Entry::GONE.0, Relaxed);
+    /// Replaces what was found to map nothing on purpose by a table of the same.
+    pub(super) fn open(&self, found: &Found<'_>) -> Result<(), PagingError> {
+        debug_assert!(found.kind() == Kind::Gone);
+        self.replace_by_table(found, |table| {
+            if found.level > 3 {
+                for piece in &table.0 {
+                    piece.store(Entry::GONE.0, Relaxed);
+                }
             }
-        }
-        if slot
-            .compare_exchange(old.0, Entry::table(gpa).0, AcqRel, Relaxed)
-            .is_err()
-        {
-            self.frames.free(gpa);
-        }
-        Ok(())
+        })
     }
 
     /// Maps the GiB of `gva` to itself if nothing decided about it yet; says whether there is a leaf now, be it another
@@ -215,37 +235,29 @@ impl<'f, F: Frames> Tree<'f, F> {
         };
         let start = hva.align_down(leaf_bytes(3));
         loop {
-            let (level, slot) = self.find_down_to(3, gva)?;
-            let empty = Entry(slot.load(Relaxed));
-            match empty.kind(level) {
+            let found = self.find_down_to(3, gva)?;
+            match found.kind() {
                 Kind::Empty => {}
                 Kind::Table => return self.fill_below(gva, hva),
                 Kind::Leaf => return Ok(true),
                 Kind::Gone => return Ok(false),
             }
-            if level > 3 {
-                self.split(level, slot)?;
+            if found.level > 3 {
+                self.split(&found)?;
                 continue;
             }
             let page = self.frames.gpa(start)?;
-            let permissions = self.frames.fill_permissions(start);
-            let entry = if self.frames.has_1g() {
-                Entry::leaf(page, 3, permissions)
+            let whole = Entry::leaf(page, 3, self.frames.fill_permissions(start));
+            // Where another thread was first it stays as that one made it.
+            if self.frames.has_1g() {
+                let _ = found.slot.compare_exchange(found.entry.0, whole.0, AcqRel, Relaxed);
             } else {
-                let gpa = self.frames.allocate()?;
-                let table = self.table(gpa)?;
                 // A 1 GiB leaf that this CPU cannot have, taken to pieces that it can.
-                let whole = Entry::leaf(page, 3, permissions);
-                for (index, piece) in table.0.iter().enumerate() {
-                    piece.store(whole.piece(3, index as u64).0, Relaxed);
-                }
-                Entry::table(gpa)
-            };
-            if slot.compare_exchange(empty.0, entry.0, AcqRel, Relaxed).is_err() && entry.kind(3) == Kind::Table {
-                // Another thread was first.
-                if let Some(table) = Gpa::new(entry.address()) {
-                    self.frames.free(table);
-                }
+                self.replace_by_table(&found, |table| {
+                    for (index, piece) in table.0.iter().enumerate() {
+                        piece.store(whole.piece(3, index as u64).0, Relaxed);
+                    }
+                })?;
             }
             return Ok(true);
         }
@@ -253,15 +265,14 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     /// The same where a table decides about the GiB, of which parts were emptied when its slot was given back.
     fn fill_below(&self, gva: Gva, hva: Hva) -> Result<bool, PagingError> {
-        let (level, slot) = self.find(gva)?;
-        let empty = Entry(slot.load(Relaxed));
-        match empty.kind(level) {
-            Kind::Empty if level <= 2 => {}
+        let found = self.find(gva)?;
+        match found.kind() {
+            Kind::Empty if found.level <= 2 => {}
             kind => return Ok(kind == Kind::Leaf),
         }
-        let page = self.frames.gpa(hva.align_down(leaf_bytes(level)))?;
-        let leaf = Entry::leaf(page, level, self.frames.fill_permissions(hva));
-        let _ = slot.compare_exchange(empty.0, leaf.0, Relaxed, Relaxed);
+        let page = self.frames.gpa(hva.align_down(leaf_bytes(found.level)))?;
+        let leaf = Entry::leaf(page, found.level, self.frames.fill_permissions(hva));
+        let _ = found.slot.compare_exchange(found.entry.0, leaf.0, Relaxed, Relaxed);
         Ok(true)
     }
 
@@ -294,25 +305,24 @@ impl<'f, F: Frames> Tree<'f, F> {
             let at = start
                 .checked_add(done)
                 .ok_or(PagingError::OutOfRange { start, bytes })?;
-            let (level, slot) = self.find(at)?;
-            let entry = Entry(slot.load(Relaxed));
-            if entry.kind(level) != Kind::Leaf {
-                if entry.kind(level) == Kind::Empty && self.fill(at)? {
+            let found = self.find(at)?;
+            let level = found.level;
+            match found.kind() {
+                Kind::Leaf => {}
+                Kind::Empty if self.fill(at)? => continue,
+                Kind::Gone if unusual == Unusual::SkipGone => {
+                    done += found.bytes_from(at);
                     continue;
                 }
-                if entry.kind(level) == Kind::Gone && unusual == Unusual::SkipGone {
-                    done += leaf_bytes(level) - at.as_u64() % leaf_bytes(level);
-                    continue;
-                }
-                return Err(PagingError::NotMapped(at));
+                _ => return Err(PagingError::NotMapped(at)),
             }
             let size = leaf_bytes(level);
             if !at.is_aligned(size) || bytes - done < size || (level > 1 && unusual == Unusual::SplitAll) {
-                self.split(level, slot)?;
+                self.split(&found)?;
                 continue;
             }
             let most = (bytes - done) / size;
-            let slots = self.rest_of_table(slot, at.index(level));
+            let slots = self.rest_of_table(found.slot, at.index(level));
             let slots = &slots[..slots.len().min(most as usize)];
             let plain = if level == 1 {
                 change_plain_slots(slots, &change_plain)
@@ -433,12 +443,13 @@ impl<'f, F: Frames> Tree<'f, F> {
             let out_of_range = PagingError::OutOfRange { start, bytes };
             let at = start.checked_add(done).ok_or(out_of_range)?;
             let page = self.frames.gpa(to.checked_add(done).ok_or(out_of_range)?)?;
-            let (level, slot) = self.find(at)?;
+            let found = self.find(at)?;
+            let level = found.level;
             let size = leaf_bytes(level);
             let fits = level <= self.largest() && at.is_aligned(size) && page.is_aligned(size) && bytes - done >= size;
             if !fits {
-                if Entry(slot.load(Relaxed)).kind(level) != Kind::Empty || !self.fill(at)? {
-                    self.split(level, slot)?;
+                if found.kind() != Kind::Empty || !self.fill(at)? {
+                    self.split(&found)?;
                 }
                 continue;
             }
@@ -446,7 +457,11 @@ impl<'f, F: Frames> Tree<'f, F> {
             let end = bytes.min(done + leaf_bytes(3) - page.as_u64() % leaf_bytes(3));
             let mut entry = Entry::leaf(page, level, permissions);
             let most = (end - done) / size;
-            for slot in self.rest_of_table(slot, at.index(level)).iter().take(most as usize) {
+            for slot in self
+                .rest_of_table(found.slot, at.index(level))
+                .iter()
+                .take(most as usize)
+            {
                 let old = Entry(slot.load(Relaxed));
                 if level > 1 && old.kind(level) == Kind::Table {
                     break;
@@ -480,9 +495,9 @@ impl<'f, F: Frames> Tree<'f, F> {
         if level >= self.largest() {
             return Ok(None);
         }
-        let (found, slot) = self.find_down_to(level + 1, at)?;
-        let old = Entry(slot.load(Relaxed));
-        if found != level + 1 || old.kind(found) != Kind::Table {
+        let found = self.find_down_to(level + 1, at)?;
+        let (slot, old) = (found.slot, found.entry);
+        if found.level != level + 1 || found.kind() != Kind::Table {
             return Ok(None);
         }
         let table = self.table_of(old)?;
@@ -649,3 +664,7 @@ mod tests;
 #[cfg(test)]
 #[path = "tree_model.rs"]
 mod model;
+
+#[cfg(test)]
+#[path = "tree_threads.rs"]
+mod threads;

@@ -275,9 +275,9 @@ impl<'f> Model<'f> {
         }
         let write = write && found.permissions.contains(Permissions::WRITE) && !found.shared;
         self.tree.fill(gva(page)).unwrap();
-        let (level, slot) = self.tree.find(gva(page)).unwrap();
-        assert_eq!(Entry(slot.load(Relaxed)).kind(level), Kind::Leaf);
-        slot.fetch_or(Entry::used_mask(true, write), Relaxed);
+        let leaf = self.tree.find(gva(page)).unwrap();
+        assert_eq!(leaf.kind(), Kind::Leaf);
+        leaf.slot.fetch_or(Entry::used_mask(true, write), Relaxed);
         self.accessed.insert(page);
         if write {
             self.dirty.insert(page);
@@ -375,8 +375,8 @@ impl<'f> Model<'f> {
         self.accessed.insert(page);
         self.dirty.insert(page);
         // The CPU does the write now.
-        let (_, slot) = self.tree.find(gva(page)).unwrap();
-        slot.fetch_or(Entry::used_mask(true, true), Relaxed);
+        let leaf = self.tree.find(gva(page)).unwrap();
+        leaf.slot.fetch_or(Entry::used_mask(true, true), Relaxed);
     }
 
     fn walk(&self, start: u64, bytes: u64) {
@@ -410,8 +410,7 @@ impl<'f> Model<'f> {
             State::Fresh | State::Page(_) => self.filled(page),
         };
         let got = found.map(|found| {
-            let (level, slot) = self.tree.find(gva(page)).unwrap();
-            let entry = Entry(slot.load(Relaxed));
+            let Found { level, entry, .. } = self.tree.find(gva(page)).unwrap();
             assert_eq!(found.page_bytes, leaf_bytes(level));
             Page {
                 to: found.gpa.as_u64(),

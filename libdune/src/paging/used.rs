@@ -107,12 +107,13 @@ impl<F: Frames> Tree<'_, F> {
             let at = start
                 .checked_add(done)
                 .ok_or(PagingError::OutOfRange { start, bytes })?;
-            let (level, slot) = self.find(at)?;
-            let size = leaf_bytes(level);
-            if level > 3 || Entry(slot.load(Relaxed)).kind(level) != Kind::Leaf {
-                done += size - at.as_u64() % size;
+            let found = self.find(at)?;
+            let level = found.level;
+            if level > 3 || found.kind() != Kind::Leaf {
+                done += found.bytes_from(at);
                 continue;
             }
+            let size = leaf_bytes(level);
             let first = at.index(level);
             let end = (first as u64 + (bytes - done + at.as_u64() % size).div_ceil(size)).min(512) as usize;
             let mut batch = Batch {
@@ -122,7 +123,7 @@ impl<F: Frames> Tree<'_, F> {
                 dirty: [0; 8],
                 done: done + (end - first) as u64 * size - at.as_u64() % size,
             };
-            let slots = &self.rest_of_table(slot, first)[..end - first];
+            let slots = &self.rest_of_table(found.slot, first)[..end - first];
             let mask = used.mask();
             if level == 1 {
                 let groups = slots.chunks_exact(GROUP);

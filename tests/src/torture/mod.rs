@@ -84,7 +84,13 @@ fn torture(seconds: u64) {
         let _knob = random
             .percent(30)
             .then(|| Knob::set("fault_delay_us", random.below(40) as u32));
-        let (seed, life) = (random.next(), 500 + random.below(2500));
+        // Many short lives: where a process begins, its threads make their page tables at once.
+        let life = if random.percent(60) {
+            100 + random.below(400)
+        } else {
+            500 + random.below(2500)
+        };
+        let seed = random.next();
         let child = spawn(|| process(seed, Duration::from_millis(life), &sums));
         processes += 1;
         if random.percent(30) {

@@ -129,32 +129,46 @@ impl Work for List {
 }
 
 /// Entries by key, that come, change and go in the same way in a map and in a tree.
-trait Keyed {
+pub trait Keyed {
+    const NAME: &str;
     fn model(&self) -> &BTreeMap<u64, u64>;
+    /// All entries that are found in the heap.
+    fn found(&self, heap: &Heap<'_>) -> Result<Vec<Entry>, GcError>;
     /// Puts an entry in, in place of the key's old one.
     fn insert(&mut self, heap: &mut Heap<'_>, key: u64, value: u64) -> Result<(), GcError>;
     /// Takes a key out, if it is there.
     fn remove(&mut self, heap: &mut Heap<'_>, key: u64) -> Result<(), GcError>;
+}
 
-    fn add(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
+impl<T: Keyed> Work for T {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+
+    fn grow(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
         let (key, value) = (numbers.next(), numbers.next());
         self.insert(heap, key, value)
     }
 
     /// Gives a key another value, or puts an entry in another's place.
-    fn change(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
+    fn step(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
         // Near a random place.
         let place = numbers.next();
         let behind = self.model().range(place..).next();
         let Some((&key, _)) = behind.or_else(|| self.model().iter().next()) else {
-            return self.add(heap, numbers);
+            return self.grow(heap, numbers);
         };
         if numbers.below(2) == 0 {
             let value = numbers.next();
             return self.insert(heap, key, value);
         }
         self.remove(heap, key)?;
-        self.add(heap, numbers)
+        self.grow(heap, numbers)
+    }
+
+    fn entries(&self, heap: &Heap<'_>) -> Result<(Vec<Entry>, Vec<Entry>), GcError> {
+        let model = self.model().iter().map(|(key, value)| (*key, *value));
+        Ok((self.found(heap)?, model.collect()))
     }
 }
 
@@ -194,6 +208,8 @@ impl Map {
 }
 
 impl Keyed for Map {
+    const NAME: &str = "hash map";
+
     fn model(&self) -> &BTreeMap<u64, u64> {
         &self.model
     }
@@ -224,22 +240,8 @@ impl Keyed for Map {
             (before, place) = (at, 0);
         }
     }
-}
 
-impl Work for Map {
-    fn name(&self) -> &'static str {
-        "hash map"
-    }
-
-    fn grow(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        self.add(heap, numbers)
-    }
-
-    fn step(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        self.change(heap, numbers)
-    }
-
-    fn entries(&self, heap: &Heap<'_>) -> Result<(Vec<Entry>, Vec<Entry>), GcError> {
+    fn found(&self, heap: &Heap<'_>) -> Result<Vec<Entry>, GcError> {
         let mut found = Vec::with_capacity(self.model.len());
         let mut tables = vec![(heap.roots[0], 0)];
         while let Some((at, level)) = tables.pop() {
@@ -257,7 +259,7 @@ impl Work for Map {
             }
         }
         found.sort_unstable();
-        Ok((found, self.model.iter().map(|(key, value)| (*key, *value)).collect()))
+        Ok(found)
     }
 }
 
@@ -306,6 +308,8 @@ impl Tree {
 }
 
 impl Keyed for Tree {
+    const NAME: &str = "tree";
+
     fn model(&self) -> &BTreeMap<u64, u64> {
         &self.model
     }
@@ -351,22 +355,8 @@ impl Keyed for Tree {
         self.model.remove(&key);
         Ok(())
     }
-}
 
-impl Work for Tree {
-    fn name(&self) -> &'static str {
-        "tree"
-    }
-
-    fn grow(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        self.add(heap, numbers)
-    }
-
-    fn step(&mut self, heap: &mut Heap<'_>, numbers: &mut Numbers) -> Result<(), GcError> {
-        self.change(heap, numbers)
-    }
-
-    fn entries(&self, heap: &Heap<'_>) -> Result<(Vec<Entry>, Vec<Entry>), GcError> {
+    fn found(&self, heap: &Heap<'_>) -> Result<Vec<Entry>, GcError> {
         let mut found = Vec::with_capacity(self.model.len());
         let mut path = Vec::new();
         let mut at = heap.roots[0];
@@ -380,6 +370,6 @@ impl Work for Tree {
                 at = heap.get(last, 1)?;
             }
         }
-        Ok((found, self.model.iter().map(|(key, value)| (*key, *value)).collect()))
+        Ok(found)
     }
 }

@@ -283,10 +283,7 @@ fn crash_kernel_finds_vmx_off() {
 }
 
 fn crash_kernel_finds_vmx_off_beside_kvm() {
-    let _kvm = Kvm::load();
-    let mut guest = KvmGuest::new(500);
-    guest.run();
-    crash();
+    beside_kvm(|| crash());
 }
 
 fn next_kernel_finds_vmx_off() {
@@ -294,8 +291,13 @@ fn next_kernel_finds_vmx_off() {
 }
 
 fn next_kernel_finds_vmx_off_beside_kvm() {
+    beside_kvm(|| start_next_kernel());
+}
+
+/// Ends the machine while there is a KVM guest that has run.
+fn beside_kvm(end: impl FnOnce()) {
     let _kvm = Kvm::load();
     let mut guest = KvmGuest::new(500);
     guest.run();
-    start_next_kernel();
+    end();
 }

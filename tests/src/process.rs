@@ -17,16 +17,20 @@ use std::sync::Barrier;
 use std::sync::Mutex;
 
 use libdune::Dune;
+use libdune::Gva;
 use libdune::Outcome;
+use libdune::Permissions;
 use libdune::Thread;
 use libdune::TrapFrame;
 use libdune::Vector;
 
 use crate::framework::Suite;
 use crate::framework::Test;
+use crate::framework::User;
 use crate::support::compute;
 use crate::support::enter;
 use crate::support::spawn;
+use crate::support::Knob;
 use crate::support::Map;
 use crate::support::Shared;
 use crate::support::PAGE;
@@ -67,6 +71,8 @@ pub const TESTS: &[Test] = &[
     Test::asserting("fork_of_a_thread", fork_of_a_thread),
     Test::asserting("forks_ten_deep", forks_ten_deep),
     Test::asserting("fork_while_threads_run", fork_while_threads_run),
+    // Root, for the knob.
+    Test::asserting("fork_while_page_tables_grow", fork_while_page_tables_grow).run_as(User::Root),
     Test::asserting("children_may_stay_outside", children_may_stay_outside),
     Test::asserting("vfork_shares_memory_until_exec", vfork_shares_memory_until_exec),
     Test::asserting("vfork_leaves_nothing_behind", vfork_leaves_nothing_behind),
@@ -480,13 +486,13 @@ fn fork_copies_on_write_both_ways() {
 static PROTECTED: AtomicU64 = AtomicU64::new(0);
 
 fn unprotect(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
-    let Some(page) = libdune::Gva::new(frame.cr2 & !0xfff) else {
+    let Some(page) = Gva::new(frame.cr2 & !0xfff) else {
         return Outcome::Unhandled;
     };
     PROTECTED.fetch_add(1, Relaxed);
     match thread
         .current_address_space()
-        .protect(page, PAGE as u64, libdune::Permissions::ALL)
+        .protect(page, PAGE as u64, Permissions::ALL)
     {
         Ok(flush) => flush.flush(),
         Err(_) => return Outcome::Unhandled,
@@ -502,9 +508,9 @@ fn fork_keeps_page_tables_and_handlers() {
         // SAFETY: inside the map.
         unsafe { map.start.add(index * PAGE).write(index as u8) };
     }
-    let start = libdune::Gva::new(map.start as u64).unwrap();
+    let start = Gva::new(map.start as u64).unwrap();
     dune.address_space()
-        .protect(start, 16 * PAGE as u64, libdune::Permissions::NONE)
+        .protect(start, 16 * PAGE as u64, Permissions::NONE)
         .unwrap()
         .flush();
     PROTECTED.store(0, Relaxed);
@@ -586,6 +592,74 @@ fn fork_while_threads_run() {
     for thread in threads {
         assert!(thread.join().unwrap());
     }
+    dune.leave();
+}
+
+/// Linux copies the arena piece by piece, while another thread takes pages for tables and puts them into others: a child in which
+/// a page is a table and free at once would give it to a second table.
+fn fork_while_page_tables_grow() {
+    const LARGE: usize = 2 << 20;
+    const PIECES: usize = 1024;
+    const IN_CHILD: usize = 16;
+    let protect = |address: usize| {
+        let page = Gva::new(address as u64).unwrap();
+        let protected = Thread::with_current(|thread| {
+            let space = thread.address_space();
+            space
+                .protect(page, PAGE as u64, Permissions::READ)
+                .map(|flush| flush.flush())
+                .is_ok()
+        });
+        protected == Some(true)
+    };
+    // A piece whose first page was protected maps itself, from a table of its own.
+    let is_whole = |address: usize| {
+        let page = |offset: usize| Gva::new((address + offset) as u64).unwrap();
+        Thread::with_current(|thread| {
+            let space = thread.address_space();
+            [0, PAGE, LARGE - PAGE].into_iter().all(|offset| {
+                let at = page(offset);
+                let wanted = if offset == 0 {
+                    Permissions::READ
+                } else {
+                    Permissions::ALL
+                };
+                space.look_up(at).map(|found| found.permissions) == Some(wanted)
+                    && space.hva(at).map(|hva| hva.as_u64()) == Some(at.as_u64())
+            })
+        }) == Some(true)
+    };
+    let map = |bytes| Map::at(0, bytes, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_NORESERVE);
+    let (first, second) = (map((PIECES + 1) * LARGE), map((IN_CHILD + 1) * LARGE));
+    let starts = [&first, &second].map(|map| map.address().next_multiple_of(LARGE));
+    let piece = |map: usize, number: usize| starts[map] + number * LARGE;
+    let dune = enter();
+    let _delay = Knob::set("invalidate_delay_us", 50);
+    let done = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..PIECES {
+                assert!(protect(piece(0, number)), "piece {number}");
+                done.store(number + 1, SeqCst);
+            }
+        });
+        let mut forks = 0;
+        while done.load(SeqCst) < PIECES || forks == 0 {
+            let status = forked(|| {
+                let mine = |number| piece(1, number);
+                if !(0..IN_CHILD).all(|number| protect(mine(number)))
+                    || !(0..IN_CHILD).all(|number| is_whole(mine(number)))
+                {
+                    return 1;
+                }
+                let done = done.load(SeqCst);
+                i32::from(!(0..done).all(|number| is_whole(piece(0, number)))) * 2
+            });
+            assert_eq!(status, 0, "fork {forks}, {} pieces", done.load(SeqCst));
+            forks += 1;
+        }
+        println!("report: {forks} forks");
+    });
     dune.leave();
 }
 

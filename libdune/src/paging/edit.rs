@@ -100,12 +100,12 @@ impl<'d> AddressSpace<'d> {
                         let _ = raw.word.compare_exchange(found.entry.0, 0, AcqRel, Relaxed);
                         return Ok(raw);
                     }
-                    Kind::Empty if missing == Missing::Make => tree.split(&found)?,
+                    Kind::Empty if missing == Missing::Make => tree.split(found)?,
                     Kind::Empty => return Err(PagingError::NotMapped(gva)),
                     _ if found.level == level || found.entry.0 & WHOLE != 0 => return Ok(raw),
-                    Kind::Leaf => tree.split(&found)?,
+                    Kind::Leaf => tree.split(found)?,
                     _ if missing == Missing::Tell => return Err(PagingError::NotMapped(gva)),
-                    _ => tree.open(&found)?,
+                    _ => tree.open(found)?,
                 }
             }
         })

@@ -44,7 +44,7 @@ impl<F: Frames> Tree<'_, F> {
                 return Ok(Unshared::NotShared);
             }
             if found.level > 1 {
-                self.split(&found)?;
+                self.split(found)?;
                 continue;
             }
             let old = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;

@@ -183,7 +183,7 @@ impl<'f, F: Frames> Tree<'f, F> {
 
     /// Replaces the gap or leaf that was found by a table that means the same. Where it is something else by now it stays, and
     /// the caller looks again.
-    pub(super) fn split(&self, found: &Found<'_>) -> Result<(), PagingError> {
+    pub(super) fn split(&self, found: Found<'_>) -> Result<(), PagingError> {
         debug_assert!(found.kind() != Kind::Table);
         self.replace_by_table(found, |table| {
             if found.entry.0 != 0 || found.level == 3 {
@@ -195,7 +195,7 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     /// The same with a table that `fill` makes of an empty one.
-    fn replace_by_table(&self, found: &Found<'_>, fill: impl FnOnce(&Table)) -> Result<(), PagingError> {
+    fn replace_by_table(&self, found: Found<'_>, fill: impl FnOnce(&Table)) -> Result<(), PagingError> {
         let gpa = self.frames.allocate()?;
         fill(self.table(gpa)?);
         let new = Entry::table(gpa);
@@ -216,7 +216,7 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     /// Replaces what was found to map nothing on purpose by a table of the same.
-    pub(super) fn open(&self, found: &Found<'_>) -> Result<(), PagingError> {
+    pub(super) fn open(&self, found: Found<'_>) -> Result<(), PagingError> {
         debug_assert!(found.kind() == Kind::Gone);
         self.replace_by_table(found, |table| {
             if found.level > 3 {
@@ -243,7 +243,7 @@ impl<'f, F: Frames> Tree<'f, F> {
                 Kind::Gone => return Ok(false),
             }
             if found.level > 3 {
-                self.split(&found)?;
+                self.split(found)?;
                 continue;
             }
             let page = self.frames.gpa(start)?;
@@ -253,7 +253,7 @@ impl<'f, F: Frames> Tree<'f, F> {
                 let _ = found.slot.compare_exchange(found.entry.0, whole.0, AcqRel, Relaxed);
             } else {
                 // A 1 GiB leaf that this CPU cannot have, taken to pieces that it can.
-                self.replace_by_table(&found, |table| {
+                self.replace_by_table(found, |table| {
                     for (index, piece) in table.0.iter().enumerate() {
                         piece.store(whole.piece(3, index as u64).0, Relaxed);
                     }
@@ -318,7 +318,7 @@ impl<'f, F: Frames> Tree<'f, F> {
             }
             let size = leaf_bytes(level);
             if !at.is_aligned(size) || bytes - done < size || (level > 1 && unusual == Unusual::SplitAll) {
-                self.split(&found)?;
+                self.split(found)?;
                 continue;
             }
             let most = (bytes - done) / size;
@@ -449,34 +449,42 @@ impl<'f, F: Frames> Tree<'f, F> {
             let fits = level <= self.largest() && at.is_aligned(size) && page.is_aligned(size) && bytes - done >= size;
             if !fits {
                 if found.kind() != Kind::Empty || !self.fill(at)? {
-                    self.split(&found)?;
+                    self.split(found)?;
                 }
                 continue;
             }
             // Memory in one GiB of the process is in one piece in GPA space, too.
             let end = bytes.min(done + leaf_bytes(3) - page.as_u64() % leaf_bytes(3));
-            let mut entry = Entry::leaf(page, level, permissions);
-            let most = (end - done) / size;
-            for slot in self
-                .rest_of_table(found.slot, at.index(level))
-                .iter()
-                .take(most as usize)
-            {
-                let old = Entry(slot.load(Relaxed));
-                if level > 1 && old.kind(level) == Kind::Table {
-                    break;
-                }
-                if slot.compare_exchange(old.0, entry.0, AcqRel, Relaxed).is_err() {
-                    break;
-                }
-                if old.is_owner() {
-                    self.retire(old, entry, retired);
-                }
-                entry.0 += size;
-                done += size;
-            }
+            let most = ((end - done) / size) as usize;
+            let slots = self.rest_of_table(found.slot, at.index(level));
+            let leaf = Entry::leaf(page, level, permissions);
+            done += size * self.map_slots(&slots[..slots.len().min(most)], level, leaf, retired);
         }
         Ok(())
+    }
+
+    /// Puts `leaf`, and those of the memory behind its page, into entries up to the first that refers to a table, or that the CPU or
+    /// another thread changes meanwhile. Returns how many.
+    #[inline(never)]
+    fn map_slots(&self, slots: &[AtomicU64], level: u32, leaf: Entry, retired: &Retired) -> u64 {
+        let size = leaf_bytes(level);
+        let mut entry = leaf;
+        let mut count = 0;
+        for slot in slots {
+            let old = Entry(slot.load(Relaxed));
+            if level > 1 && old.kind(level) == Kind::Table {
+                break;
+            }
+            if slot.compare_exchange(old.0, entry.0, AcqRel, Relaxed).is_err() {
+                break;
+            }
+            if old.is_owner() {
+                self.retire(old, entry, retired);
+            }
+            entry.0 += size;
+            count += 1;
+        }
+        count
     }
 
     /// Highest level that may have leaves.

@@ -18,6 +18,7 @@ use clap::Parser;
 use clap::ValueEnum;
 use dune_examples::die;
 use dune_examples::median;
+use dune_examples::print_row;
 use dune_examples::ticks;
 use dune_examples::unit;
 use libdune::Dune;
@@ -52,6 +53,9 @@ struct Options {
     /// Only this barrier.
     #[arg(long)]
     barrier: Option<Kind>,
+    /// Rows for `make bench-lib`, instead of the table.
+    #[arg(long)]
+    rows: bool,
 }
 
 /// The write barriers.
@@ -114,8 +118,9 @@ struct Outcome {
     work: &'static str,
     /// What stands for the contents at the end.
     contents: u64,
-    /// Changes per million ticks, collections included.
-    throughput: f64,
+    /// Ticks of all changes, collections included.
+    taken: u64,
+    changes: usize,
     times: heap::Times,
 }
 
@@ -141,7 +146,8 @@ fn run(kind: Kind, dune: Option<&Dune>, options: &Options, work: &mut dyn Work) 
         kind,
         work: work.name(),
         contents,
-        throughput: options.operations as f64 * 1e6 / taken.max(1) as f64,
+        taken,
+        changes: options.operations,
         times: heap.times,
     })
 }
@@ -181,10 +187,21 @@ fn print(outcomes: &mut [Outcome]) {
                 median(&mut times.minor),
                 median(&mut times.asking),
                 median(&mut times.pages),
-                outcome.throughput,
+                outcome.changes as f64 * 1e6 / outcome.taken.max(1) as f64,
                 outcome.contents,
             );
         }
+    }
+}
+
+fn print_rows(outcomes: &[Outcome]) {
+    for Outcome { kind, work, times, .. } in outcomes {
+        print_row(&format!("gc_pause {work}"), kind.name(), &times.minor);
+        print_row(&format!("gc_asking {work}"), kind.name(), &times.asking);
+    }
+    for outcome in outcomes {
+        let change = outcome.taken / outcome.changes.max(1) as u64;
+        print_row(&format!("gc_change {}", outcome.work), outcome.kind.name(), &[change]);
     }
 }
 
@@ -231,7 +248,11 @@ fn main() -> ExitCode {
         options.nursery,
         unit()
     );
-    print(&mut outcomes);
+    if options.rows {
+        print_rows(&outcomes);
+    } else {
+        print(&mut outcomes);
+    }
     if !are_alike(&outcomes) {
         eprintln!("gc: the barriers came to different contents");
         is_well = false;

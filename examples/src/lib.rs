@@ -69,6 +69,15 @@ pub fn median(values: &mut [u64]) -> u64 {
     values.get(values.len() / 2).copied().unwrap_or(0)
 }
 
+/// Prints figures as a row for `make bench-lib`, which collects such lines. Names have nothing that JSON would quote.
+pub fn print_row(bench: &str, system: &str, values: &[u64]) {
+    let mut sorted = values.to_vec();
+    let (value, n) = (median(&mut sorted), values.len());
+    let mean = values.iter().sum::<u64>() / n.max(1) as u64;
+    let max = values.iter().copied().max().unwrap_or(0);
+    println!(r#"@bench {{"bench":"{bench}","system":"{system}","value":{value},"mean":{mean},"max":{max},"n":{n}}}"#);
+}
+
 /// Times of the same thing done again and again.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {

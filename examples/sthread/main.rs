@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dune_examples::median;
+use dune_examples::print_row;
 use dune_examples::unit;
 use libdune::compartment::Pages;
 use libdune::Dune;
@@ -34,6 +35,9 @@ struct Options {
     /// Good requests for each way to answer.
     #[arg(long, default_value_t = 40)]
     requests: usize,
+    /// Rows for `make bench-lib` as well.
+    #[arg(long)]
+    rows: bool,
     /// Ask this port of 127.0.0.1 for the paths, instead of serving.
     #[arg(long, hide = true)]
     client: Option<u16>,
@@ -250,6 +254,12 @@ fn main() -> ExitCode {
             "{:<28} {:>13} {:>12} {:>15} {:>12}",
             "", "median", "max", "median", "max"
         );
+        if options.rows {
+            for result in &results {
+                print_row("sthread", result.name, &result.server);
+                print_row("sthread_request", result.name, &result.client);
+            }
+        }
         for result in &mut results {
             let most = |times: &[u64]| times.iter().copied().max().unwrap_or(0);
             let (server_max, client_max) = (most(&result.server), most(&result.client));

@@ -20,7 +20,31 @@ const fn job(what: &'static str, own: Place, others: &'static [(Place, &'static 
     Job { what, own, others }
 }
 
-/// A thing more to compare is a row of dune-bench and an entry here.
+const GC_OTHERS: [&str; 3] = ["Linux: mprotect + SIGSEGV", "Linux: userfaultfd", "Linux: PAGEMAP_SCAN"];
+
+/// A row of the collectors: its libdune has two barriers.
+macro_rules! gc {
+    ($what:literal, $bench:literal) => {
+        job(
+            $what,
+            ($bench, "Dune: dirty bits"),
+            &[
+                (($bench, "Dune: protect + #PF"), "libdune: protect, #PF"),
+                (($bench, GC_OTHERS[0]), "mprotect, SIGSEGV"),
+                (($bench, GC_OTHERS[1]), "userfaultfd"),
+                (($bench, GC_OTHERS[2]), "PAGEMAP_SCAN"),
+            ],
+        )
+    };
+}
+
+/// Programs among the examples that print rows, too.
+const PROGRAMS: [&str; 2] = [
+    "sthread --requests 12 --rows",
+    "gc --live 6000 --heap 1024 --operations 1500 --rows",
+];
+
+/// A thing more to compare is a row of dune-bench, or of one of `PROGRAMS`, and an entry here.
 const JOBS: &[Job] = &[
     job(
         "trap: store to a protected page until the handler",
@@ -86,15 +110,56 @@ const JOBS: &[Job] = &[
             "two processes, pipes",
         )],
     ),
+    job(
+        "compartment for a request: make, answer, give back",
+        ("sthread", "compartment"),
+        &[
+            (("sthread", "compartment, used again"), "libdune: used again, wiped"),
+            (("sthread", "compartment in a new thread"), "libdune: in a new thread"),
+            (("sthread", "process (fork)"), "fork"),
+        ],
+    ),
+    job(
+        "the client's whole request",
+        ("sthread_request", "compartment"),
+        &[
+            (
+                ("sthread_request", "compartment, used again"),
+                "libdune: used again, wiped",
+            ),
+            (
+                ("sthread_request", "compartment in a new thread"),
+                "libdune: in a new thread",
+            ),
+            (("sthread_request", "process (fork)"), "fork"),
+        ],
+    ),
+    gc!("collector, linked list: pause", "gc_pause linked list"),
+    gc!("collector, linked list: asking the barrier", "gc_asking linked list"),
+    gc!("collector, linked list: a change, all in all", "gc_change linked list"),
+    gc!("collector, hash map: pause", "gc_pause hash map"),
+    gc!("collector, hash map: asking the barrier", "gc_asking hash map"),
+    gc!("collector, hash map: a change, all in all", "gc_change hash map"),
+    gc!("collector, tree: pause", "gc_pause tree"),
+    gc!("collector, tree: asking the barrier", "gc_asking tree"),
+    gc!("collector, tree: a change, all in all", "gc_change tree"),
 ];
 
-/// The rows that the table needs.
-pub fn rows() -> String {
+/// What prints the rows that the table needs, after dune-bench with these arguments.
+pub fn command(arguments: &str) -> String {
+    let rows = rows();
+    let programs = PROGRAMS.join(" && ");
+    format!("dune-bench{arguments} --system linux,dune --rows '{rows}' && {programs}")
+}
+
+/// The rows that dune-bench has to measure.
+fn rows() -> String {
+    let of_programs = |bench: &&str| bench.starts_with("gc_") || bench.starts_with("sthread");
     let rows = JOBS.iter().flat_map(|job| {
         let others = job.others.iter().map(|((bench, _), _)| *bench);
         [job.own.0].into_iter().chain(others)
     });
-    distinct(rows).join(",")
+    distinct(rows.filter(|bench| !of_programs(bench))).join(",")
 }
 
 /// Prints the table; whether libdune's figures are all there.

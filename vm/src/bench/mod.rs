@@ -87,17 +87,18 @@ impl Options {
 
     /// What runs on the first machine.
     fn command(&self) -> String {
-        let mut command = "dune-bench".to_string();
+        let mut arguments = String::new();
         if let Some(only) = &self.only {
-            command += &format!(" --only '{only}'");
-        }
-        if self.library {
-            command += &format!(" --system linux,dune --rows '{}'", library::rows());
+            arguments += &format!(" --only '{only}'");
         }
         if self.is_short() {
-            command += " --quick";
+            arguments += " --quick";
         }
-        command
+        if self.library {
+            library::command(&arguments)
+        } else {
+            "dune-bench".to_string() + &arguments
+        }
     }
 }
 

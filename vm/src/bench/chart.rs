@@ -20,7 +20,7 @@ pub fn report(results: &Results) -> Result<String> {
         "<!doctype html><meta charset=\"utf-8\"><title>Dune in Rust: benchmarks</title>\n<style>\
          body{font:15px/1.4 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}\
          table{border-collapse:collapse;font-size:14px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
-         td:nth-child(-n+3),th:nth-child(-n+3){text-align:left}\
+         td:nth-child(-n+3),th:nth-child(-n+3),.why{text-align:left}\
          .met{background:#d8f0d8}.missed{background:#f6dcdc}.recorded{color:#777}</style>\n<h1>Dune in Rust: benchmarks</h1>\n",
     );
     let environment = &results.environment;
@@ -56,7 +56,7 @@ pub fn report(results: &Results) -> Result<String> {
 
 fn table(page: &mut String, results: &Results) -> Result<()> {
     *page += "<table><tr><th>bench<th>system<th>unit<th>median<th>mean<th>max<th>n<th>VM exits<th>VMREAD<th>VMWRITE<th>RDMSR\
-              <th>WRMSR<th>target</tr>\n";
+              <th>WRMSR<th>target<th>then<th>why it is missed, and what to try next</tr>\n";
     for row in &results.rows {
         let class = match (row.met, row.recorded) {
             (_, true) => "recorded",
@@ -64,6 +64,7 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
             (Some(false), _) => "missed",
             (None, _) => "",
         };
+        let limit = |most: Option<u64>| most.map_or("–".to_string(), |most| format!("≤ {most}"));
         let number = |value: Option<u64>| value.map_or("–".to_string(), |value| value.to_string());
         let system = if row.column.is_empty() {
             row.system.clone()
@@ -73,7 +74,8 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
         let heavy = |field: fn(&super::results::Heavy) -> u64| number(row.heavy.as_ref().map(field));
         writeln!(
             page,
-            "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
+            "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}\
+             <td class=\"why\">{}</tr>",
             row.bench,
             short(&row.unit),
             row.value,
@@ -85,7 +87,9 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
             heavy(|heavy| heavy.vmwrite),
             heavy(|heavy| heavy.rdmsr),
             heavy(|heavy| heavy.wrmsr),
-            row.target.map_or("–".to_string(), |most| format!("≤ {most}"))
+            limit(row.target),
+            limit(row.next_target),
+            row.reason.as_deref().unwrap_or("")
         )?;
     }
     *page += "</table>\n";

@@ -76,6 +76,16 @@ pub struct Heavy {
     pub wrmsr: u64,
 }
 
+impl Heavy {
+    /// Whether there are no more of any kind.
+    pub fn is_within(&self, most: &Self) -> bool {
+        self.vmread <= most.vmread
+            && self.vmwrite <= most.vmwrite
+            && self.rdmsr <= most.rdmsr
+            && self.wrmsr <= most.wrmsr
+    }
+}
+
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Row {
     pub bench: String,
@@ -92,7 +102,13 @@ pub struct Row {
     pub column: String,
     /// What the figure is to be at most, where it is Dune's.
     pub target: Option<u64>,
+    /// What it is to be after that.
+    #[serde(default)]
+    pub next_target: Option<u64>,
     pub met: Option<bool>,
+    /// Why the target was missed, and what to try next.
+    #[serde(default)]
+    pub reason: Option<String>,
     /// Recorded elsewhere, not measured in this run.
     pub recorded: bool,
 }
@@ -129,7 +145,9 @@ impl Results {
             heavy: line.heavy,
             column: column.to_string(),
             target: None,
+            next_target: None,
             met: None,
+            reason: None,
             recorded: false,
         });
     }

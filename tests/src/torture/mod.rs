@@ -283,6 +283,7 @@ fn signal(world: &World<'_>, random: &mut Random) {
 fn fork(world: &World<'_>, region: &mut Region, random: &mut Random) -> Result<(), String> {
     let (seed, end) = (random.next(), random.below(4));
     let was_active = Dune::is_active();
+    let parent = std::process::id();
     // SAFETY: the child uses this region, of which it has the lock, and ends without running what is the parent's.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -307,9 +308,13 @@ fn fork(world: &World<'_>, region: &mut Region, random: &mut Random) -> Result<(
                 0 if result.is_ok() => {
                     libc::raise(libc::SIGTERM);
                 }
-                1 if result.is_ok() => loop {
-                    std::hint::black_box(compute(100));
-                },
+                1 if result.is_ok() => {
+                    // Its parent may be killed before it kills.
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    while std::os::unix::process::parent_id() == parent {
+                        std::hint::black_box(compute(100));
+                    }
+                }
                 _ => {}
             }
             libc::_exit(if result.is_ok() { 42 } else { 1 });

@@ -15,6 +15,8 @@ pub fn measure(system: &System<'_>) {
     if system.wants(&["getpid", "getpid_vmcall"]) {
         check_filter();
         check_child();
+        check_tracer();
+        check_count();
     }
     system.repeated("getpid", CALLS, |_| timed(getpid));
     if system.dune.is_some() {
@@ -90,6 +92,85 @@ fn check_child() {
     in_child("getpid in a child", || {
         require(getpid() != parent && call(libc::SYS_getppid) == parent);
     });
+}
+
+/// A tracer sees each call twice, as it enters and as it leaves Linux.
+fn check_tracer() {
+    const CALLS: usize = 16;
+    let (mut seen, mut answers) = (0, 0);
+    // SAFETY: The child only makes calls; what is read of it is a structure of its registers.
+    unsafe {
+        let pid = libc::fork();
+        assert!(pid >= 0, "fork");
+        if pid == 0 {
+            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            libc::raise(libc::SIGSTOP);
+            (0..CALLS).for_each(|_| {
+                getpid();
+            });
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
+        assert_eq!(libc::ptrace(libc::PTRACE_SETOPTIONS, pid, 0, options), 0);
+        while libc::WIFSTOPPED(status) {
+            assert_eq!(libc::ptrace(libc::PTRACE_SYSCALL, pid, 0, 0), 0);
+            assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+            if libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 {
+                let mut registers: libc::user_regs_struct = core::mem::zeroed();
+                assert_eq!(libc::ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers), 0);
+                if registers.orig_rax == libc::SYS_getpid as u64 {
+                    seen += 1;
+                    answers += usize::from(registers.rax == pid as u64);
+                }
+            }
+        }
+        assert_eq!(status, 0, "the traced child's end");
+    }
+    assert_eq!(
+        (seen, answers),
+        (2 * CALLS, CALLS),
+        "stops at, and answers of, traced calls"
+    );
+}
+
+/// Linux' own count of the calls, where the kernel has tracepoints for them.
+fn check_count() {
+    const CALLS: u64 = 100;
+    const TRACEPOINT: u32 = 2;
+    /// The first version of `struct perf_event_attr` (linux/perf_event.h): type, size, config, and no more.
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        size: u32,
+        config: u64,
+        rest: [u64; 6],
+    }
+    let id = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
+        .iter()
+        .find_map(|root| std::fs::read_to_string(format!("{root}/events/syscalls/sys_enter_getpid/id")).ok());
+    let Some(config) = id.and_then(|text| text.trim().parse().ok()) else {
+        return;
+    };
+    let attributes = Attributes {
+        kind: TRACEPOINT,
+        size: size_of::<Attributes>() as u32,
+        config,
+        rest: [0; 6],
+    };
+    // SAFETY: Counts calls of this thread on any CPU; the fd is our own.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_perf_event_open, &raw const attributes, 0, -1, -1, 0) as i32;
+        assert!(fd >= 0, "perf_event_open: {}", std::io::Error::last_os_error());
+        (0..CALLS).for_each(|_| {
+            getpid();
+        });
+        let mut count = 0u64;
+        assert_eq!(libc::read(fd, (&raw mut count).cast(), 8), 8);
+        assert_eq!(count, CALLS, "calls that Linux counted");
+        libc::close(fd);
+    }
 }
 
 /// Installs a filter for one call, and returns what seccomp does.

@@ -27,6 +27,7 @@ use crate::support::Shared;
 
 const MODULES: &str = "/lib/modules";
 const NEEDS: &[Need] = &[Need::Path("/lib/modules/kvm-intel.ko"), Need::CpuFlag("rdtscp")];
+const OWN_FIRST: &[Need] = &[NEEDS[0], NEEDS[1], Need::OwnVmx];
 
 const fn test(name: &'static str, run: fn()) -> Test {
     Test::asserting(name, run)
@@ -38,26 +39,33 @@ const fn test(name: &'static str, run: fn()) -> Test {
 pub const TESTS: &[Test] = &[
     test("dune_borrows_vmx_from_kvm", dune_borrows_vmx_from_kvm),
     test("dune_loads_beside_kvm", dune_loads_beside_kvm),
-    test("kvm_comes_and_goes_while_dune_runs", kvm_comes_and_goes_while_dune_runs),
+    test("kvm_comes_and_goes_while_dune_runs", kvm_comes_and_goes_while_dune_runs).needs(OWN_FIRST),
     test("kvm_and_dune_alternate", kvm_and_dune_alternate),
     test("kvm_and_dune_alternate_a_million_times", kvm_and_dune_alternate_long)
         .suite(Suite::Long)
         .timeout_s(3000),
     test("kvm_guest_keeps_its_msrs", kvm_guest_keeps_its_msrs),
     test("kvm_helper_missing_is_told", kvm_helper_missing_is_told),
-    test("borrowing_costs_little", borrowing_costs_little),
+    test("borrowing_costs_little", borrowing_costs_little).needs(OWN_FIRST),
 ];
 
 /// `mov eax, 0x1234; vmcall`.
 const HEALTHY: &[u8] = &[0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x01, 0xc1];
 
-/// kvm.ko with what it needs, and kvm_intel where asked for; taken out again at the end.
-pub struct Kvm;
+/// Whether KVM has the CPUs' VMX.
+pub fn is_loaded() -> bool {
+    Path::new("/sys/module/kvm_intel").exists()
+}
+
+/// kvm.ko with what it needs, and kvm_intel where asked for; taken out again at the end, if it was not there before.
+pub struct Kvm {
+    was_there: bool,
+}
 
 impl Kvm {
     /// All but kvm_intel.
     pub fn prepare() -> Self {
-        let kvm = Self;
+        let kvm = Self { was_there: is_loaded() };
         for name in ["irqbypass", "kvm"] {
             if !Path::new("/sys/module").join(name).exists() {
                 assert_eq!(insmod(name), 0, "insmod {name}");
@@ -69,15 +77,24 @@ impl Kvm {
     /// With kvm_intel.
     pub fn load() -> Self {
         let kvm = Self::prepare();
-        assert_eq!(insmod("kvm-intel"), 0, "insmod kvm-intel");
+        if !kvm.was_there {
+            assert_eq!(insmod("kvm-intel"), 0, "insmod kvm-intel");
+        }
         kvm
+    }
+
+    /// Takes kvm_intel out, as soon as nobody uses it: VMX is Dune's own then. Not where KVM was there from the start.
+    fn leave_vmx(&self) {
+        if !self.was_there {
+            remove_soon("kvm_intel");
+        }
     }
 }
 
 impl Drop for Kvm {
     fn drop(&mut self) {
         for name in ["kvm_intel", "kvm", "irqbypass"] {
-            if Path::new("/sys/module").join(name).exists() {
+            if !self.was_there && Path::new("/sys/module").join(name).exists() {
                 remove_soon(name);
             }
         }
@@ -179,7 +196,7 @@ fn dune_borrows_vmx_from_kvm() {
     assert!(dune_works(), "beside a guest of KVM");
     guest.run();
     guest.finish();
-    remove_soon("kvm_intel");
+    kvm.leave_vmx();
     assert!(dune_works(), "VMX is ours again");
     drop(kvm);
     assert!(dune_works());
@@ -187,7 +204,7 @@ fn dune_borrows_vmx_from_kvm() {
 
 fn dune_loads_beside_kvm() {
     assert_eq!(helpers::unload_module().unwrap().status, 0);
-    let _kvm = Kvm::load();
+    let kvm = Kvm::load();
     let mut guest = KvmGuest::new(100);
     guest.run();
     for _ in 0..3 {
@@ -203,7 +220,7 @@ fn dune_loads_beside_kvm() {
     let loaded = helpers::load_module(&[]).unwrap();
     assert_eq!(loaded.status, 0, "{loaded:?}");
     assert!(dune_works());
-    remove_soon("kvm_intel");
+    kvm.leave_vmx();
     assert!(dune_works());
 }
 
@@ -336,7 +353,7 @@ fn kvm_guest_keeps_its_msrs() {
 }
 
 fn kvm_helper_missing_is_told() {
-    let _kvm = Kvm::load();
+    let kvm = Kvm::load();
     for (helper, told) in [
         ("/no/such", "it cannot be started"),
         ("/bin/false", "it failed: wait status 0x100"),
@@ -357,10 +374,11 @@ fn kvm_helper_missing_is_told() {
         );
     }
     // The remedy that the line names.
-    remove_soon("kvm_intel");
-    assert!(dune_works());
+    kvm.leave_vmx();
+    assert_eq!(open_errno(), kvm.was_there.then_some(libc::EBUSY));
     assert_eq!(helpers::unload_module().unwrap().status, 0);
     assert_eq!(helpers::load_module(&[]).unwrap().status, 0);
+    assert!(dune_works());
 }
 
 /// What an exit that the module settles costs: owned, borrowed, and borrowed where a VMCS of KVM is the CPU's current one.

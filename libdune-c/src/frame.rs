@@ -2,6 +2,7 @@
 
 //! `struct dune_tf` and what it is made from: trap frames, registers of CPL3, contexts of signals.
 
+use libdune::abi::PAGE_FAULT_HOST_REFUSED;
 use libdune::user::UserContext;
 use libdune::TrapFrame;
 
@@ -76,7 +77,7 @@ impl dune_tf {
             r14: frame.r14,
             r15: frame.r15,
             rax: frame.rax,
-            err: frame.error_code as u32,
+            err: (frame.error_code & !PAGE_FAULT_HOST_REFUSED) as u32,
             rip: frame.rip,
             cs: frame.cs as u16,
             rflags: frame.rflags,
@@ -133,7 +134,7 @@ impl dune_tf {
             r14: r.r14,
             r15: r.r15,
             rax: r.rax,
-            err: error_code,
+            err: error_code & !PAGE_FAULT_HOST_REFUSED as u32,
             rip: r.rip,
             cs: if context.is_32bit() { GD_UT_32 | 3 } else { GD_UT },
             rflags: r.rflags,
@@ -141,6 +142,12 @@ impl dune_tf {
             ss: GD_UD,
             ..Self::default()
         }
+    }
+
+    /// Gives it CPL3's selectors, those of 32-bit code where it has them.
+    pub fn make_cpl3(&mut self) {
+        self.cs = if self.cs & !3 == GD_UT_32 { GD_UT_32 | 3 } else { GD_UT };
+        self.ss = GD_UD;
     }
 
     /// What CPL3 goes on with. Selectors are CPL3's whatever the frame says; FS and GS base stay.

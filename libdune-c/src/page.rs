@@ -83,7 +83,9 @@ fn claim(shared: &Shared, base: u64) -> Result<(), PagingError> {
 fn make(shared: &Shared) -> Result<u64, Error> {
     let mut last = None;
     for gib in (8..64).rev() {
-        let Some(base) = reserve(gib * GIB, GIB as usize, libc::MAP_FIXED_NOREPLACE) else {
+        let at = |protection| reserve(gib * GIB, GIB as usize, protection, libc::MAP_FIXED_NOREPLACE);
+        // Executable, where page tables say so: programs put code into pages of the pool. A policy may forbid that.
+        let Some(base) = at(READ_WRITE | libc::PROT_EXEC).or_else(|| at(READ_WRITE)) else {
             continue;
         };
         match claim(shared, base) {
@@ -98,20 +100,22 @@ fn make(shared: &Shared) -> Result<u64, Error> {
 
 fn publish(base: u64) -> Result<u64, Error> {
     let bytes = PAGES as usize * size_of::<page>();
-    let array = reserve(0, bytes, 0).ok_or(PagingError::OutOfMemory(libc::ENOMEM))?;
+    let array = reserve(0, bytes, READ_WRITE, 0).ok_or(PagingError::OutOfMemory(libc::ENOMEM))?;
     pages.store(array as *mut page, Release);
     num_pages.store(PAGES as i32, Release);
     dune_page_base.store(base, Release);
     Ok(base)
 }
 
-fn reserve(address: u64, bytes: usize, flags: c_int) -> Option<u64> {
+const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
+
+fn reserve(address: u64, bytes: usize, protection: c_int, flags: c_int) -> Option<u64> {
     // SAFETY: New memory, that replaces nothing.
     let got = unsafe {
         libc::mmap(
             address as *mut _,
             bytes,
-            libc::PROT_READ | libc::PROT_WRITE,
+            protection,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | flags,
             -1,
             0,

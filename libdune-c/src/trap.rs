@@ -13,6 +13,7 @@ use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering::Acquire;
 use core::sync::atomic::Ordering::Release;
 
+use libdune::abi::PAGE_FAULT_HOST_REFUSED;
 use libdune::Outcome;
 use libdune::Thread;
 use libdune::TrapFrame;
@@ -44,8 +45,8 @@ pub extern "C" fn dune_register_intr_handler(vec: c_int, cb: dune_intr_cb) -> c_
 }
 
 /// Calls `cb` for page faults that have no handler of their vector, at CPL0 and CPL3, on every Dune thread. An access that
-/// the process may not make, whatever the page table says, has FEC_HOST; where it comes again and again at once, because
-/// the handler cannot mend that, it becomes Linux' signal.
+/// the process may not make, whatever the page table says, comes there as one to what is not mapped; where it comes again and
+/// again at once, because the handler cannot mend that, it becomes Linux' signal.
 #[no_mangle]
 pub extern "C" fn dune_register_pgflt_handler(cb: dune_pgflt_cb) {
     PAGE_FAULT.store(cb.map_or(0, |cb| cb as usize), Release);
@@ -58,8 +59,10 @@ pub(crate) fn install(thread: &Thread<'_>) {
     }
 }
 
-/// Calls the program's handler, if there is one.
+/// Calls the program's handler, if there is one. What it gets is the CPU's error code: memory that the process has not is as
+/// little present as what a page table has not.
 pub(crate) fn call(vector: Vector, tf: &mut dune_tf, address: u64, error_code: u64) -> bool {
+    let error_code = error_code & !PAGE_FAULT_HOST_REFUSED;
     let handler = INTERRUPTS[usize::from(vector.0)].load(Acquire);
     if handler != 0 {
         // SAFETY: Of this type by its registration.

@@ -166,13 +166,18 @@ fn own_fs() -> u64 {
     base
 }
 
-/// Goes on at CPL3 with the registers of `tf`; its selectors are ignored. Returns what is given to dune_ret_from_user, or
-/// -EINVAL outside Dune mode.
+/// Goes on at CPL3 with the registers of `tf`, whose selectors become CPL3's: dune_pop_trap_frame of the same frame goes there,
+/// too. Returns what is given to dune_ret_from_user, or -EINVAL outside Dune mode.
 #[no_mangle]
 pub unsafe extern "C" fn dune_jump_to_user(tf: *mut dune_tf) -> c_int {
     // SAFETY: The caller's frame.
-    let tf = unsafe { tf.read_unaligned() };
-    begin(&tf).unwrap_or(-libc::EINVAL)
+    let frame = unsafe {
+        let mut frame = tf.read_unaligned();
+        frame.make_cpl3();
+        tf.write_unaligned(frame);
+        frame
+    };
+    begin(&frame).unwrap_or(-libc::EINVAL)
 }
 
 fn begin(tf: &dune_tf) -> Option<c_int> {

@@ -20,12 +20,24 @@ pub const TESTS: &[Test] = &[
     Test::new("c_program_takes_signals", || run(&["signals"])),
     Test::new("c_program_uses_helpers", || run(&["helpers"])),
     Test::new("c_program_ends_as_it_says", || run(&["ends"])),
+    Test::new("c_programs_of_an_outsider_run", run_outsiders),
     Test::new("c_programs_may_be_static", || run(&["traps-static", "ring3-static"])),
     Test::new("program_of_musl_makes_threads_and_children", || run(&["musl"])),
 ];
 
 /// Where the image has them.
 const DIRECTORY: &str = "/usr/libexec/dune/c-compat";
+
+/// Programs by who had read a description of the first Dune's API, and nothing of this tree.
+fn run_outsiders() -> Outcome {
+    let names = check_ok!(std::fs::read_dir(DIRECTORY))
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("outsider-"));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    check!(names.len() > 10, "programs in {DIRECTORY}: {names:?}");
+    run(&names.iter().map(String::as_str).collect::<Vec<_>>())
+}
 
 /// Each checks itself, and ends with status 0.
 fn run(programs: &[&str]) -> Outcome {

@@ -382,8 +382,8 @@ int dune_register_intr_handler(int vec,
 
 /**
  * Calls `cb` for page faults that have no handler of their vector, at CPL0 and CPL3, on every Dune thread. An access that
- * the process may not make, whatever the page table says, has FEC_HOST; where it comes again and again at once, because
- * the handler cannot mend that, it becomes Linux' signal.
+ * the process may not make, whatever the page table says, comes there as one to what is not mapped; where it comes again and
+ * again at once, because the handler cannot mend that, it becomes Linux' signal.
  */
 void dune_register_pgflt_handler(dune_pgflt_cb cb);
 
@@ -403,8 +403,8 @@ unsigned long dune_get_user_fs(void);
 void dune_set_user_fs(unsigned long fs_base);
 
 /**
- * Goes on at CPL3 with the registers of `tf`; its selectors are ignored. Returns what is given to dune_ret_from_user, or
- * -EINVAL outside Dune mode.
+ * Goes on at CPL3 with the registers of `tf`, whose selectors become CPL3's: dune_pop_trap_frame of the same frame goes there,
+ * too. Returns what is given to dune_ret_from_user, or -EINVAL outside Dune mode.
  */
 int dune_jump_to_user(struct dune_tf *tf);
 

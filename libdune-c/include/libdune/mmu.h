@@ -53,4 +53,3 @@ typedef unsigned long physaddr_t;
 #define FEC_U 0x4       /* by CPL3 */
 #define FEC_RSV 0x8     /* a reserved bit is set in an entry */
 #define FEC_I 0x10      /* an instruction fetch */
-#define FEC_HOST 0x4000 /* the process has no such memory: page tables are not the cause */

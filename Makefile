@@ -28,7 +28,7 @@ all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples a
 run: ## run the five examples: natively with VT-x, else in the emulated machine
 	@$(START); scripts/setup --quiet && cargo build -q --release -p dune-examples -p dune-vm && \
 	mkdir -p $(CARGO_TARGET_DIR)/run && \
-	$(RELEASE)/wordcount --native --generate 384 $(CARGO_TARGET_DIR)/run/text >$(CARGO_TARGET_DIR)/run/words 2>/dev/null && \
+	$(RELEASE)/wordcount --native --generate 512 $(CARGO_TARGET_DIR)/run/text >$(CARGO_TARGET_DIR)/run/words 2>/dev/null && \
 	$(RELEASE)/dune-vm boot --native --memory 2048 --user tester --file $(CARGO_TARGET_DIR)/run:/opt/run -- "$$(cat scripts/run-examples)"; \
 	status=$$?; $(ELAPSED); exit $$status
 

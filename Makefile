@@ -36,7 +36,7 @@ test: ## host tests, checks, the short matrix of machines; ends with a count (KE
 	@scripts/setup --quiet && scripts/run-tests $(NEWEST)
 
 test-long: ## the full matrix and the long suites (KERNEL=newest as well)
-	@scripts/setup --quiet && scripts/run-tests --long $(NEWEST)
+	@scripts/setup --quiet --long && scripts/run-tests --long $(NEWEST)
 
 bench: ## what the operations cost, beside Linux' and KVM's: a table, target/bench/results.json and report.html
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench

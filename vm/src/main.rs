@@ -21,6 +21,7 @@ use dune_vm::machine::Job;
 use dune_vm::machine::Machine;
 use dune_vm::matrix;
 use dune_vm::paths;
+use dune_vm::programs;
 use dune_vm::suite;
 use dune_vm::suite::Options;
 use dune_vm::verdict;
@@ -110,6 +111,9 @@ struct MachineArgs {
     /// their libraries. Without GUEST it goes to /usr/bin.
     #[arg(long = "file")]
     files: Vec<String>,
+    /// Take the distribution's programs along that the long tests run: bash, python3, gcc, gdb, java ...
+    #[arg(long)]
+    programs: bool,
 }
 
 #[derive(Args)]
@@ -267,6 +271,11 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
     files.add_built(module.as_deref())?;
     for entry in &arguments.files {
         files.take_along(entry).with_context(|| format!("--file {entry}"))?;
+    }
+    if arguments.programs {
+        for entry in programs::entries(true)? {
+            files.take_along(&entry)?;
+        }
     }
     let machine = Machine {
         kernel_tree,

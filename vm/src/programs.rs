@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
+use std::process::Stdio;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
@@ -24,8 +25,8 @@ const PROGRAMS: &[&str] = &[
     "/usr/bin/gdb",
 ];
 
-/// What goes along, in the form of [`crate::image::Initramfs::take_along`].
-pub fn entries() -> Result<Vec<String>> {
+/// What goes along, in the form of [`crate::image::Initramfs::take_along`]; `all`: what only the long tests run, too.
+pub fn entries(all: bool) -> Result<Vec<String>> {
     let mut entries = Vec::new();
     for program in PROGRAMS {
         let real = fs::canonicalize(program).with_context(|| format!("{program}: scripts/setup installs it"))?;
@@ -43,15 +44,52 @@ pub fn entries() -> Result<Vec<String>> {
     let compiler = newest(Path::new("/usr/lib/gcc/x86_64-linux-gnu"))?.join("cc1");
     entries.push(format!("{0}:{0}", compiler.display()));
     entries.push(format!("{}:/usr/bin/goroutines", goroutines()?.display()));
+    if all {
+        let java = java()?;
+        entries.push(format!("{}:/usr/lib/java", java.display()));
+        for program in ["bin/java", "lib/server/libjvm.so"] {
+            entries.push(format!("{}:/usr/lib/java/{program}", java.join(program).display()));
+        }
+    }
     Ok(entries)
 }
 
-/// Compiles `tests/programs/goroutines.go`, where it is newer than what it became before.
+/// `tests/programs/goroutines.go`, compiled.
 fn goroutines() -> Result<PathBuf> {
+    made("goroutines", "goroutines.go", |source, new| {
+        let cache = new.with_file_name("go-cache");
+        succeeds(
+            Command::new("go")
+                .args(["build", "-o"])
+                .args([new, source])
+                .env("GOCACHE", cache)
+                .env("CGO_ENABLED", "1")
+                .envs([("GOPROXY", "off"), ("GOTOOLCHAIN", "local"), ("GOFLAGS", "")]),
+        )
+    })
+}
+
+/// The distribution's Java virtual machine with the one module that `tests/programs/Collected.java` needs, and that program:
+/// the whole would take the emulated machine long to load.
+fn java() -> Result<PathBuf> {
+    made("java", "Collected.java", |source, new| {
+        succeeds(
+            Command::new("jlink")
+                .args(["--add-modules", "java.base", "--strip-java-debug-attributes", "--vm", "server"])
+                .args(["--no-header-files", "--no-man-pages", "--output"])
+                .arg(new),
+        )?;
+        succeeds(Command::new(new.join("bin/java")).arg("-Xshare:dump").stdout(Stdio::null()))?;
+        succeeds(Command::new("javac").arg("-d").arg(new.join("classes")).arg(source))
+    })
+}
+
+/// What `make` makes of a source of `tests/programs`, where that is newer than what it became before.
+fn made(name: &str, source: &str, make: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<PathBuf> {
     let directory = crate::paths::target_dir().join("programs");
     fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
-    let source = crate::paths::root().join("tests/programs/goroutines.go");
-    let program = directory.join("goroutines");
+    let source = crate::paths::root().join("tests/programs").join(source);
+    let program = directory.join(name);
     // Two rows may want it at once.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,18 +97,23 @@ fn goroutines() -> Result<PathBuf> {
     if changed(&program) > changed(&source) {
         return Ok(program);
     }
-    let new = directory.join("goroutines.new");
-    let status = Command::new("go")
-        .args(["build", "-o"])
-        .args([&new, &source])
-        .env("GOCACHE", directory.join("go-cache"))
-        .env("CGO_ENABLED", "1")
-        .envs([("GOPROXY", "off"), ("GOTOOLCHAIN", "local"), ("GOFLAGS", "")])
-        .status()
-        .context("go: scripts/setup installs it")?;
-    anyhow::ensure!(status.success(), "go build of {} failed", source.display());
+    let new = directory.join(format!("{name}.new"));
+    for old in [&program, &new] {
+        if old.is_dir() {
+            fs::remove_dir_all(old).with_context(|| format!("removing {}", old.display()))?;
+        }
+    }
+    make(&source, &new).with_context(|| format!("making {name} of {}", source.display()))?;
     fs::rename(&new, &program).with_context(|| format!("renaming {}", new.display()))?;
     Ok(program)
+}
+
+fn succeeds(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("{:?}: scripts/setup installs it", command.get_program()))?;
+    anyhow::ensure!(status.success(), "{command:?} failed");
+    Ok(())
 }
 
 /// The entry of a directory with the highest number as its name.

@@ -335,7 +335,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     let module = modules.get(&(row.kernel, row.variant));
     files.add_built(module.map(PathBuf::as_path))?;
     if row.debian_programs {
-        for entry in programs::entries()? {
+        for entry in programs::entries(row.when == matrix::When::Long)? {
             files.take_along(&entry)?;
         }
     }

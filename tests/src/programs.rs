@@ -67,7 +67,11 @@ pub const TESTS: &[Test] = &[
         Suite::ProgramsLong,
         cgo_program_with_goroutines,
     ),
-    program("java_threads_and_collections", Suite::ProgramsLong, java_threads_and_collections),
+    program(
+        "java_threads_and_collections",
+        Suite::ProgramsLong,
+        java_threads_and_collections,
+    ),
 ];
 
 #[no_mangle]

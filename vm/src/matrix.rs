@@ -57,8 +57,7 @@ const TIGER_LAKE: &str = "tigerlake";
 /// What Bochs tells wrong of it, so that Linux warns: as many threads as cores (HT), no size of PKRU's state (PKU), and the same
 /// size of compacted state whatever is in it (XSAVES, XSAVEC). Its CPUID leaf 15H names the real CPU's TSC frequency, 48 times
 /// that of the emulated one. And Linux' own warning where it mitigates ITS in a module.
-const TIGER_LAKE_APPEND: &str =
-    "clearcpuid=ht,pku,xsaves,xsavec tsc_early_khz=50000 indirect_target_selection=off";
+const TIGER_LAKE_APPEND: &str = "clearcpuid=ht,pku,xsaves,xsavec tsc_early_khz=50000 indirect_target_selection=off";
 
 const SHORT: &str = "dune-tests run --suite short";
 const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";

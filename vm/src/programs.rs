@@ -75,11 +75,21 @@ fn java() -> Result<PathBuf> {
     made("java", "Collected.java", |source, new| {
         succeeds(
             Command::new("jlink")
-                .args(["--add-modules", "java.base", "--strip-java-debug-attributes", "--vm", "server"])
+                .args([
+                    "--add-modules",
+                    "java.base",
+                    "--strip-java-debug-attributes",
+                    "--vm",
+                    "server",
+                ])
                 .args(["--no-header-files", "--no-man-pages", "--output"])
                 .arg(new),
         )?;
-        succeeds(Command::new(new.join("bin/java")).arg("-Xshare:dump").stdout(Stdio::null()))?;
+        succeeds(
+            Command::new(new.join("bin/java"))
+                .arg("-Xshare:dump")
+                .stdout(Stdio::null()),
+        )?;
         succeeds(Command::new("javac").arg("-d").arg(new.join("classes")).arg(source))
     })
 }

@@ -41,8 +41,10 @@ pub fn entries(all: bool) -> Result<Vec<String>> {
     let script = crate::paths::root().join("libdune/gdb/dune.py");
     entries.push(format!("{}:/usr/share/dune/gdb/dune.py", script.display()));
     // The compiler proper stands in a directory of its version.
-    let compiler = newest(Path::new("/usr/lib/gcc/x86_64-linux-gnu"))?.join("cc1");
-    entries.push(format!("{0}:{0}", compiler.display()));
+    let compiler = newest(Path::new("/usr/lib/gcc/x86_64-linux-gnu"))?;
+    entries.push(format!("{0}:{0}", compiler.join("cc1").display()));
+    entries.push(format!("{0}:{0}", compiler.join("include").display()));
+    entries.push("/usr/include/stdc-predef.h:/usr/include/stdc-predef.h".to_string());
     entries.push(format!("{}:/usr/bin/goroutines", goroutines()?.display()));
     if all {
         let java = java()?;

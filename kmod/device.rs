@@ -41,8 +41,8 @@ impl FileOps for Space {
     const HOT: u32 = abi::DUNE_RUN;
 
     #[inline(never)]
-    fn hot(&self, arg: u64) -> isize {
-        match self.with_own_vcpu(arg, |vcpu| vcpu.run(self)) {
+    fn hot(&self, arg: u64, worked: bool) -> isize {
+        match self.with_own_vcpu(arg, |vcpu| vcpu.run(self, worked)) {
             Ok(answer) => answer as isize,
             Err(e) => e.to_errno() as isize,
         }
@@ -50,12 +50,6 @@ impl FileOps for Space {
 
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64> {
         match cmd {
-            abi::DUNE_RUN => {
-                return match self.hot(arg) {
-                    answer @ 0.. => Ok(answer as u64),
-                    errno => Err(Error::from_errno(errno as i32)),
-                }
-            }
             abi::DUNE_NEW_SPACE => return Ok(chardev::new_fd::<Space>()? as u64),
             abi::DUNE_GET_INFO
             | abi::DUNE_CREATE_VCPU
@@ -116,7 +110,7 @@ impl FileOps for Space {
         Ok(0)
     }
 
-    fn read(&self, buffer: u64, size: u64) -> Result<u64> {
+    fn request_of(count: u64) -> Result<u32> {
         const REQUESTS: [u32; 10] = [
             abi::DUNE_RUN,
             abi::DUNE_GET_INFO,
@@ -129,10 +123,8 @@ impl FileOps for Space {
             abi::DUNE_UNMAP_SLOT,
             abi::DUNE_FLUSH,
         ];
-        match REQUESTS.iter().find(|request| abi::read_size(**request) == size) {
-            Some(request) => self.ioctl(*request, buffer),
-            None => Err(EINVAL),
-        }
+        let mut all = REQUESTS.into_iter();
+        all.find(|request| abi::read_size(*request) == count).ok_or(EINVAL)
     }
 
     fn mmap(&self, vma: &Vma) -> Result {

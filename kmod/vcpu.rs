@@ -20,6 +20,7 @@ use crate::exit;
 use crate::exit::Flow;
 use crate::limits::Charge;
 use crate::space::Space;
+use crate::sys::chardev::WANTS_USER_WORK;
 use crate::sys::mem::Page;
 use crate::sys::mm::Mm;
 use crate::sys::regs;
@@ -198,7 +199,7 @@ impl Vcpu {
     /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, `interrupt_request` or `deadline`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
     /// taken away.
     #[inline(always)]
-    pub(crate) fn run(&mut self, space: &Space) -> Result<u64> {
+    pub(crate) fn run(&mut self, space: &Space, worked: bool) -> Result<u64> {
         // A VM exit would load null there.
         if regs::data_selectors() != 0 {
             return Err(ENXIO);
@@ -235,7 +236,7 @@ impl Vcpu {
                     return Ok(self.finish(&AGAIN));
                 }
                 Window::UserMode => return Ok(self.finish(&AGAIN)),
-                Window::Retry => match self.settle_pending() {
+                Window::Retry => match self.settle_pending(worked) {
                     Ok(()) => continue,
                     Err(answer) => return answer,
                 },
@@ -256,9 +257,10 @@ impl Vcpu {
 }
 
 impl Vcpu {
-    /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead.
+    /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead. `worked`: the caller did
+    /// what can be done for [`Pending::UserWork`] before.
     #[cold]
-    fn settle_pending(&mut self) -> Result<(), Result<u64>> {
+    fn settle_pending(&mut self, worked: bool) -> Result<(), Result<u64>> {
         match thread::pending() {
             Pending::Nothing => {}
             Pending::Reschedule => {
@@ -269,15 +271,14 @@ impl Vcpu {
                 self.abort_rseq();
                 return Err(Err(EINTR));
             }
-            // Done here, not by a way to user mode: a tracer stops the thread when RUN begins, and each such stop
-            // leaves new work, so that the guest would never run.
+            // Done in RUN, not by a way to user mode: a tracer stops the thread when RUN begins, and each such stop leaves new
+            // work, so that the guest would never run. But by the caller, who holds nothing of the vCPU: it may be anything.
             Pending::UserWork => {
                 self.abort_rseq();
-                self.host_ran = true;
-                thread::do_user_work();
-                if thread::pending() == Pending::UserWork {
+                if worked {
                     return Err(Ok(self.finish(&AGAIN)));
                 }
+                return Err(Err(Error::from_errno(WANTS_USER_WORK as i32)));
             }
         }
         Ok(())

@@ -170,8 +170,11 @@ impl<S: AsRef<[u32]> + AsMut<[u32]>> SlotTable<S> {
         if slot >= self.capacity {
             return None;
         }
+        // The guest chose it and what stands there is followed: 0 also where the CPU speculates past the comparison. Both are
+        // below 2^31; the compiler must not see what the mask is.
+        let mask = (core::hint::black_box(slot.wrapping_sub(self.capacity)) as i32 >> 31) as u32;
         // The first `capacity` words.
-        let gib = self.storage.as_ref().get(slot as usize)?.checked_sub(1)?;
+        let gib = self.storage.as_ref().get((slot & mask) as usize)?.checked_sub(1)?;
         Hva::new((u64::from(gib) << SLOT_SHIFT) | (gpa.as_u64() & (GIB_BYTES - 1)))
     }
 

@@ -255,10 +255,15 @@ impl Ept {
         // Linux may take a page away again before we look: after some rounds let the host loop try.
         let mut rounds = 0;
         loop {
+            // Before the slot is looked up, which may go meanwhile, too.
+            let mut sequence = self.sequence.load(Acquire);
             let Some(hva) = self.lock.lock().slots.hva_of(gpa) else {
                 return Ok(Fault::NoSlot);
             };
-            let sequence = self.sequence.load(Acquire);
+            crate::sys::knob_slot_delay();
+            if cfg!(dune_mutate_slot) {
+                sequence = self.sequence.load(Acquire);
+            }
             let leaf = host_walk::walk(mm, hva, self.traits.format, &IrqOff::new());
             let Some(leaf) = leaf.filter(|leaf| allows(leaf, access)) else {
                 rounds += 1;
@@ -296,6 +301,10 @@ impl Ept {
         let bytes = whole.bytes();
         let start = hva.align_down(bytes).as_u64();
         if !cfg!(dune_mutate_retry) && self.has_raced(locked, start..start + bytes, sequence) {
+            return Installed::Raced;
+        }
+        // The slot may have gone to another GiB: no invalidation of this one would find the leaf.
+        if !cfg!(dune_mutate_slot) && locked.slots.hva_of(gpa) != Some(hva) {
             return Installed::Raced;
         }
         let Some(tree) = &mut locked.tree else {

@@ -274,12 +274,27 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
     })
 }
 
+/// Where the guest goes on behind an instruction whose end is at `rip`: outside 64-bit mode RIP has 32 bits, and more would be a
+/// failed entry. (SDM 3C 27.3.1.4.)
+#[inline(always)]
+pub(crate) fn next_rip(vmcs: &mut CurrentVmcs<'_>, rip: u64) -> u64 {
+    /// Longest instruction, in bytes.
+    const LONGEST: u64 = 15;
+    // Reading CS is spared where no instruction can have got across.
+    if rip.wrapping_sub(1 << 32) >= LONGEST || vmcs.read(guest::CS_ACCESS_RIGHTS) as u32 & segment::rights::LONG != 0 {
+        rip
+    } else {
+        rip & u64::from(u32::MAX)
+    }
+}
+
 /// Goes on behind the instruction that exited, in the window of the exit.
 #[inline(always)]
 fn skip_at_once(vmcs: &mut CurrentVmcs<'_>) {
     let rip = vmcs
         .read(guest::RIP)
         .wrapping_add(vmcs.read(exit_info::INSTRUCTION_LENGTH));
+    let rip = next_rip(vmcs, rip);
     vmcs.write(guest::RIP, rip);
     // As in `Vcpu::write_next`.
     vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);

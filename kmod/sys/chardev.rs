@@ -5,12 +5,12 @@
 use super::bindings;
 use super::mm::Vma;
 use super::seq::Seq;
+use super::thread;
 use core::cell::UnsafeCell;
 use core::ffi::c_void;
 use core::mem::zeroed;
 use core::ptr::NonNull;
 use kernel::error::to_result;
-use kernel::ffi::c_char;
 use kernel::ffi::c_int;
 use kernel::ffi::c_long;
 use kernel::ffi::c_uint;
@@ -29,17 +29,22 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     unsafe fn release(this: NonNull<Self>);
     /// The request that is made again and again.
     const HOT: u32;
-    /// That one: what `ioctl(2)` returns, an error as −errno.
-    fn hot(&self, arg: u64) -> isize;
-    /// `ioctl(2)`; what is returned is what the caller sees.
+    /// That one: what `ioctl(2)` returns, an error as −errno. [`WANTS_USER_WORK`]: to be made again behind
+    /// [`thread::do_user_work`]; `worked`: that was just done, and is not asked for again.
+    fn hot(&self, arg: u64, worked: bool) -> isize;
+    /// `ioctl(2)`, all others; what is returned is what the caller sees.
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
-    /// `read(2)`, which may not touch the buffer; what is returned is what the caller sees.
-    fn read(&self, buffer: u64, count: u64) -> Result<u64>;
+    /// The request that a `read(2)` of so many bytes stands for, the buffer's address being its argument.
+    fn request_of(count: u64) -> Result<u32>;
     /// `mmap(2)`.
     fn mmap(&self, vma: &Vma) -> Result;
     /// What `/proc/PID/fdinfo/FD` shows; may not sleep.
     fn show(&self, to: &Seq);
 }
+
+/// What [`FileOps::hot`] answers for work of Linux' that may do anything, closing the file included. User space never sees it.
+pub(crate) const WANTS_USER_WORK: isize = -(ERESTARTSYS as isize);
+const ERESTARTSYS: i32 = 512;
 
 /// The registered device; dropping takes the node away.
 ///
@@ -67,7 +72,7 @@ impl CharDevice {
             fops.open = Some(open::<T>);
             fops.release = Some(release::<T>);
             fops.unlocked_ioctl = Some(ioctl::<T>);
-            fops.read = Some(read::<T>);
+            fops.read_iter = Some(read_iter::<T>);
             fops.mmap = Some(mmap::<T>);
             fops.show_fdinfo = Some(show_fdinfo::<T>);
         }
@@ -128,9 +133,38 @@ unsafe extern "C" fn ioctl<T: FileOps>(file: *mut bindings::file, cmd: c_uint, a
     // SAFETY: Set in `open` or `new_fd`; the file, and so the data, lives during the call.
     let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
     if cmd == T::HOT {
-        return data.hot(arg as u64) as c_long;
+        let answer = data.hot(arg as u64, false);
+        if answer != WANTS_USER_WORK {
+            return answer as c_long;
+        }
+        // SAFETY: As above.
+        return unsafe { hot_behind_work::<T>(file, arg as u64) as c_long };
     }
     other_ioctl(data, cmd, arg as u64)
+}
+
+/// # Safety
+///
+/// `file` must be one of the device's, and live when this is called.
+#[cold]
+#[inline(never)]
+unsafe fn hot_behind_work<T: FileOps>(file: *mut bindings::file, arg: u64) -> isize {
+    // The caller only borrows the file from the table of file descriptors, out of which the work may take it (io_uring does).
+    // SAFETY: It lives; the reference is given back below, in a way that ends nothing before the return to user mode.
+    let data = unsafe {
+        bindings::dune_get_file(file);
+        &*bindings::dune_file_private(file).cast::<T>()
+    };
+    let answer = loop {
+        thread::do_user_work();
+        let answer = data.hot(arg, true);
+        if answer != WANTS_USER_WORK {
+            break answer;
+        }
+    };
+    // SAFETY: The reference of above.
+    unsafe { bindings::fput(file) };
+    answer
 }
 
 #[inline(never)]
@@ -141,16 +175,17 @@ fn other_ioctl<T: FileOps>(data: &T, cmd: u32, arg: u64) -> c_long {
     }
 }
 
-unsafe extern "C" fn read<T: FileOps>(
-    file: *mut bindings::file,
-    buffer: *mut c_char,
-    count: usize,
-    _position: *mut bindings::loff_t,
-) -> isize {
-    // SAFETY: As in `ioctl`.
-    let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
-    match data.read(buffer as u64, count as u64) {
-        Ok(v) => v as isize,
+/// `read(2)`, for who may not make other calls. Only as this call: io_uring would make it in the middle of another request of
+/// the same thread, or in a thread of its own.
+unsafe extern "C" fn read_iter<T: FileOps>(iocb: *mut bindings::kiocb, to: *mut bindings::iov_iter) -> isize {
+    let (mut file, mut buffer, mut count) = (core::ptr::null_mut(), 0, 0);
+    // SAFETY: Both are the caller's, and alive.
+    if !unsafe { bindings::dune_plain_read(iocb, to, &mut file, &mut buffer, &mut count) } {
+        return EINVAL.to_errno() as isize;
+    }
+    match T::request_of(count) {
+        // SAFETY: The file that is read.
+        Ok(cmd) => unsafe { ioctl::<T>(file, cmd, buffer as c_ulong) as isize },
         Err(e) => e.to_errno() as isize,
     }
 }

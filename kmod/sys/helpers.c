@@ -26,6 +26,7 @@
 #include <linux/spinlock.h>
 #include <linux/suspend.h>
 #include <linux/uaccess.h>
+#include <linux/uio.h>
 #include <linux/umh.h>
 #include <linux/user_namespace.h>
 #include <linux/userfaultfd_k.h>
@@ -93,6 +94,9 @@ module_param_cb(write_out_of_bounds, &dune_knob_ops, NULL, 0200);
 static unsigned int dune_fault_delay_us;
 module_param_named(fault_delay_us, dune_fault_delay_us, uint, 0600);
 
+static unsigned int dune_slot_delay_us;
+module_param_named(slot_delay_us, dune_slot_delay_us, uint, 0600);
+
 static unsigned int dune_flush_delay_us;
 module_param_named(flush_delay_us, dune_flush_delay_us, uint, 0600);
 
@@ -136,6 +140,11 @@ void dune_knob_fault_delay(void)
 bool dune_knob_has_fault_delay(void)
 {
 	return READ_ONCE(dune_fault_delay_us);
+}
+
+void dune_knob_slot_delay(void)
+{
+	dune_busy(READ_ONCE(dune_slot_delay_us));
 }
 
 void dune_knob_flush_delay(void)
@@ -690,6 +699,22 @@ bool dune_do_user_work(void)
 #else
 	return !xfer_to_guest_mode_handle_work();
 #endif
+}
+
+void dune_get_file(struct file *file)
+{
+	get_file(file);
+}
+
+/* Whether it is a read(2) into plain memory, in the thread that calls: no io_uring, no aio, nobody in the kernel. */
+bool dune_plain_read(struct kiocb *iocb, struct iov_iter *to, struct file **file, u64 *buffer, u64 *count)
+{
+	if (!is_sync_kiocb(iocb) || !iter_is_ubuf(to))
+		return false;
+	*file = iocb->ki_filp;
+	*buffer = (u64)to->ubuf + to->iov_offset;
+	*count = iov_iter_count(to);
+	return true;
 }
 
 void dune_cond_resched(void)

@@ -11,6 +11,8 @@
 #include "../vmx/vmenter.h"
 
 struct file;
+struct iov_iter;
+struct kiocb;
 struct mm_struct;
 struct module;
 struct page;
@@ -28,6 +30,7 @@ extern unsigned int dune_param_user_vcpus;
 #ifdef DUNE_DEBUG_KNOBS
 void dune_knob_fault_delay(void);
 bool dune_knob_has_fault_delay(void);
+void dune_knob_slot_delay(void);
 void dune_knob_flush_delay(void);
 void dune_knob_invalidate_delay(void);
 void dune_knob_open_delay(void);
@@ -154,6 +157,8 @@ bool dune_work_pending(void);
 bool dune_user_work_pending(void);
 /* False for a signal. */
 bool dune_do_user_work(void);
+void dune_get_file(struct file *file);
+bool dune_plain_read(struct kiocb *iocb, struct iov_iter *to, struct file **file, u64 *buffer, u64 *count);
 void dune_cond_resched(void);
 u32 dune_charged_uid(void);
 bool dune_may_exceed(void);

@@ -58,6 +58,17 @@ pub(crate) fn knob_slow_faults() -> bool {
     false
 }
 
+/// Widens the window between the lookup of a slot and that of the page, for the test that the slot may go meanwhile; only in
+/// such builds.
+#[inline(always)]
+pub(crate) fn knob_slot_delay() {
+    #[cfg(dune_debug_knobs)]
+    // SAFETY: Waits.
+    unsafe {
+        bindings::dune_knob_slot_delay()
+    };
+}
+
 /// Widens the window between emptying the EPT and flushing, for the test that both happen under one lock; only in such
 /// builds.
 #[inline(always)]

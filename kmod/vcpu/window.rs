@@ -6,6 +6,7 @@ use super::Vcpu;
 use crate::abi;
 use crate::arch::controls::exception;
 use crate::arch::controls::VmxCapabilities;
+use crate::arch::exit::vector;
 use crate::arch::exit::ENTRY_FAILURE;
 use crate::arch::vmcs_field::control;
 use crate::arch::vmcs_field::exit_info;
@@ -205,12 +206,18 @@ impl Vcpu {
     fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         self.next.any = false;
         if let Some(rip) = self.next.rip.take() {
+            let rip = exit::next_rip(vmcs, rip);
             vmcs.write(guest::RIP, rip);
             // Behind an emulated instruction nothing is blocked any more by the STI or MOV SS before it. (Blocking by SMI,
             // by NMI and in enclaves is never a guest's here.)
             vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
         }
         if let Some(injection) = self.next.injection.take() {
+            if injection.info.vector() == vector::DB {
+                // Delivery ends what STI or MOV SS blocks. With TF set the exit has left nothing that says a #DB is pending,
+                // and beside the blocking that fails the entry (SDM 3C 27.3.1.5).
+                vmcs.write(guest::INTERRUPTIBILITY_STATE, 0);
+            }
             vmcs.write(control::ENTRY_INTERRUPTION_INFO, injection.info.as_u32().into());
             if injection.info.has_error_code() {
                 vmcs.write(control::ENTRY_EXCEPTION_ERROR_CODE, injection.error_code.into());

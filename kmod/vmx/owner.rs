@@ -37,6 +37,7 @@ use crate::sys::regs;
 use crate::sys::thread;
 use core::cell::UnsafeCell;
 use core::ffi::CStr;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::ffi::c_int;
 use kernel::ffi::c_uint;
@@ -96,7 +97,9 @@ impl State {
             Presence::Absent if self.owned.is_some() => Ok(()),
             Presence::Absent => {
                 if !sys::may_own_vmx() {
-                    pr_err!("this kernel lets nobody but KVM turn VMX on: load kvm_intel (modprobe kvm_intel)\n");
+                    if !core::mem::replace(&mut self.told, true) {
+                        pr_err!("this kernel lets nobody but KVM turn VMX on: load kvm_intel (modprobe kvm_intel)\n");
+                    }
                     return Err(ENODEV);
                 }
                 self.owned = Some(Owned::new()?);
@@ -297,6 +300,9 @@ fn check(cpu: usize) -> Result<VmxCapabilities> {
     }
 }
 
+/// Whoever opens the device may have it tried again: the log is told once.
+static TOLD_OF_ANOTHER: AtomicBool = AtomicBool::new(false);
+
 fn turn_on(cpu: usize) -> Result {
     let expected = check(cpu)?;
     let region = Page::new()?;
@@ -307,7 +313,9 @@ fn turn_on(cpu: usize) -> Result {
     *place = Some(region);
     let _irq = IrqOff::new();
     let on = if regs::cr4() & cr4::VMXE != 0 {
-        pr_err!("CPU {}: VMX is in use by another hypervisor (CR4.VMXE is set)\n", cpu);
+        if !TOLD_OF_ANOTHER.swap(true, Relaxed) {
+            pr_err!("CPU {}: VMX is in use by another hypervisor (CR4.VMXE is set)\n", cpu);
+        }
         Err(EBUSY)
     } else {
         // SAFETY: Interrupts are off, and the region is there.
@@ -523,6 +531,7 @@ impl module::Watch for KvmWatch {
         if name != KVM_INTEL {
             return Ok(());
         }
+        TOLD_OF_ANOTHER.store(false, Relaxed);
         with(|state| {
             match change {
                 Change::Coming => {

@@ -20,6 +20,8 @@ use libdune::Dune;
 use crate::framework::Need;
 use crate::framework::Test;
 use crate::framework::User;
+use crate::raw::Device;
+use crate::raw::RawGuest;
 use crate::support::compute;
 use crate::support::enter;
 use crate::support::spawn;
@@ -27,6 +29,11 @@ use crate::support::Shared;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("io_uring_reads_and_writes", io_uring_reads_and_writes),
+    Test::asserting("io_uring_makes_no_requests", io_uring_makes_no_requests),
+    Test::asserting(
+        "io_uring_may_close_the_device_under_run",
+        io_uring_may_close_the_device_under_run,
+    ),
     Test::asserting(
         "io_uring_completes_under_a_spinning_guest",
         io_uring_completes_under_a_spinning_guest,
@@ -122,6 +129,10 @@ impl Ring {
 
     /// Puts one request in, without a system call.
     fn queue(&self, opcode: u64, fd: i32, buffer: *mut u8, bytes: u32) {
+        self.queue_at(opcode, fd, u64::MAX, buffer, bytes);
+    }
+
+    fn queue_at(&self, opcode: u64, fd: i32, offset: u64, buffer: *mut u8, bytes: u32) {
         const SQ_TAIL: usize = 11;
         const SQ_MASK: usize = 12;
         const SQ_ARRAY: usize = 16;
@@ -129,7 +140,7 @@ impl Ring {
         let index = tail & self.word(self.submissions, SQ_MASK).load(Relaxed);
         let entry = [
             opcode | (fd as u64) << 32,
-            u64::MAX,
+            offset,
             buffer as u64,
             bytes.into(),
             0x1234_5678,
@@ -221,6 +232,85 @@ fn io_uring_reads_and_writes() {
     assert_eq!(answer, Some(-libc::EFAULT));
     assert!(Dune::is_active());
     dune.leave();
+}
+
+/// A read of the device stands for a request of the thread that calls. io_uring would make it in the middle of another request
+/// of that thread, even of the RUN of the vCPU that it destroys, or in a worker of its own.
+fn io_uring_makes_no_requests() {
+    const ASYNC: u64 = 1 << 4 << 8;
+    let device = Device::open().unwrap();
+    let create = device.create_vcpu().unwrap();
+    let ring = Ring::new();
+    let mut info = dune_abi::Info {
+        size: size_of::<dune_abi::Info>() as u32,
+        ..Default::default()
+    };
+    let destroy = dune_abi::read_size(dune_abi::DUNE_DESTROY_VCPU) as u32;
+    let ask = dune_abi::read_size(dune_abi::DUNE_GET_INFO) as u32;
+    for flags in [0, ASYNC] {
+        let number = create.vcpu as usize as *mut u8;
+        ring.submit(Ring::READ | flags, device.fd, number, destroy, 1);
+        assert_eq!(ring.take(), Some(-libc::EINVAL), "flags {flags:#x}");
+        ring.submit(Ring::READ | flags, device.fd, (&raw mut info).cast(), ask, 1);
+        assert_eq!(ring.take(), Some(-libc::EINVAL), "flags {flags:#x}");
+    }
+    assert_eq!(info.abi_version, 0);
+    // read(2) does.
+    // SAFETY: The buffer is what the request wants, or a number that is no address.
+    unsafe {
+        assert_eq!(libc::read(device.fd, (&raw mut info).cast(), ask as usize), 0);
+        assert_ne!(info.abi_version, 0);
+        assert_eq!(
+            libc::read(device.fd, create.vcpu as usize as *mut libc::c_void, destroy as usize),
+            0,
+            "the vCPU is gone"
+        );
+    }
+}
+
+/// Work that RUN does for Linux closes the device's file, of which the ioctl only has a borrowed reference: RUN ends as if
+/// it had been closed behind it.
+fn io_uring_may_close_the_device_under_run() {
+    const CLOSE: u64 = 19;
+    const TIMEOUT: u64 = 11;
+    /// The next request begins when this one is over, however it ends.
+    const HARDLINK: u64 = 1 << 3 << 8;
+    extern "C" fn ignore(_: i32) {}
+    let pause = [0i64, 3_000_000];
+    // SAFETY: The handler does nothing, but for RUN's EINTR.
+    unsafe { libc::signal(libc::SIGALRM, ignore as extern "C" fn(i32) as libc::sighandler_t) };
+    let end = libc::itimerval {
+        it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 },
+        it_value: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 30_000,
+        },
+    };
+    for round in 0..20 {
+        // jmp $
+        let mut guest = RawGuest::new(&[0xeb, 0xfe]);
+        // The emulator masks interrupts for a guest that does.
+        guest.edit(|page| page.rflags |= 0x200);
+        guest.forget_run_page();
+        let ring = Ring::new();
+        ring.queue(TIMEOUT | HARDLINK, 0, pause.as_ptr().cast_mut().cast(), 1);
+        ring.queue_at(CLOSE, guest.device.fd, 0, ptr::null_mut(), 0);
+        // SAFETY: no memory is named but the ring's and the pause.
+        let done = unsafe { libc::syscall(libc::SYS_io_uring_enter, ring.fd, 2, 0, 0, 0, 0) };
+        assert_eq!(done, 2, "{}", io::Error::last_os_error());
+        // SAFETY: Reads the timer.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &end, ptr::null_mut()) };
+        let start = Instant::now();
+        let ended = loop {
+            match guest.device.run(guest.vcpu) {
+                Err(errno) if errno.0 == libc::EINTR => {}
+                Err(errno) => break errno.0,
+                Ok(_) => {}
+            }
+            assert!(start.elapsed() < Duration::from_secs(5), "round {round}: it still runs");
+        };
+        assert_eq!(ended, libc::EBADF, "round {round}");
+    }
 }
 
 /// The answer to a request that waited is written by the thread itself (task work): Linux has to get a guest that makes no

@@ -875,6 +875,12 @@ fn blocking_ends_with_an_emulated_instruction() {
                 assert!(wanted.contains(&got), "{name}; {what}, TF {tf:#x}: {got}");
             }
         }
+        // INT1: its #DB comes by an exit, in which nothing says that TF's is pending.
+        for tf in [0, 0x100] {
+            let code = [before, &[0xf1u8]].concat();
+            let got = vector_of(&mut guest, "int1", &code, None, |page| page.rflags |= tf);
+            assert_eq!(got, DB, "{name}; int1, TF {tf:#x}");
+        }
         // The VMCALL that stands for a SYSCALL goes on with flags that are not those of the STI.
         let code = [before, &[0x0f, 0x01, 0xc1]].concat();
         for r11 in [2u64, 0x202, 0x102, 0x302] {

@@ -531,6 +531,13 @@ impl RawGuest {
     }
 
     /// A copy of the run page.
+    /// Unmaps the run page, which holds the file: nothing may look at it any more.
+    pub fn forget_run_page(&mut self) {
+        // SAFETY: Ours, and nothing points into it any more.
+        unsafe { libc::munmap(self.run.cast(), dune_abi::RUN_PAGE_BYTES) };
+        self.run = ptr::null_mut();
+    }
+
     pub fn run_page(&self) -> RunPage {
         // SAFETY: mapped as long as the guest lives.
         unsafe { self.run.read_volatile() }

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
 use libdune::Dune;
 use libdune::Gva;
@@ -23,6 +24,7 @@ use crate::support::install_probe;
 use crate::support::load;
 use crate::support::spawn;
 use crate::support::store;
+use crate::support::Knob;
 use crate::support::Map;
 use crate::support::Shared;
 use crate::support::GIB;
@@ -46,6 +48,11 @@ pub const TESTS: &[Test] = &[
         slot_comes_back_without_a_mapping_only,
     ),
     Test::asserting("given_back_slot_shows_nothing_old", given_back_slot_shows_nothing_old),
+    Test::asserting(
+        "violations_of_a_slot_given_back_lose_no_race",
+        violations_of_a_slot_given_back_lose_no_race,
+    )
+    .run_as(User::Root),
     Test::asserting("slots_are_recycled", slots_are_recycled).timeout_s(60),
     Test::asserting("recycled_gib_starts_anew", recycled_gib_starts_anew).timeout_s(60),
 ];
@@ -330,6 +337,62 @@ fn given_back_slot_shows_nothing_old() {
         .call(dune_abi::DUNE_MAP_SLOT, &raw mut ask as usize)
         .unwrap();
     assert_eq!(read(&mut guest), Ended::Call(0x4e3));
+}
+
+/// Between the moment in which a violation finds its slot and the one in which it finds the page, the slot goes, and the
+/// process maps something there: no leaf may come of it, because no invalidation would find it any more. With
+/// `DUNE_MUTATE=slot` this test is red.
+fn violations_of_a_slot_given_back_lose_no_race() {
+    const ROUNDS: usize = 12;
+    let delay = Knob::set("slot_delay_us", 3_000);
+    let rounds = if delay.is_some() { ROUNDS } else { 1 };
+    let mut raced = 0;
+    for round in 0..rounds {
+        // mov rax, [rdi]; vmcall
+        let mut guest = RawGuest::new(&[0x48, 0x8b, 0x07, 0x0f, 0x01, 0xc1]);
+        let address = (30_000 + round) * GIB;
+        let old = gib_at(30_000 + round);
+        // There, or the violation would not get to the tables that the EPT needs.
+        old.write(0, 0x01d);
+        let gpa = guest.device.map_slot(address as u64).unwrap();
+        guest.reset();
+        let odd = guest.map_odd(gpa);
+        guest.edit(|page| page.gprs.rdi = odd);
+        let device = std::mem::ManuallyDrop::new(Device { fd: guest.device.fd });
+        let (ready, go) = std::sync::mpsc::channel();
+        let old = old.into_start() as usize;
+        let other = std::thread::spawn(move || {
+            go.recv().unwrap();
+            // Some of them in the second delay: the first is before the tables are there that the leaf needs.
+            std::thread::sleep(Duration::from_millis(10 + 4 * round as u64));
+            drop(Map::owning(old as *mut u8, GIB));
+            assert_eq!(unmap_slot(&device, address), Ok(0));
+            let new = gib_at(30_000 + round);
+            new.write(0, 0x5ec);
+            std::thread::sleep(Duration::from_millis(100));
+            drop(new);
+        });
+        ready.send(()).unwrap();
+        let ended = loop {
+            match guest.run() {
+                // The slot was there, and nothing in it any more.
+                Ended::Exit(exit) if exit.kind == dune_abi::EXIT_TOUCH => {}
+                other => break other,
+            }
+        };
+        other.join().unwrap();
+        let counters = guest.run_page().counters;
+        raced += usize::from(counters.retries > 0);
+        match ended {
+            Ended::Exit(exit) => assert_eq!(exit.kind, dune_abi::EXIT_NO_SLOT, "round {round}"),
+            // It was quicker than the other thread.
+            Ended::Call(0x01d) => {}
+            other => panic!("round {round}: the guest reads memory behind a slot that is gone: {other:x?}"),
+        }
+    }
+    if delay.is_some() {
+        assert!(raced > 0, "the slot never went meanwhile: nothing was tested");
+    }
 }
 
 /// Walks through three times as many GiBs as there are slots, some of them alive at any time.

@@ -271,6 +271,13 @@ const MUTANTS: &[Mutant] = &[
         ],
     ),
     (
+        "mutant-slot-looked-up-first",
+        HASWELL,
+        "DUNE_MUTATE=slot",
+        "dune-tests run --only violations_of_a_slot_given_back_lose_no_race",
+        &["not ok violations_of_a_slot_given_back_lose_no_race"],
+    ),
+    (
         "mutant-without-invept",
         HASWELL,
         "DUNE_MUTATE=invept",

@@ -5,6 +5,7 @@
 use crate::abi;
 use crate::space::Space;
 use crate::sys::chardev;
+use crate::sys::chardev::Caller;
 use crate::sys::chardev::FileOps;
 use crate::sys::mm::Vma;
 use crate::sys::seq::Seq;
@@ -41,10 +42,10 @@ impl FileOps for Space {
     const HOT: u32 = abi::DUNE_RUN;
 
     #[inline(never)]
-    fn hot(&self, arg: u64, worked: bool) -> isize {
-        match self.with_own_vcpu(arg, |vcpu| vcpu.run(self, worked)) {
+    fn hot(&self, arg: u64, caller: Caller) -> isize {
+        match self.with_own_vcpu(arg, |vcpu| vcpu.run(self, caller)) {
             Ok(answer) => answer as isize,
-            Err(e) => e.to_errno() as isize,
+            Err(e) => caller.fail::<Self>(arg, e),
         }
     }
 

@@ -20,7 +20,8 @@ use crate::exit;
 use crate::exit::Flow;
 use crate::limits::Charge;
 use crate::space::Space;
-use crate::sys::chardev::WANTS_USER_WORK;
+use crate::sys::chardev::wants_user_work;
+use crate::sys::chardev::Caller;
 use crate::sys::mem::Page;
 use crate::sys::mm::Mm;
 use crate::sys::regs;
@@ -199,7 +200,7 @@ impl Vcpu {
     /// ENXIO where the thread has selectors in DS, ES, FS or GS; EINTR for a signal, `interrupt_request` or `deadline`; EINVAL for what the run page must not ask; ENOMEM; ENODEV when VMX was
     /// taken away.
     #[inline(always)]
-    pub(crate) fn run(&mut self, space: &Space, worked: bool) -> Result<u64> {
+    pub(crate) fn run(&mut self, space: &Space, caller: Caller) -> Result<u64> {
         // A VM exit would load null there.
         if regs::data_selectors() != 0 {
             return Err(ENXIO);
@@ -236,7 +237,7 @@ impl Vcpu {
                     return Ok(self.finish(&AGAIN));
                 }
                 Window::UserMode => return Ok(self.finish(&AGAIN)),
-                Window::Retry => match self.settle_pending(worked) {
+                Window::Retry => match self.settle_pending(caller) {
                     Ok(()) => continue,
                     Err(answer) => return answer,
                 },
@@ -257,10 +258,9 @@ impl Vcpu {
 }
 
 impl Vcpu {
-    /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead. `worked`: the caller did
-    /// what can be done for [`Pending::UserWork`] before.
+    /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead.
     #[cold]
-    fn settle_pending(&mut self, worked: bool) -> Result<(), Result<u64>> {
+    fn settle_pending(&mut self, caller: Caller) -> Result<(), Result<u64>> {
         match thread::pending() {
             Pending::Nothing => {}
             Pending::Reschedule => {
@@ -275,10 +275,10 @@ impl Vcpu {
             // work, so that the guest would never run. But by the caller, who holds nothing of the vCPU: it may be anything.
             Pending::UserWork => {
                 self.abort_rseq();
-                if worked {
+                if caller.worked() {
                     return Err(Ok(self.finish(&AGAIN)));
                 }
-                return Err(Err(Error::from_errno(WANTS_USER_WORK as i32)));
+                return Err(Err(wants_user_work()));
             }
         }
         Ok(())

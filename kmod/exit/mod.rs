@@ -279,9 +279,19 @@ pub(crate) fn handle(vcpu: &mut Vcpu, space: &Space, info: &ExitInfo) -> Result<
 #[inline(always)]
 pub(crate) fn next_rip(vmcs: &mut CurrentVmcs<'_>, rip: u64) -> u64 {
     /// Longest instruction, in bytes.
-    const LONGEST: u64 = 15;
-    // Reading CS is spared where no instruction can have got across.
-    if rip.wrapping_sub(1 << 32) >= LONGEST || vmcs.read(guest::CS_ACCESS_RIGHTS) as u32 & segment::rights::LONG != 0 {
+    const LONGEST: u32 = 15;
+    // Only there can an instruction have got across 4 GiB.
+    if rip as u32 >= LONGEST {
+        rip
+    } else {
+        next_rip_at_an_edge(vmcs, rip)
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn next_rip_at_an_edge(vmcs: &mut CurrentVmcs<'_>, rip: u64) -> u64 {
+    if vmcs.read(guest::CS_ACCESS_RIGHTS) as u32 & segment::rights::LONG != 0 {
         rip
     } else {
         rip & u64::from(u32::MAX)

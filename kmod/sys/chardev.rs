@@ -29,9 +29,8 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     unsafe fn release(this: NonNull<Self>);
     /// The request that is made again and again.
     const HOT: u32;
-    /// That one: what `ioctl(2)` returns, an error as −errno. [`WANTS_USER_WORK`]: to be made again behind
-    /// [`thread::do_user_work`]; `worked`: that was just done, and is not asked for again.
-    fn hot(&self, arg: u64, worked: bool) -> isize;
+    /// That one: what `ioctl(2)` returns, an error as −errno. Errors go through [`Caller::fail`].
+    fn hot(&self, arg: u64, caller: Caller) -> isize;
     /// `ioctl(2)`, all others; what is returned is what the caller sees.
     fn ioctl(&self, cmd: u32, arg: u64) -> Result<u64>;
     /// The request that a `read(2)` of so many bytes stands for, the buffer's address being its argument.
@@ -42,8 +41,45 @@ pub(crate) trait FileOps: Sized + Send + Sync {
     fn show(&self, to: &Seq);
 }
 
-/// What [`FileOps::hot`] answers for work of Linux' that may do anything, closing the file included. User space never sees it.
-pub(crate) const WANTS_USER_WORK: isize = -(ERESTARTSYS as isize);
+/// Who makes the hot request: by which file, or null where the user's work was just done.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller(*mut bindings::file);
+
+impl Caller {
+    /// Linux' work for a thread on its way to user mode was just done, and is not to be asked for again.
+    #[inline(always)]
+    pub(crate) fn worked(self) -> bool {
+        self.0.is_null()
+    }
+
+    /// What the request returns for this error. [`wants_user_work`]: it is made again behind [`thread::do_user_work`], which
+    /// may do anything, closing the file included, and so must not find a request half done.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn fail<T: FileOps>(self, arg: u64, error: Error) -> isize {
+        if error.to_errno() != -ERESTARTSYS || self.worked() {
+            return error.to_errno() as isize;
+        }
+        // The caller only borrows the file from the table of file descriptors, out of which the work may take it (io_uring does).
+        // SAFETY: It lives until here; the reference is given back below, in a way that ends nothing before the return to
+        // user mode.
+        let data = unsafe {
+            bindings::dune_get_file(self.0);
+            &*bindings::dune_file_private(self.0).cast::<T>()
+        };
+        thread::do_user_work();
+        let answer = data.hot(arg, Self(core::ptr::null_mut()));
+        // SAFETY: The reference of above.
+        unsafe { bindings::fput(self.0) };
+        answer
+    }
+}
+
+/// The error by which [`FileOps::hot`] asks for it. User space never sees it.
+pub(crate) fn wants_user_work() -> Error {
+    Error::from_errno(-ERESTARTSYS)
+}
+
 const ERESTARTSYS: i32 = 512;
 
 /// The registered device; dropping takes the node away.
@@ -133,38 +169,9 @@ unsafe extern "C" fn ioctl<T: FileOps>(file: *mut bindings::file, cmd: c_uint, a
     // SAFETY: Set in `open` or `new_fd`; the file, and so the data, lives during the call.
     let data = unsafe { &*bindings::dune_file_private(file).cast::<T>() };
     if cmd == T::HOT {
-        let answer = data.hot(arg as u64, false);
-        if answer != WANTS_USER_WORK {
-            return answer as c_long;
-        }
-        // SAFETY: As above.
-        return unsafe { hot_behind_work::<T>(file, arg as u64) as c_long };
+        return data.hot(arg as u64, Caller(file)) as c_long;
     }
     other_ioctl(data, cmd, arg as u64)
-}
-
-/// # Safety
-///
-/// `file` must be one of the device's, and live when this is called.
-#[cold]
-#[inline(never)]
-unsafe fn hot_behind_work<T: FileOps>(file: *mut bindings::file, arg: u64) -> isize {
-    // The caller only borrows the file from the table of file descriptors, out of which the work may take it (io_uring does).
-    // SAFETY: It lives; the reference is given back below, in a way that ends nothing before the return to user mode.
-    let data = unsafe {
-        bindings::dune_get_file(file);
-        &*bindings::dune_file_private(file).cast::<T>()
-    };
-    let answer = loop {
-        thread::do_user_work();
-        let answer = data.hot(arg, true);
-        if answer != WANTS_USER_WORK {
-            break answer;
-        }
-    };
-    // SAFETY: The reference of above.
-    unsafe { bindings::fput(file) };
-    answer
 }
 
 #[inline(never)]

@@ -28,7 +28,10 @@ const CR3_NOFLUSH: u64 = 1 << 63;
 #[no_mangle]
 pub unsafe extern "C" fn load_cr3(cr3: c_ulong) {
     let Ok(shared) = shared() else { return };
-    let Some(thread) = shared.thread() else { return };
+    // SAFETY: Not kept.
+    let Some(thread) = (unsafe { shared.thread() }) else {
+        return;
+    };
     let root = cr3 & !CR3_NOFLUSH & !0xfff;
     match shared.table_at(root) {
         Some(table) => {
@@ -67,7 +70,8 @@ pub extern "C" fn dune_flush_tlb() {
 
 fn flush(addr: u64, bytes: u64) {
     let Ok(shared) = shared() else { return };
-    let (Some(thread), Some(start)) = (shared.thread(), Gva::new(addr & !0xfff)) else {
+    // SAFETY: Not kept.
+    let (Some(thread), Some(start)) = (unsafe { shared.thread() }, Gva::new(addr & !0xfff)) else {
         return;
     };
     thread.current_address_space().flush(start, bytes);

@@ -181,7 +181,8 @@ pub unsafe extern "C" fn dune_jump_to_user(tf: *mut dune_tf) -> c_int {
 }
 
 fn begin(tf: &dune_tf) -> Option<c_int> {
-    let thread = shared().ok()?.thread()?;
+    // SAFETY: The callers do not keep it.
+    let thread = unsafe { shared().ok()?.thread()? };
     let mut context = Box::new(UserContext::new(&thread));
     tf.load(&mut context);
     context.registers_mut().fs_base = dune_get_user_fs();
@@ -272,7 +273,8 @@ unsafe extern "C" fn run(visit: *mut Visit) -> ! {
 }
 
 fn current_thread() -> Thread<'static> {
-    match shared().ok().and_then(|shared| shared.thread()) {
+    // SAFETY: Not kept.
+    match shared().ok().and_then(|shared| unsafe { shared.thread() }) {
         Some(thread) => thread,
         None => die(format_args!(
             "the thread is not in Dune mode any more, and has code at CPL3"

@@ -194,11 +194,11 @@ pub unsafe extern "C" fn dune_vm_mprotect(
 
 /// Calls `visit` for each entry of a range that there is: of 4 KiB, or large where the program mapped it so and the range
 /// has all of it.
-fn each_entry<'s>(
-    space: &AddressSpace<'s>,
+fn each_entry(
+    space: &AddressSpace<'_>,
     start: Gva,
     bytes: u64,
-    mut visit: impl FnMut(Gva, RawEntry<'s>) -> Result<(), c_int>,
+    mut visit: impl FnMut(Gva, RawEntry<'_>) -> Result<(), c_int>,
 ) -> Result<(), c_int> {
     let mut done = 0;
     while done < bytes {
@@ -291,7 +291,7 @@ fn map_piece(
 }
 
 /// The 4 KiB entry of an address, also inside a large page of the program's own, which is split.
-fn small_entry<'s>(space: &AddressSpace<'s>, at: Gva, leaving: &mut Leaving) -> Result<RawEntry<'s>, c_int> {
+fn small_entry<'s>(space: &'s AddressSpace<'_>, at: Gva, leaving: &mut Leaving) -> Result<RawEntry<'s>, c_int> {
     loop {
         let entry = space.entry(at, 1, Missing::Make).map_err(errno)?;
         if entry.level == 1 {
@@ -461,7 +461,8 @@ pub unsafe extern "C" fn dune_vm_insert_page(
 pub unsafe extern "C" fn dune_vm_lookup_page(root: *mut ptent_t, va: *mut c_void) -> *mut page::page {
     let look_up = || -> Option<u64> {
         let at = Gva::new(va as u64 & !(PAGE - 1))?;
-        let entry = table(root).ok()?.entry(at, 1, Missing::Tell).ok()?;
+        let space = table(root).ok()?;
+        let entry = space.entry(at, 1, Missing::Tell).ok()?;
         owned_page(&entry, entry.word.load(Acquire))
     };
     look_up().map_or(core::ptr::null_mut(), |pa| dune_pa2page(pa))
@@ -512,7 +513,7 @@ pub unsafe extern "C" fn dune_vm_free(root: *mut ptent_t) {
 }
 
 /// All entries that hold something.
-fn for_all<'s>(space: &AddressSpace<'s>, mut visit: impl FnMut(RawEntry<'s>)) {
+fn for_all(space: &AddressSpace<'_>, mut visit: impl FnMut(RawEntry<'_>)) {
     if let (Some(first), Some(last)) = (Gva::new(0), Gva::new(u64::MAX)) {
         space.for_each_entry(first, last, |_, entry| {
             visit(entry);
@@ -529,7 +530,10 @@ pub unsafe extern "C" fn dune_vm_default_pgflt_handler(addr: usize, fec: u64) {
     let (Ok(shared), Some(at)) = (shared(), Gva::new(addr as u64 & !(PAGE - 1))) else {
         return;
     };
-    let Some(thread) = shared.thread() else { return };
+    // SAFETY: Not kept.
+    let Some(thread) = (unsafe { shared.thread() }) else {
+        return;
+    };
     let space = thread.current_address_space();
     let Ok(entry) = space.entry(at, 1, Missing::Tell) else {
         return;

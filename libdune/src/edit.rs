@@ -15,7 +15,8 @@
 //! let page = Box::new(Page([7; 4096]));
 //! let dune = Dune::enter()?;
 //! let start = Gva::of(&raw const *page).ok_or("not canonical")?;
-//! let entry = shared.address_space().entry(start, 1, Missing::Tell)?;
+//! let space = shared.address_space();
+//! let entry = space.entry(start, 1, Missing::Tell)?;
 //! // The entry of 4 KiB that the CPU uses: present, at the page's GPA.
 //! let hva = start.identity().ok_or("no address of a process")?;
 //! assert_eq!(entry.word.load(Relaxed) & 1, 1);
@@ -119,9 +120,13 @@ impl Shared {
     }
 
     /// The calling thread, where it is in Dune mode. Costs no exit.
-    pub fn thread(&self) -> Option<Thread<'static>> {
+    ///
+    /// # Safety
+    ///
+    /// It must not be used any more when the thread has left Dune mode.
+    pub unsafe fn thread(&self) -> Option<Thread<'static>> {
         let area = own_area(self.process())?;
-        // SAFETY: The block of the thread's area; it stays as long as the thread is in Dune mode, which is what the token says.
+        // SAFETY: The block of the thread's area; it stays as long as the thread is in Dune mode, which is the caller's.
         Some(unsafe { Thread::new(area as *const Block) })
     }
 

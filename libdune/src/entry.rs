@@ -266,6 +266,14 @@ impl Dune {
 impl Drop for Dune {
     fn drop(&mut self) {
         if is_cpl0() {
+            // SAFETY: In Dune mode the context, the block and the process are there.
+            let (block, process) = unsafe { (&*(*self.context).block, &*self.process) };
+            let here = 0u8;
+            if block.is_lent() || process.area_of(&raw const here as u64).is_some() {
+                // What has the token, or the stack that this runs on, would be left without its memory.
+                eprintln!("dune: fatal: a thread leaves Dune mode in a handler or in Thread::with_current");
+                std::process::abort();
+            }
             // SAFETY: In Dune mode by libdune's loop; behind this the thread is outside.
             unsafe { host_loop::leave_guest() };
         } else if process::find() != Some(self.process) {

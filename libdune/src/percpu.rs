@@ -162,6 +162,8 @@ pub(crate) struct Block {
     pub scope: AtomicPtr<trap::Scope>,
     /// Hooks of the thread's system calls.
     pub hooks: hook::Pair,
+    /// Calls of [`Thread::with_current`](crate::Thread::with_current) under way.
+    pub lent: AtomicU32,
     /// Handlers by vector, `trap::Handler` or 0.
     pub handlers: [AtomicUsize; 256],
     pub gdt: Gdt,
@@ -171,7 +173,25 @@ pub(crate) struct Block {
 
 const _: () = assert!(size_of::<Block>() <= layout::IST - layout::PAGE);
 
+/// A token of the thread is in somebody's hands, until this is dropped.
+pub(crate) struct Lent<'b>(&'b Block);
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.0.lent.fetch_sub(1, Relaxed);
+    }
+}
+
 impl Block {
+    pub fn lend(&self) -> Lent<'_> {
+        self.lent.fetch_add(1, Relaxed);
+        Lent(self)
+    }
+
+    pub fn is_lent(&self) -> bool {
+        self.lent.load(Relaxed) != 0
+    }
+
     /// Writes the block of a fresh area, for a thread that starts with page table `table`. `maker` is the thread that
     /// made this one.
     ///

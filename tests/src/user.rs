@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 
 use libdune::user::PageFault;
@@ -31,6 +32,7 @@ use crate::support::install_probe;
 use crate::support::load;
 use crate::support::set_plain_handler;
 use crate::support::set_timer;
+use crate::support::spawn;
 use crate::support::timer;
 use crate::support::Map;
 use crate::support::PAGE;
@@ -47,6 +49,11 @@ pub const TESTS: &[Test] = &[
         privileged_instructions_fault_at_cpl3,
     ),
     Test::asserting("flags_of_cpl3_stay_there", flags_of_cpl3_stay_there),
+    Test::asserting(
+        "cpl3_that_nobody_waits_for_stays_in_dune_mode",
+        cpl3_that_nobody_waits_for_stays_in_dune_mode,
+    ),
+    Test::asserting("token_that_is_lent_keeps_dune_mode", token_that_is_lent_keeps_dune_mode),
     Test::asserting("stack_of_cpl3_does_not_matter", stack_of_cpl3_does_not_matter),
     Test::asserting("mov_ss_blocks_nothing_at_cpl0", mov_ss_blocks_nothing_at_cpl0),
     Test::asserting(
@@ -1214,5 +1221,63 @@ fn cpl0_accesses_cpl3_by_user_slice_only() {
     assert!(UserSlice::readable(&thread, data, 8).unwrap().to_vec().is_ok());
     assert!(load(data as usize).is_err());
     drop(sandbox);
+    dune.leave();
+}
+
+/// A handler's frame may go to CPL3 by itself. What happens there and nobody takes ends the process: natively that code would
+/// have all that the process has, `int 0x80` for one, and a signal handler would start on its stack.
+fn cpl3_that_nobody_waits_for_stays_in_dune_mode() {
+    static RIP: AtomicU64 = AtomicU64::new(0);
+    static RSP: AtomicU64 = AtomicU64::new(0);
+    fn to_cpl3(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+        frame.rip = RIP.load(SeqCst);
+        frame.rsp = RSP.load(SeqCst);
+        (frame.cs, frame.ss) = (0x33, 0x2b);
+        Outcome::Resume
+    }
+    extern "C" fn never(_: i32) {
+        std::process::exit(7);
+    }
+    for (name, code) in [("calls", calls()), ("store_word", store_word()), ("spin", spin())] {
+        let ended = spawn(|| {
+            let dune = enter();
+            let thread = dune.thread();
+            let sandbox = Sandbox::new(&thread, code);
+            RIP.store(sandbox.map.page(CODE) as u64, SeqCst);
+            RSP.store(sandbox.map.page(STACK + 1) as u64, SeqCst);
+            // SAFETY: The handler ends the process.
+            unsafe {
+                libc::signal(libc::SIGALRM, never as extern "C" fn(i32) as libc::sighandler_t);
+                libc::signal(libc::SIGSEGV, never as extern "C" fn(i32) as libc::sighandler_t);
+                if name == "spin" {
+                    libc::alarm(1);
+                }
+            }
+            dune.set_exception_handler(Vector::BP, to_cpl3);
+            // SAFETY: The handler takes it; nothing comes back.
+            unsafe { asm!("int3", in("rdi") 8u64) };
+            unreachable!();
+        })
+        .wait();
+        assert!(ended.output.contains("no UserContext runs"), "{name}: {ended:?}");
+        assert_ne!(ended.signal(), None, "{name}: {ended:?}");
+    }
+}
+
+/// Who leaves Dune mode while somebody has a token, or on a handler's stack, would leave them without their memory.
+fn token_that_is_lent_keeps_dune_mode() {
+    let ended = spawn(|| {
+        let dune = enter();
+        Thread::with_current(|thread| {
+            dune.leave();
+            thread.vcpu()
+        });
+        unreachable!();
+    })
+    .wait();
+    assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
+    assert!(ended.output.contains("leaves Dune mode in"), "{ended:?}");
+    let dune = enter();
+    assert_eq!(Thread::with_current(|thread| thread.vcpu()), Some(0));
     dune.leave();
 }

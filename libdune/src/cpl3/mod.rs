@@ -133,6 +133,12 @@ pub(crate) fn place(state: &State, block: &Block) -> Place {
     }
 }
 
+/// Whether the vCPU has registers, stack and segment bases of CPL3 that nobody waits for: the program went there by itself.
+pub(crate) fn is_unwaited(state: &State, block: &Block) -> bool {
+    let is_cpl3 = state.sregs.cs.selector & 3 != 0;
+    (is_cpl3 || is_called_by_cpl3(state.rip, state.gprs.r11)) && waiting_frame(block).is_none()
+}
+
 /// Whether CPL0 at `rip` has registers that are not the program's. `r11` tells who called, in a stub.
 pub(crate) fn is_crossing(rip: u64, r11: u64) -> bool {
     asm::is_way_in(rip) || asm::is_way_out(rip) || is_called_by_cpl3(rip, r11)

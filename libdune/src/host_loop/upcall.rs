@@ -221,6 +221,10 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
         come_out(context, state, place);
         return Action::Run;
     }
+    if cpl3::is_unwaited(state, block) {
+        // A handler would start on a stack, and with segment bases, of CPL3's choice.
+        report::die_of_exception(context, Fatal::Unwaited as u32, None);
+    }
     asked.store(0, Relaxed);
     let pending = core::mem::replace(&mut context.pending.signal, 0);
     let (info, mask) = (context.pending.info, context.pending.mask);
@@ -256,6 +260,9 @@ pub(super) fn take_at_frame(context: &mut HostContext, frame: &TrapFrame) -> Act
     let pending = core::mem::replace(&mut context.pending.signal, 0);
     if pending == 0 {
         return go_on(context, frame);
+    }
+    if frame.is_cpl3() {
+        report::die_of_exception(context, Fatal::Unwaited as u32, Some(frame));
     }
     let (info, mask) = (context.pending.info, context.pending.mask);
     match sync(context) {
@@ -692,6 +699,9 @@ pub(super) fn exception(context: &mut HostContext, mut frame: TrapFrame) -> Resu
     } else {
         signal_of(&frame)
     };
+    if frame.is_cpl3() {
+        return Err(Fatal::Unwaited);
+    }
     if let Some((signal, code, address)) = signal {
         let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
         if context.pending.signal != 0 {

@@ -59,7 +59,7 @@ pub enum Missing {
     Make,
 }
 
-impl<'d> AddressSpace<'d> {
+impl AddressSpace<'_> {
     /// The top table.
     pub fn root_table(&self) -> *mut u64 {
         self.by_hand();
@@ -83,7 +83,7 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// [`PagingError::NotMapped`], and what making tables can give.
-    pub fn entry(&self, gva: Gva, level: u32, missing: Missing) -> Result<RawEntry<'d>, PagingError> {
+    pub fn entry(&self, gva: Gva, level: u32, missing: Missing) -> Result<RawEntry<'_>, PagingError> {
         self.by_hand();
         with_slots(self.memory(), || {
             let tree = self.raw_tree();
@@ -122,7 +122,7 @@ impl<'d> AddressSpace<'d> {
 
     /// Calls `visit` for each entry that is no table and holds something, for the pages of `start` to `last`, with the
     /// address where it begins. Nothing is split or filled in. `visit` may change the entry; false ends the visit.
-    pub fn for_each_entry(&self, start: Gva, last: Gva, mut visit: impl FnMut(Gva, RawEntry<'d>) -> bool) {
+    pub fn for_each_entry(&self, start: Gva, last: Gva, mut visit: impl FnMut(Gva, RawEntry<'_>) -> bool) {
         self.by_hand();
         let tree = self.raw_tree();
         let mut at = start.align_down(PAGE_BYTES);
@@ -228,12 +228,12 @@ impl<'d> AddressSpace<'d> {
         }
     }
 
-    fn memory(&self) -> &'d Memory {
-        // SAFETY: Alive for 'd, as the process is.
+    fn memory(&self) -> &Memory {
+        // SAFETY: Alive as long as the space, as the process is.
         unsafe { &(*self.process_pointer()).memory }
     }
 
-    fn raw_tree(&self) -> Tree<'d, Memory> {
+    fn raw_tree(&self) -> Tree<'_, Memory> {
         Tree {
             frames: self.memory(),
             root: self.root(),

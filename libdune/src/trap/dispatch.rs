@@ -23,6 +23,7 @@ use crate::abi::CALL_EXCEPTION;
 use crate::abi::CALL_FATAL;
 use crate::abi::CALL_SELF;
 use crate::abi::CALL_SIGNAL;
+use crate::abi::IOPL_CPL0;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
@@ -258,10 +259,16 @@ impl<'a> Thread<'a> {
     }
 
     /// Calls `f` with the calling thread as a Dune thread; `None`, without calling it, outside Dune mode. Costs one exit.
+    ///
+    /// The thread must not leave Dune mode meanwhile: `Dune::leave` in `f` ends the process with a report.
     pub fn with_current<R>(f: impl FnOnce(&Thread<'_>) -> R) -> Option<R> {
         // SAFETY: The host loop answers with the block of this thread, which lives as long as it is in Dune mode. A
         // private call has no other effect.
-        is_cpl0().then(|| unsafe { f(&Self::new(sys::vmcall(CALL_SELF) as *const Block)) })
+        is_cpl0().then(|| unsafe {
+            let thread = Self::new(sys::vmcall(CALL_SELF) as *const Block);
+            let _lent = thread.block().lend();
+            f(&thread)
+        })
     }
 
     /// Number of the vCPU among those of this process, from 0.
@@ -336,6 +343,7 @@ pub(crate) enum Fatal {
     OutOfMemory = 6,
     Vector = 7,
     HandlerFault = 8,
+    Unwaited = 9,
 }
 
 impl Fatal {
@@ -349,6 +357,7 @@ impl Fatal {
             Self::OutOfMemory,
             Self::Vector,
             Self::HandlerFault,
+            Self::Unwaited,
         ]
         .into_iter()
         .find(|fatal| *fatal as u32 == raw)
@@ -365,6 +374,7 @@ impl Fatal {
             Self::OutOfMemory => "no memory for a page-table page, or no frame for the copy of a page",
             Self::Vector => "no handler for this vector, and Linux has no signal for it",
             Self::HandlerFault => "exception inside a handler, and no handler took it",
+            Self::Unwaited => "a signal, or an exception that no handler took, at CPL3 that no UserContext runs: nothing outside Dune mode keeps that code apart",
         }
     }
 }
@@ -396,7 +406,16 @@ pub(super) unsafe extern "C" fn dune_trap_signalled(frame: *mut TrapFrame, block
 /// Decides about an exception. Returns 0 to go on with the frame, or the number of a private VMCALL.
 pub(super) unsafe extern "C" fn dune_trap_dispatch(frame: *mut TrapFrame, block: *const Block) -> u32 {
     // SAFETY: The stub passes its frame, which nobody else uses, and the block.
-    match unsafe { dispatch(&mut *frame, &*block) } {
+    let answer = unsafe {
+        let frame = &mut *frame;
+        let answer = dispatch(frame, &*block);
+        if frame.is_cpl3() {
+            // A handler may go on at CPL3 with the flags of CPL0, by which the system-call stub knows CPL0.
+            frame.rflags &= !IOPL_CPL0;
+        }
+        answer
+    };
+    match answer {
         // SAFETY: As above.
         0 => unsafe { dune_trap_signalled(frame, block) },
         call => call,

@@ -43,8 +43,10 @@ extern "C" {
     fn dune_trap_stubs();
     fn dune_trap_handler_part();
     fn dune_trap_page_fault_fxsave();
+    fn dune_trap_page_fault_fxsave_other_part();
     fn dune_trap_page_fault_fxsave_handler_part();
     fn dune_trap_page_fault_xsave();
+    fn dune_trap_page_fault_xsave_other_part();
     fn dune_trap_page_fault_xsave_handler_part();
     fn dune_trap_end();
 }
@@ -68,11 +70,11 @@ pub(crate) fn is_entry(rip: u64) -> bool {
     [
         (dune_trap_stubs as *const (), dune_trap_handler_part as *const ()),
         (
-            dune_trap_page_fault_fxsave as *const (),
+            dune_trap_page_fault_fxsave_other_part as *const (),
             dune_trap_page_fault_fxsave_handler_part as *const (),
         ),
         (
-            dune_trap_page_fault_xsave as *const (),
+            dune_trap_page_fault_xsave_other_part as *const (),
             dune_trap_page_fault_xsave_handler_part as *const (),
         ),
     ]
@@ -266,6 +268,15 @@ global_asm!(
     "ud2",
     // A plain page fault. On the IST stack: rbx 0, rax 8, error 16, rip 24, cs 32, rflags 40, rsp 48, ss 56.
     ".macro dune_page_fault name, save, load, all",
+    ".hidden \\name\\()_other_part",
+    ".globl \\name\\()_other_part",
+    "\\name\\()_other_part:",
+    // Not plain: in front of the entry, so that it belongs to what needs the IST stack.
+    "62:",
+    "pop rbx",
+    "pop rax",
+    "push {page_fault}",
+    "jmp 20b",
     ".balign 16, 0xcc",
     ".hidden \\name",
     ".globl \\name",
@@ -275,15 +286,15 @@ global_asm!(
     "mov rbx, rsp",
     "and rbx, -{block}",
     "cmp dword ptr [rsp + 16], {present_write}",
-    "jne 62f",
+    "jne 62b",
     "mov rax, [rsp + 48]",
     "sub rax, rbx",
     "cmp rax, {block}",
-    "jb 62f",
+    "jb 62b",
     "mov rax, [rsp + 24]",
     "sub rax, [rbx + {inner_start}]",
     "cmp rax, [rbx + {inner_last}]",
-    "jbe 62f",
+    "jbe 62b",
     "mov rax, rsp",
     "mov rsp, [rbx + {first_top}]",
     "push qword ptr [rax + 56]",
@@ -325,6 +336,9 @@ global_asm!(
     "call {handler}",
     "test al, al",
     "jnz 63f",
+    "test byte ptr [rsp + {cs}], 3",
+    "jnz 65f",
+    "66:",
     "cmp dword ptr [rbx + {signal}], 0",
     "jne 64f",
     ".if \\all",
@@ -337,13 +351,8 @@ global_asm!(
     "add rsp, 16",
     "iretq",
     ".endm",
-    // Its other ways: not plain; not the handler's; a signal waits.
+    // Its other ways, off the IST stack: not the handler's; a signal waits; the handler goes on at CPL3, as IOPL 0 tells.
     ".macro dune_page_fault_else",
-    "62:",
-    "pop rbx",
-    "pop rax",
-    "push {page_fault}",
-    "jmp 20b",
     "63:",
     "mov eax, {exception}",
     "jmp 37b",
@@ -352,6 +361,9 @@ global_asm!(
     "mov rsi, rbx",
     "call {signalled}",
     "jmp 37b",
+    "65:",
+    "and qword ptr [rsp + {rflags}], {not_iopl}",
+    "jmp 66b",
     ".endm",
     "dune_page_fault dune_trap_page_fault_fxsave, fxsave64, fxrstor64, 0",
     "dune_page_fault_else",
@@ -370,6 +382,9 @@ global_asm!(
     window = const LEVEL_WINDOW,
     double_fault = const LEVEL_DOUBLE_FAULT,
     iopl = const IOPL_CPL0,
+    not_iopl = const !(IOPL_CPL0 as i32),
+    cs = const offset_of!(TrapFrame, cs),
+    rflags = const offset_of!(TrapFrame, rflags),
     syscall_stubs = const cpl3::SYSCALL_STUBS_BYTES,
     slot = const offset_of!(Block, user_slot),
     slot_caller = const offset_of!(Slot, hook) + offset_of!(hook::Frame, caller_rsp),

@@ -206,11 +206,19 @@ impl UserContext {
     ///
     /// It ends at the first interrupt of the CPU after that: with a tick of 250 Hz, up to 4 ms later.
     pub fn run_for(&mut self, thread: &Thread<'_>, ticks: u64) -> UserExit {
+        if !is_cpl0() {
+            return UserExit::OutsideDuneMode;
+        }
         let deadline = sys::ticks().saturating_add(ticks);
-        let exit = self.visit(thread, Some(deadline));
-        // SAFETY: The run page is mapped as long as the block lives.
-        unsafe { (&raw mut (*thread.block().run).deadline).write_volatile(0) };
-        exit
+        // SAFETY: The run page is mapped as long as the block lives. Who was interrupted on its way to CPL3 by what runs this
+        // has its own deadline there.
+        unsafe {
+            let word = &raw mut (*thread.block().run).deadline;
+            let outer = word.read_volatile();
+            let exit = self.visit(thread, Some(deadline));
+            word.write_volatile(outer);
+            exit
+        }
     }
 
     #[inline]
@@ -218,8 +226,7 @@ impl UserContext {
         if !is_cpl0() {
             return UserExit::OutsideDuneMode;
         }
-        let r = &mut self.frame.registers;
-        if (r.rip | r.fs_base | r.gs_base) >> 47 != 0 && ![r.rip, r.fs_base, r.gs_base].into_iter().all(is_canonical) {
+        if !self.may_enter() {
             return NOT_CANONICAL;
         }
         loop {
@@ -241,7 +248,18 @@ impl UserContext {
             if self.frame.event != u64::from(cpl3::EVENT_INTERRUPTED) {
                 return self.exception();
             }
+            // What was interrupted may have been emulated, at the end of what can be.
+            if !self.may_enter() || self.is_32bit() && self.frame.registers.rip >> 32 != 0 {
+                return NOT_CANONICAL;
+            }
         }
+    }
+
+    /// Whether the way to CPL3 takes these addresses.
+    #[inline(always)]
+    fn may_enter(&self) -> bool {
+        let r = &self.frame.registers;
+        (r.rip | r.fs_base | r.gs_base) >> 47 == 0 || [r.rip, r.fs_base, r.gs_base].into_iter().all(is_canonical)
     }
 
     fn exception(&self) -> UserExit {

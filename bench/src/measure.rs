@@ -26,6 +26,7 @@ pub struct Row {
     /// Of one operation: the median.
     pub value: u64,
     pub mean: u64,
+    pub min: u64,
     pub max: u64,
     pub n: usize,
     /// VM exits of one operation, where a vCPU says it.
@@ -154,6 +155,7 @@ fn row(bench: &'static str, system: &str, ticks: &mut [u64]) -> Row {
         unit: None,
         value: median(ticks),
         mean: ticks.iter().sum::<u64>() / ticks.len() as u64,
+        min: ticks.iter().copied().min().unwrap_or(0),
         max: ticks.iter().copied().max().unwrap_or(0),
         n: ticks.len(),
         vm_exits: None,

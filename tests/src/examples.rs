@@ -15,7 +15,54 @@ pub const TESTS: &[Test] = &[
         "collector_without_a_barrier_is_noticed",
         collector_without_a_barrier_is_noticed,
     ),
+    Test::asserting("hostile_plugin_gets_errors_only", hostile_plugin_gets_errors_only),
+    Test::asserting("words_are_the_same_in_and_out", words_are_the_same_in_and_out),
+    Test::asserting("forwarded_call_costs_one_exit", forwarded_call_costs_one_exit),
 ];
+
+fn hostile_plugin_gets_errors_only() {
+    let ended = run_program("plugin", &[]).unwrap();
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert!(ended.stdout.contains("good plugin: Exit("), "{ended:?}");
+    for (attempt, got) in [
+        ("read the secret", "PageFault(read"),
+        ("write the host's memory", "PageFault(write"),
+        ("VMCALL past the host", "Exception(#UD"),
+        ("open a file", "denied"),
+        ("have the host read its secret", "denied"),
+        ("have the host read too far", "denied"),
+        ("flags DF NT AC IOPL at a call", "denied"),
+        ("stack in the host's memory", "denied"),
+        ("jump into the host's memory", "PageFault(execute"),
+        ("turn interrupts off", "Exception(#GP"),
+        ("loop for ever", "Timeout"),
+    ] {
+        let line = ended.stdout.lines().find(|line| line.trim_start().starts_with(attempt));
+        assert!(line.is_some_and(|line| line.contains(got)), "{attempt}: {line:?}");
+    }
+    assert!(ended.stdout.contains("the host goes on"), "{ended:?}");
+}
+
+fn words_are_the_same_in_and_out() {
+    let text = format!("/tmp/words-{}", std::process::id());
+    let inside = run_program("wordcount", &["--generate", "16", &text]).unwrap();
+    let outside = run_program("wordcount", &["--native", &text]).unwrap();
+    std::fs::remove_file(&text).unwrap();
+    assert_eq!((inside.status, outside.status), (0, 0), "{inside:?} {outside:?}");
+    assert!(inside.stdout.lines().count() > 5, "{inside:?}");
+    assert_eq!(inside.stdout, outside.stdout);
+    assert!(inside.stderr.contains("at CPL 0"), "{inside:?}");
+    assert!(outside.stderr.contains("at CPL 3"), "{outside:?}");
+}
+
+fn forwarded_call_costs_one_exit() {
+    let ended = run_program("getpid", &["--calls", "200"]).unwrap();
+    assert_eq!(ended.status, 0, "{ended:?}");
+    let line = ended.stdout.lines().find(|line| line.contains("Dune mode, SYSCALL"));
+    let exits = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    // One, and now and then the clock's.
+    assert!(exits.is_some_and(|exits| (1.0..1.5).contains(&exits)), "{ended:?}");
+}
 
 fn hostile_requests_stay_in_compartments() {
     let ended = run_program("sthread", &["--requests", "2"]).unwrap();

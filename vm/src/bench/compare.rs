@@ -75,7 +75,7 @@ pub fn against_baseline(old: &Results, new: &Results) -> bool {
         };
         let limit = if is_same { SAME_PERCENT } else { RATIO_PERCENT } + tick_percent(before.value);
         // Rounding is no growth.
-        if growth > limit + 1e-6 {
+        if growth > limit + 1e-6 && !(is_same && has_met_the_clock(before, after)) {
             worse += 1;
             println!(
                 "not ok {} ({}): {} where the baseline has {}: +{growth:.1} %, limit {limit} %",
@@ -89,6 +89,15 @@ pub fn against_baseline(old: &Results, new: &Results) -> bool {
         println!("not the baseline's kernel and compilers: the ratios to Linux' own figures were compared");
     }
     worse == 0
+}
+
+/// Whether more interrupts came than in the baseline's run, and an operation without them costs what it did. The emulated
+/// machine's timer is early at times, is set again for the rest, and is early again: some thousand instructions apart, for as
+/// long as a row takes.
+fn has_met_the_clock(before: &Row, after: &Row) -> bool {
+    before.min > 0
+        && after.vm_exits > before.vm_exits
+        && percent(before.min as f64, after.min as f64) <= SAME_PERCENT + 1e-6
 }
 
 /// What one more interrupt of the clock adds, in percent: the median of what takes a good part of a tick may have met one
@@ -141,6 +150,19 @@ mod tests {
         let with = |value| results("a", &[("unmap_1000", "dune", value)]);
         assert!(against_baseline(&old, &with(22_000)));
         assert!(!against_baseline(&old, &with(22_200)));
+    }
+
+    #[test]
+    fn interrupts_are_no_growth_where_the_least_did_not_grow() {
+        let with = |value, min, exits| {
+            let mut results = results("a", &[("scan", "dune", value)]);
+            (results.rows[0].min, results.rows[0].vm_exits) = (min, Some(exits));
+            results
+        };
+        let old = with(4000, 4000, 0);
+        assert!(against_baseline(&old, &with(6100, 4010, 2)));
+        assert!(!against_baseline(&old, &with(6100, 4200, 2)));
+        assert!(!against_baseline(&old, &with(6100, 4010, 0)));
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct Line {
     unit: Option<String>,
     value: u64,
     mean: u64,
+    #[serde(default)]
+    min: u64,
     max: u64,
     n: usize,
     vm_exits: Option<u64>,
@@ -93,6 +95,9 @@ pub struct Row {
     /// Median.
     pub value: u64,
     pub mean: u64,
+    /// 0 where it was not recorded.
+    #[serde(default)]
+    pub min: u64,
     pub max: u64,
     pub unit: String,
     pub n: usize,
@@ -138,6 +143,7 @@ impl Results {
             system: line.system,
             value: line.value,
             mean: line.mean,
+            min: line.min,
             max: line.max,
             unit: line.unit.unwrap_or_else(|| self.unit.clone()),
             n: line.n,

@@ -173,6 +173,7 @@ pub fn judge(rows: &mut Vec<Row>) {
             system: ORIGINAL.to_string(),
             value: *value,
             mean: *value,
+            min: *value,
             max: *value,
             n: 0,
             vm_exits: None,

@@ -168,6 +168,13 @@ impl Region {
         matches!(self.kind, Kind::File(_)) && page >= self.file_pages
     }
 
+    /// Behind the end of its file, but in the same 2 MiB of it: where MADV_COLLAPSE made a huge page of them, Linux maps it as
+    /// a whole, and nothing of it is SIGBUS, which it looks for at faults only.
+    fn may_be_in_the_last_huge_page(&self, page: usize) -> bool {
+        const PAGES: usize = (2 << 20) / PAGE;
+        self.is_behind_the_end(page) && self.file_pages > 0 && page / PAGES == (self.file_pages - 1) / PAGES
+    }
+
     /// Compares a page with the model.
     pub fn check(&mut self, number: usize) -> Result {
         let page = self.pages[number];
@@ -176,6 +183,7 @@ impl Region {
             match load(self.address(number) + word * 8) {
                 Ok(value) if expected && (value == page.value || page.lazily_freed && value == 0) => {}
                 Err(_) if !expected => {}
+                Ok(0) if page.is_readable() && self.may_be_in_the_last_huge_page(number) => {}
                 seen => {
                     return Err(format!(
                         "region {} ({:?}) at {:#x}: word {word} of page {number} of {}: {seen:x?}, the model says {page:x?}, file of {} pages",
@@ -193,6 +201,10 @@ impl Region {
 
     fn write(&mut self, number: usize, value: u64) -> Result {
         let page = self.pages[number];
+        if self.may_be_in_the_last_huge_page(number) {
+            // It may arrive where nobody keeps it.
+            return Ok(());
+        }
         let expected = page.is_writable() && !self.is_behind_the_end(number);
         for word in WORDS {
             let result = store(self.address(number) + word * 8, value);

@@ -15,10 +15,10 @@ KRUSTC=${KRUSTC:-/usr/bin/rustc}
 KRUSTDOC=${KRUSTDOC:-/usr/bin/rustdoc}
 KBINDGEN=${KBINDGEN:-$DUNE_CACHE/tools/bin/bindgen}
 
+# The newest LLVM that has libclang (a directory may hold libclang-cpp only).
 if [ -z "${LIBCLANG_PATH:-}" ]; then
-    LIBCLANG_PATH=$(ls -d /usr/lib/llvm-*/lib 2>/dev/null | sort -V | while read -r d; do
-        ls "$d"/libclang.so* "$d"/libclang-*.so* >/dev/null 2>&1 && echo "$d"
-    done | tail -n 1)
+    LIBCLANG_PATH=$(find /usr/lib/llvm-*/lib -maxdepth 1 \( -name 'libclang.so*' -o -name 'libclang-[0-9]*.so*' \) -printf '%h\n' \
+        2>/dev/null | sort -V | tail -n 1) || LIBCLANG_PATH=
 fi
 export LIBCLANG_PATH DUNE_CACHE
 

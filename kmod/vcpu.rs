@@ -83,6 +83,8 @@ pub(crate) struct Vcpu {
     cr4: Cr4Policy,
     soft: Soft,
     next: Next,
+    /// [`Task::switches`] when the guest's restartable sequence was last aborted for one.
+    rseq_aborted_at: u64,
     /// Other code of the host ran since the last entry than that which settles simple exits.
     pub(crate) host_ran: bool,
     /// The VMCS has its constant part.
@@ -119,6 +121,8 @@ impl Vcpu {
                 cr4: space.cr4,
                 soft: Soft::default(),
                 next: Next::default(),
+                // Of no thread yet.
+                rseq_aborted_at: !0,
                 host_ran: true,
                 is_set_up: false,
                 _charge: charge,
@@ -234,9 +238,15 @@ impl Vcpu {
                 // A CPU that goes offline, and the scheduler is about to move this thread; or kvm_intel came.
                 Window::Unusable => {
                     owner::regain()?;
-                    return Ok(self.finish(&AGAIN));
+                    return Ok(self.go_through_user_mode());
                 }
-                Window::UserMode => return Ok(self.finish(&AGAIN)),
+                Window::UserMode => return Ok(self.go_through_user_mode()),
+                Window::Switched => {
+                    // Once more if it is switched out meanwhile.
+                    self.rseq_aborted_at = self.owner.switches();
+                    self.abort_rseq();
+                    continue;
+                }
                 Window::Retry => match self.settle_pending(caller) {
                     Ok(()) => continue,
                     Err(answer) => return answer,
@@ -258,6 +268,13 @@ impl Vcpu {
 }
 
 impl Vcpu {
+    /// What RUN returns for a guest that goes on behind the host loop's next RUN.
+    #[cold]
+    fn go_through_user_mode(&mut self) -> u64 {
+        self.abort_rseq();
+        self.finish(&AGAIN)
+    }
+
     /// Does what Linux wants of the thread before a guest runs. `Err`: what RUN returns instead.
     #[cold]
     fn settle_pending(&mut self, caller: Caller) -> Result<(), Result<u64>> {

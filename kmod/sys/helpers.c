@@ -629,6 +629,17 @@ void dune_put_task(struct task_struct *task)
 	put_task_struct(task);
 }
 
+/*
+ * From 6.19 on a flag of its own tells that struct rseq is to be brought up to date, and only a way to user mode clears it. A
+ * thread that a tracer stops there would never enter a guest, if that flag kept it: see dune_rseq_is_due.
+ */
+#if defined(CONFIG_RSEQ) && defined(TIF_RSEQ) && TIF_RSEQ != TIF_NOTIFY_RESUME
+#define DUNE_HAS_TIF_RSEQ
+#define DUNE_USER_MODE_WORK (EXIT_TO_USER_MODE_WORK & ~_TIF_RSEQ)
+#else
+#define DUNE_USER_MODE_WORK EXIT_TO_USER_MODE_WORK
+#endif
+
 #define DUNE_BEFORE_ENTRY (EXIT_TO_USER_MODE_WORK | _TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY)
 
 const unsigned long dune_flags_before_entry = DUNE_BEFORE_ENTRY;
@@ -669,6 +680,27 @@ u64 dune_rseq(u32 *signature)
 #endif
 }
 
+/* Whether the thread was switched out since it was last in user mode, where Linux tells that by a flag of its own. */
+bool dune_rseq_is_due(void)
+{
+#ifdef DUNE_HAS_TIF_RSEQ
+	return test_thread_flag(TIF_RSEQ);
+#else
+	return false;
+#endif
+}
+
+/* Whether what struct rseq tells of the CPU is true as it is. Interrupts are off. */
+bool dune_rseq_is_true(void)
+{
+#ifdef DUNE_HAS_TIF_RSEQ
+	return !current->rseq.usrptr || (current->rseq.ids.cpu_id == raw_smp_processor_id() &&
+					 current->rseq.ids.mm_cid == task_mm_cid(current));
+#else
+	return true;
+#endif
+}
+
 bool dune_signal_pending(void)
 {
 	return signal_pending(current);
@@ -676,12 +708,12 @@ bool dune_signal_pending(void)
 
 bool dune_work_pending(void)
 {
-	return read_thread_flags() & EXIT_TO_USER_MODE_WORK;
+	return read_thread_flags() & DUNE_USER_MODE_WORK;
 }
 
 bool dune_user_work_pending(void)
 {
-	return read_thread_flags() & (EXIT_TO_USER_MODE_WORK & ~_TIF_NEED_RESCHED);
+	return read_thread_flags() & (DUNE_USER_MODE_WORK & ~_TIF_NEED_RESCHED);
 }
 
 /*

@@ -3,6 +3,7 @@
 //! The current thread (linux/sched.h, linux/entry-common.h, asm/ptrace.h).
 
 use super::bindings;
+use super::cpu::IrqOff;
 use super::mm::Mm;
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
@@ -165,6 +166,20 @@ pub(crate) fn pending() -> Pending {
             Pending::Reschedule
         }
     }
+}
+
+/// Whether the thread was switched out since it was last in user mode, where Linux tells that apart from [`pending`].
+#[inline]
+pub(crate) fn rseq_is_due() -> bool {
+    // SAFETY: Reads a flag of the current thread.
+    unsafe { bindings::dune_rseq_is_due() }
+}
+
+/// Whether the thread's `struct rseq` names the CPU that it is on.
+#[inline]
+pub(crate) fn rseq_is_true(_irq: &IrqOff) -> bool {
+    // SAFETY: Words of the current thread, which stays on this CPU.
+    unsafe { bindings::dune_rseq_is_true() }
 }
 
 /// The thread's registration for restartable sequences.

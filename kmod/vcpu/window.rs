@@ -50,9 +50,12 @@ pub(super) enum Window {
     Unusable,
     /// Something came up: look at `pending`.
     Retry,
+    /// The thread was switched out: the guest's restartable sequence is to be aborted.
+    Switched,
     /// The VMCS is active on another CPU.
     Elsewhere,
-    /// The FPU state can only be loaded, or the MSRs of a KVM guest only be put away, on the way through user mode.
+    /// The FPU state can only be loaded, the MSRs of a KVM guest only be put away, or `struct rseq` only be brought up to date,
+    /// on the way through user mode.
     UserMode,
 }
 
@@ -87,7 +90,7 @@ impl Vcpu {
     pub(super) fn enter_once(&mut self, space: &Space) -> Window {
         let irq = IrqOff::new();
         if self.owner.has_work() {
-            if let Some(window) = work_before_entry(&irq) {
+            if let Some(window) = self.work_before_entry(&irq) {
                 return window;
             }
         }
@@ -193,6 +196,26 @@ impl Vcpu {
         Window::Exited(info)
     }
 
+    /// What keeps the thread out of a guest as it is; `None`: it may enter now.
+    #[cold]
+    fn work_before_entry(&self, irq: &IrqOff) -> Option<Window> {
+        if thread::pending() != Pending::Nothing {
+            return Some(Window::Retry);
+        }
+        if thread::rseq_is_due() {
+            if !thread::rseq_is_true(irq) {
+                return Some(Window::UserMode);
+            }
+            if self.rseq_aborted_at != self.owner.switches() {
+                return Some(Window::Switched);
+            }
+        }
+        if !regs::load_user_state(irq) {
+            return Some(Window::UserMode);
+        }
+        None
+    }
+
     /// This CPU is the host's again, but for what a VM exit left wrong.
     #[inline(always)]
     fn leave_guest(&self, space: &Space, irq: &IrqOff) {
@@ -271,18 +294,6 @@ impl Vcpu {
             self.count(offset_of!(abi::Counters, wrmsrs), 2);
         }
     }
-}
-
-/// What keeps the thread out of a guest as it is; `None`: it may enter now.
-#[cold]
-fn work_before_entry(irq: &IrqOff) -> Option<Window> {
-    if thread::pending() != Pending::Nothing {
-        return Some(Window::Retry);
-    }
-    if !regs::load_user_state(irq) {
-        return Some(Window::UserMode);
-    }
-    None
 }
 
 // Windows rely on these exits, however the guest sets its IDT.

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::ptr;
 use std::sync::atomic::AtomicU32;
@@ -24,7 +25,9 @@ use crate::raw::Device;
 use crate::raw::RawGuest;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::perf_event;
 use crate::support::spawn;
+use crate::support::Cgroup;
 use crate::support::Shared;
 
 pub const TESTS: &[Test] = &[
@@ -48,6 +51,10 @@ pub const TESTS: &[Test] = &[
     Test::asserting("freezer_stops_a_spinning_guest", freezer_stops_a_spinning_guest)
         .run_as(User::Root)
         .needs(&[Need::Path("/sys/fs/cgroup/cgroup.controllers")]),
+    Test::asserting("quota_throttles_a_spinning_guest", quota_throttles_a_spinning_guest)
+        .run_as(User::Root)
+        .needs(&[Need::Path("/sys/fs/cgroup/cgroup.controllers")]),
+    Test::asserting("landlock_binds_dune_threads", landlock_binds_dune_threads),
     Test::asserting(
         "user_and_pid_namespaces_hold_dune_threads",
         user_and_pid_namespaces_hold_dune_threads,
@@ -255,21 +262,32 @@ fn io_uring_makes_no_requests() {
         assert_eq!(ring.take(), Some(-libc::EINVAL), "flags {flags:#x}");
     }
     assert_eq!(info.abi_version, 0);
-    // read(2) does.
-    // SAFETY: The buffer is what the request wants, or a number that is no address.
+    // SAFETY: The buffers are what the requests want, or numbers that are no addresses.
     unsafe {
+        let number = create.vcpu as usize as *mut libc::c_void;
+        // Two pieces are not one argument, and splice reads into the kernel.
+        let piece = |bytes| libc::iovec {
+            iov_base: number,
+            iov_len: bytes,
+        };
+        let refused = |answer: isize| (answer, io::Error::last_os_error().raw_os_error());
+        let nobody = (-1, Some(libc::EINVAL));
+        let pieces = [piece(destroy as usize - 1), piece(1)];
+        assert_eq!(refused(libc::readv(device.fd, pieces.as_ptr(), 2)), nobody);
+        let pipe = pipe();
+        let (from, to) = (ptr::null_mut(), ptr::null_mut());
+        let spliced = libc::splice(device.fd, from, pipe[1], to, destroy as usize, 0);
+        assert_eq!(refused(spliced), nobody);
+        // read(2) does, and what is the same.
         assert_eq!(libc::read(device.fd, (&raw mut info).cast(), ask as usize), 0);
         assert_ne!(info.abi_version, 0);
-        assert_eq!(
-            libc::read(device.fd, create.vcpu as usize as *mut libc::c_void, destroy as usize),
-            0,
-            "the vCPU is gone"
-        );
+        let destroyed = libc::readv(device.fd, &piece(destroy as usize), 1);
+        assert_eq!(destroyed, 0, "the vCPU is gone");
     }
 }
 
-/// Work that RUN does for Linux closes the device's file, of which the ioctl only has a borrowed reference: RUN ends as if
-/// it had been closed behind it.
+/// Work of Linux' that comes while RUN runs closes the device's file, of which the ioctl only has a borrowed reference: RUN ends
+/// as if it had been closed behind it. (Mostly a signal's way, which ends RUN before; that RUN itself does it takes luck.)
 fn io_uring_may_close_the_device_under_run() {
     const CLOSE: u64 = 19;
     const TIMEOUT: u64 = 11;
@@ -627,16 +645,11 @@ fn cpu_clocks_count_the_guest() {
 }
 
 fn freezer_stops_a_spinning_guest() {
-    let path = format!("/sys/fs/cgroup/dune-freezer-{}", std::process::id());
-    fs::create_dir(&path).unwrap();
-    let write = |file: &str, text: &str| fs::write(format!("{path}/{file}"), text).unwrap();
-    let is_frozen = || {
-        let events = fs::read_to_string(format!("{path}/cgroup.events")).unwrap();
-        events.contains("frozen 1")
-    };
+    let cgroup = Cgroup::new("pids", "freezer");
+    let is_frozen = || cgroup.stat("cgroup.events", "frozen") == 1;
     let shared = Shared::new();
     let child = spawn(|| {
-        write("cgroup.procs", "0");
+        cgroup.write("cgroup.procs", "0");
         let dune = enter();
         // A thread that waits in a forwarded call is frozen, too.
         let _waits = std::thread::spawn(|| std::thread::sleep(Duration::from_secs(100)));
@@ -649,22 +662,20 @@ fn freezer_stops_a_spinning_guest() {
     let count = || shared.word(0).load(SeqCst);
     assert!(eventually(|| count() > 1000));
     for _ in 0..3 {
-        write("cgroup.freeze", "1");
+        cgroup.write("cgroup.freeze", "1");
         assert!(eventually(is_frozen), "it does not freeze");
         let stopped = count();
         std::thread::sleep(Duration::from_millis(30));
         assert_eq!(count(), stopped, "it runs although it is frozen");
-        write("cgroup.freeze", "0");
+        cgroup.write("cgroup.freeze", "0");
         assert!(eventually(|| count() > stopped), "it does not go on");
         assert!(!is_frozen());
     }
     shared.word(1).store(1, SeqCst);
     child.wait().assert_success();
-    assert!(eventually(|| fs::remove_dir(&path).is_ok()), "the cgroup stays");
     // Killed while frozen.
-    fs::create_dir(&path).unwrap();
     let child = spawn(|| {
-        write("cgroup.procs", "0");
+        cgroup.write("cgroup.procs", "0");
         let _dune = enter();
         shared.word(2).store(1, SeqCst);
         loop {
@@ -672,11 +683,107 @@ fn freezer_stops_a_spinning_guest() {
         }
     });
     assert!(eventually(|| shared.word(2).load(SeqCst) == 1));
-    write("cgroup.freeze", "1");
+    cgroup.write("cgroup.freeze", "1");
     assert!(eventually(is_frozen));
-    write("cgroup.kill", "1");
+    cgroup.write("cgroup.kill", "1");
     assert_eq!(child.wait().signal(), Some(libc::SIGKILL));
-    assert!(eventually(|| fs::remove_dir(&path).is_ok()), "the cgroup stays");
+}
+
+/// What a group may use of a CPU binds a guest that never leaves by itself.
+fn quota_throttles_a_spinning_guest() {
+    const WALL: Duration = Duration::from_millis(600);
+    let cgroup = Cgroup::new("cpu", "quota");
+    // A fifth of a CPU, in periods that Linux' tick can tell.
+    cgroup.write("cpu.max", "20000 100000");
+    let shared = Shared::new();
+    let child = spawn(|| {
+        let dune = enter();
+        shared.word(0).store(1, SeqCst);
+        while shared.word(1).load(SeqCst) == 0 {
+            std::hint::spin_loop();
+        }
+        assert!(Dune::is_active());
+        dune.leave();
+    });
+    assert!(eventually(|| shared.word(0).load(SeqCst) == 1));
+    let used = || cgroup.stat("cpu.stat", "usage_usec");
+    cgroup.write("cgroup.procs", &child.pid.to_string());
+    let (start, before) = (Instant::now(), used());
+    std::thread::sleep(WALL);
+    let (used, wall) = (used() - before, start.elapsed().as_micros() as u64);
+    let throttled = cgroup.stat("cpu.stat", "nr_throttled");
+    println!("report: {used} of {wall} µs of a CPU, where a fifth is allowed; throttled in {throttled} periods");
+    assert!(throttled >= 3, "throttled {throttled} times");
+    assert!(used > wall / 20, "{used} of {wall} µs");
+    assert!(used < wall * 2 / 5, "{used} of {wall} µs");
+    // Killed while it waits for its next period.
+    child.kill(libc::SIGKILL);
+    assert_eq!(child.wait().signal(), Some(libc::SIGKILL));
+}
+
+/// The rules that a Dune thread lays on itself bind it, its threads, its children and their programs.
+fn landlock_binds_dune_threads() {
+    const CREATE_RULESET: i64 = 444;
+    const ADD_RULE: i64 = 445;
+    const RESTRICT_SELF: i64 = 446;
+    const PATH_BENEATH: u64 = 1;
+    const WRITE_FILE: u64 = 1 << 1;
+    const MAKE_REG: u64 = 1 << 8;
+    let directory = std::env::temp_dir().join(format!("dune-landlock-{}", std::process::id()));
+    let (inside, outside) = (directory.join("inside"), directory.join("outside"));
+    fs::create_dir_all(&inside).unwrap();
+    fs::create_dir_all(&outside).unwrap();
+    let holds = || {
+        fs::write(inside.join("file"), "words").unwrap();
+        let error = fs::write(outside.join("file"), "words").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+    };
+    spawn(|| {
+        let dune = enter();
+        fs::write(outside.join("before"), "words").unwrap();
+        /// `struct landlock_path_beneath_attr`.
+        #[repr(C, packed)]
+        struct PathBeneath {
+            allowed: u64,
+            parent: i32,
+        }
+        let handled = WRITE_FILE | MAKE_REG;
+        let parent = fs::File::open(&inside).unwrap();
+        let rule = PathBeneath {
+            allowed: handled,
+            parent: parent.as_raw_fd(),
+        };
+        // SAFETY: The structures of the calls.
+        unsafe {
+            let rules = libc::syscall(CREATE_RULESET, &raw const handled, 8, 0) as i32;
+            assert!(rules >= 0, "{}", io::Error::last_os_error());
+            assert_eq!(libc::syscall(ADD_RULE, rules, PATH_BENEATH, &raw const rule, 0), 0);
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            assert_eq!(libc::syscall(RESTRICT_SELF, rules, 0), 0);
+        }
+        assert!(Dune::is_active());
+        holds();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(Dune::is_active());
+                holds();
+            });
+        });
+        spawn(|| {
+            assert!(Dune::is_active());
+            holds();
+        })
+        .wait()
+        .assert_success();
+        let touch = |path: &std::path::Path| Command::new("touch").arg(path).status().unwrap().success();
+        assert!(touch(&inside.join("program")));
+        assert!(!touch(&outside.join("program")));
+        dune.leave();
+        holds();
+    })
+    .wait()
+    .assert_success();
+    fs::remove_dir_all(&directory).unwrap();
 }
 
 fn user_and_pid_namespaces_hold_dune_threads() {
@@ -913,17 +1020,15 @@ fn uprobe_is_hit_and_leaves_dune_mode() {
 /// Samples of a thread by its CPU clock: while the guest runs they show the module's exit, never the guest's RIP.
 fn perf_samples_the_module() {
     const SOFTWARE: u64 = 1;
-    const ATTR_BYTES: u64 = 64;
     const SAMPLE_IP: u64 = 1;
     const DATA_HEAD: usize = 1024;
     const SAMPLE: u32 = 9;
     const PAGES: usize = 9;
     let samples = |flags: u64| -> (usize, usize) {
-        let attributes = [SOFTWARE | ATTR_BYTES << 32, 0, 1_000_000, SAMPLE_IP, 0, flags, 0, 0];
-        // SAFETY: the structure of the call; a map of what it made; records that Linux has written.
+        let event = perf_event(SOFTWARE, [0, 1_000_000, SAMPLE_IP, 0, flags, 0, 0]);
+        let fd = event.as_raw_fd();
+        // SAFETY: a map of what the call made; records that Linux has written.
         unsafe {
-            let fd = libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 0) as i32;
-            assert!(fd >= 0, "{}", io::Error::last_os_error());
             let protection = libc::PROT_READ | libc::PROT_WRITE;
             let ring = libc::mmap(ptr::null_mut(), PAGES * 4096, protection, libc::MAP_SHARED, fd, 0);
             assert_ne!(ring, libc::MAP_FAILED, "{}", io::Error::last_os_error());
@@ -931,7 +1036,7 @@ fn perf_samples_the_module() {
             while start.elapsed() < Duration::from_millis(200) {
                 std::hint::black_box(compute(1000));
             }
-            libc::close(fd);
+            drop(event);
             let ring = ring.cast::<u8>();
             let head = ring.add(DATA_HEAD).cast::<u64>().read_volatile() as usize;
             let (mut kernel, mut user, mut at) = (0, 0, 0);

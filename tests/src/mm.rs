@@ -32,6 +32,7 @@ use crate::support::install_probe;
 use crate::support::load;
 use crate::support::spawn;
 use crate::support::store;
+use crate::support::Cgroup;
 use crate::support::Map;
 use crate::support::PAGE;
 
@@ -723,41 +724,8 @@ fn userfaultfd_serves_a_dune_thread() {
     assert_eq!(server.join().unwrap(), (PAGES as u32, PAGES as u32));
 }
 
-/// A memory cgroup of the test's.
-struct Cgroup(String);
-
-impl Cgroup {
-    fn new(name: &str) -> Self {
-        let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
-        let path = format!("/sys/fs/cgroup/dune-{name}-{}", std::process::id());
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, file: &str, value: &str) {
-        fs::write(format!("{}/{file}", self.0), value).unwrap_or_else(|error| panic!("{file}: {error}"));
-    }
-
-    fn stat(&self, file: &str, name: &str) -> u64 {
-        let text = fs::read_to_string(format!("{}/{file}", self.0)).unwrap();
-        let line = text.lines().find(|line| line.split(' ').next() == Some(name)).unwrap();
-        line.split(' ').nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        for _ in 0..100 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-    }
-}
-
 fn ept_pages_are_charged() {
-    let cgroup = Cgroup::new("charged");
+    let cgroup = Cgroup::new("memory", "charged");
     spawn(|| {
         cgroup.write("cgroup.procs", "0");
         // A page in each 2 MiB of many GiBs: each needs a table of the EPT and few other things.
@@ -790,9 +758,9 @@ fn ept_pages_are_charged() {
 }
 
 fn oom_of_a_cgroup_ends_a_dune_process() {
-    let cgroup = Cgroup::new("oom");
+    let cgroup = Cgroup::new("memory", "oom");
     cgroup.write("memory.max", "48M");
-    let _ = fs::write(format!("{}/memory.swap.max", cgroup.0), "0");
+    let _ = fs::write(cgroup.file("memory.swap.max"), "0");
     let ended = spawn(|| {
         cgroup.write("cgroup.procs", "0");
         let map = Map::at(0, 1 << 30, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_NORESERVE);

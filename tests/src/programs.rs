@@ -23,6 +23,7 @@ use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::support::enter;
+use crate::support::perf_event;
 use crate::support::spawn;
 use crate::support::Shared;
 
@@ -207,35 +208,16 @@ struct Calls(fs::File);
 
 impl Calls {
     fn of_the_next_program() -> Calls {
-        /// The first version of `struct perf_event_attr` (linux/perf_event.h).
-        #[repr(C)]
-        struct Attributes {
-            kind: u32,
-            size: u32,
-            config: u64,
-            period_and_formats: [u64; 3],
-            flags: u64,
-            wakeup_and_breakpoint: [u64; 2],
-        }
-        const TRACEPOINT: u32 = 2;
+        const TRACEPOINT: u64 = 2;
         const DISABLED: u64 = 1 << 0;
         const INHERIT: u64 = 1 << 1;
         const ENABLE_ON_EXEC: u64 = 1 << 12;
         let id = fs::read_to_string("/sys/kernel/tracing/events/raw_syscalls/sys_enter/id").unwrap();
-        let attributes = Attributes {
-            kind: TRACEPOINT,
-            size: size_of::<Attributes>() as u32,
-            config: id.trim().parse().unwrap(),
-            period_and_formats: [0; 3],
-            flags: DISABLED | INHERIT | ENABLE_ON_EXEC,
-            wakeup_and_breakpoint: [0; 2],
-        };
-        // SAFETY: The kernel reads the attributes; the fd is our own.
-        unsafe {
-            let fd = libc::syscall(libc::SYS_perf_event_open, &raw const attributes, 0, -1, -1, 0) as i32;
-            assert!(fd >= 0, "perf_event_open: {}", std::io::Error::last_os_error());
-            Calls(fs::File::from_raw_fd(fd))
-        }
+        let flags = DISABLED | INHERIT | ENABLE_ON_EXEC;
+        Calls(perf_event(
+            TRACEPOINT,
+            [id.trim().parse().unwrap(), 0, 0, 0, flags, 0, 0],
+        ))
     }
 
     /// When all of them have ended.
@@ -296,7 +278,7 @@ fn same_in_and_out(test: &str, script: &str, status: i32, processes: u64) {
     assert_eq!(inside.status, outside.status);
     let share = inside.forwarded * 100 / outside.calls;
     println!(
-        "report: {test}: {} vCPUs, {} system calls forwarded, {share} % of the {} outside",
+        "report: {} vCPUs, {} system calls forwarded, {share} % of the {} outside",
         inside.vcpus, inside.forwarded, outside.calls
     );
     assert!(

@@ -530,7 +530,6 @@ impl RawGuest {
         }
     }
 
-    /// A copy of the run page.
     /// Unmaps the run page, which holds the file: nothing may look at it any more.
     pub fn forget_run_page(&mut self) {
         // SAFETY: Ours, and nothing points into it any more.
@@ -538,6 +537,7 @@ impl RawGuest {
         self.run = ptr::null_mut();
     }
 
+    /// A copy of the run page.
     pub fn run_page(&self) -> RunPage {
         // SAFETY: mapped as long as the guest lives.
         unsafe { self.run.read_volatile() }

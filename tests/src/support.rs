@@ -3,6 +3,7 @@
 //! What behaviour tests share: memory to play with, accesses that may fault, children, exits.
 
 use std::arch::global_asm;
+use std::fs;
 use std::io;
 use std::io::Read;
 use std::io::Write;
@@ -10,6 +11,7 @@ use std::os::fd::FromRawFd;
 use std::ptr;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use libdune::abi::Counters;
 use libdune::Dune;
@@ -463,6 +465,75 @@ impl Ended {
     }
 }
 
+/// A counter or sampler of the calling thread on any CPU: `type` of the first version of `struct perf_event_attr`
+/// (linux/perf_event.h), and what follows its size.
+#[track_caller]
+pub fn perf_event(kind: u64, rest: [u64; 7]) -> fs::File {
+    const ATTR_BYTES: u64 = 64;
+    let [config, period, sample, read, flags, wakeup, breakpoint] = rest;
+    let attributes = [
+        kind | ATTR_BYTES << 32,
+        config,
+        period,
+        sample,
+        read,
+        flags,
+        wakeup,
+        breakpoint,
+    ];
+    // SAFETY: The structure of the call; the fd is nobody else's.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 0) as i32;
+        assert!(fd >= 0, "perf_event_open: {}", std::io::Error::last_os_error());
+        fs::File::from_raw_fd(fd)
+    }
+}
+
+/// A control group of the test's own, which goes when it is empty.
+pub struct Cgroup(String);
+
+impl Cgroup {
+    /// With that controller.
+    #[track_caller]
+    pub fn new(controller: &str, name: &str) -> Self {
+        fs::write("/sys/fs/cgroup/cgroup.subtree_control", format!("+{controller}")).unwrap();
+        let path = format!("/sys/fs/cgroup/dune-{name}-{}", std::process::id());
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn file(&self, name: &str) -> String {
+        format!("{}/{name}", self.0)
+    }
+
+    #[track_caller]
+    pub fn write(&self, file: &str, value: &str) {
+        fs::write(self.file(file), value).unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
+
+    /// The number behind `name` in `file`.
+    #[track_caller]
+    pub fn stat(&self, file: &str, name: &str) -> u64 {
+        let text = fs::read_to_string(self.file(file)).unwrap();
+        let line = text.lines().find(|line| line.split(' ').next() == Some(name)).unwrap();
+        line.split(' ').nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if !std::thread::panicking() {
+            panic!("{} stays", self.0);
+        }
+    }
+}
+
 /// A child that runs `body` natively until it enters Dune mode itself. A panic in it is exit status 101.
 pub fn spawn(body: impl FnOnce()) -> Child {
     let mut pipe = [0; 2];
@@ -484,7 +555,7 @@ pub fn spawn(body: impl FnOnce()) -> Child {
     // SAFETY: the write end is the child's alone from here on; the read end is ours.
     let output = unsafe {
         libc::close(pipe[1]);
-        std::fs::File::from_raw_fd(pipe[0])
+        fs::File::from_raw_fd(pipe[0])
     };
     Child {
         pid,
@@ -496,7 +567,7 @@ pub fn spawn(body: impl FnOnce()) -> Child {
 #[derive(Debug)]
 pub struct Child {
     pub pid: i32,
-    output: Option<std::fs::File>,
+    output: Option<fs::File>,
 }
 
 impl Child {

@@ -116,27 +116,27 @@ pub(crate) enum Place {
     User,
     /// On the way out: it looks at `Block::signal` in a moment.
     WayOut,
+    /// At CPL3, or called from there, with nobody who waits: registers, stack and segment bases are of CPL3's choice.
+    Unwaited,
 }
 
 /// See [`Place`]. `block` is the vCPU's.
 pub(crate) fn place(state: &State, block: &Block) -> Place {
     let is_cpl3 = state.sregs.cs.selector & 3 != 0;
-    let is_active = waiting_frame(block).is_some();
-    if !is_active {
-        Place::Program
+    let is_called_by_cpl3 = is_called_by_cpl3(state.rip, state.gprs.r11);
+    if waiting_frame(block).is_none() {
+        if is_cpl3 || is_called_by_cpl3 {
+            Place::Unwaited
+        } else {
+            Place::Program
+        }
     } else if is_cpl3 || asm::is_way_in(state.rip) {
         Place::User
-    } else if asm::is_way_out(state.rip) || is_called_by_cpl3(state.rip, state.gprs.r11) {
+    } else if asm::is_way_out(state.rip) || is_called_by_cpl3 {
         Place::WayOut
     } else {
         Place::Program
     }
-}
-
-/// Whether the vCPU has registers, stack and segment bases of CPL3 that nobody waits for: the program went there by itself.
-pub(crate) fn is_unwaited(state: &State, block: &Block) -> bool {
-    let is_cpl3 = state.sregs.cs.selector & 3 != 0;
-    (is_cpl3 || is_called_by_cpl3(state.rip, state.gprs.r11)) && waiting_frame(block).is_none()
 }
 
 /// Whether CPL0 at `rip` has registers that are not the program's. `r11` tells who called, in a stub.

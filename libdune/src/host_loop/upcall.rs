@@ -215,15 +215,15 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
     }
     let state = &state;
     let place = cpl3::place(state, block);
+    if place == Place::Unwaited {
+        // No handler starts like that.
+        report::die_of_exception(context, Fatal::Unwaited as u32, None);
+    }
     if place != Place::Program || trap::is_entry(state.rip) && state.sregs.cs.selector & 3 == 0 {
         asked.store(1, Relaxed);
         clear_interrupt_request(context);
         come_out(context, state, place);
         return Action::Run;
-    }
-    if cpl3::is_unwaited(state, block) {
-        // A handler would start on a stack, and with segment bases, of CPL3's choice.
-        report::die_of_exception(context, Fatal::Unwaited as u32, None);
     }
     asked.store(0, Relaxed);
     let pending = core::mem::replace(&mut context.pending.signal, 0);

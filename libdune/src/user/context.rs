@@ -199,6 +199,9 @@ impl UserContext {
     /// This and the stack of the caller must be mapped for CPL0 in the loaded page table.
     #[inline]
     pub fn run(&mut self, thread: &Thread<'_>) -> UserExit {
+        if !is_cpl0() {
+            return UserExit::OutsideDuneMode;
+        }
         self.visit(thread, None)
     }
 
@@ -221,11 +224,9 @@ impl UserContext {
         }
     }
 
+    /// The callers are at CPL0.
     #[inline]
     fn visit(&mut self, thread: &Thread<'_>, deadline: Option<u64>) -> UserExit {
-        if !is_cpl0() {
-            return UserExit::OutsideDuneMode;
-        }
         if !self.may_enter() {
             return NOT_CANONICAL;
         }

@@ -26,7 +26,7 @@ all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples a
 	@scripts/module $(KERNEL)
 
 run: ## run the five examples: natively with VT-x, else in the emulated machine
-	@$(START); scripts/setup --quiet && cargo build -q --release -p dune-examples -p dune-vm && \
+	@$(START); scripts/setup --quiet && scripts/build 'the examples' -p dune-examples -p dune-vm && \
 	mkdir -p $(CARGO_TARGET_DIR)/run && \
 	$(RELEASE)/wordcount --native --generate 512 $(CARGO_TARGET_DIR)/run/text >$(CARGO_TARGET_DIR)/run/words 2>/dev/null && \
 	$(RELEASE)/dune-vm boot --native --memory 2048 --user tester --file $(CARGO_TARGET_DIR)/run:/opt/run -- "$$(cat scripts/run-examples)"; \
@@ -61,7 +61,7 @@ doc: ## the documentation of the crates, in target/doc
 	@cargo doc --workspace --no-deps
 
 load: ## insert dune.ko into the running kernel (root)
-	@cargo build -q --release -p dune-kvm && DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
+	@scripts/build dune-kvm -p dune-kvm && DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
 
 unload: ## remove dune.ko from the running kernel (root)
 	@scripts/unload
@@ -85,7 +85,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 programs:
-	@cargo build -q --release --workspace --exclude dune-vm
+	@scripts/build 'the programs' --workspace --exclude dune-vm
 
 vm-tool:
-	@cargo build -q --release -p dune-vm
+	@scripts/build dune-vm -p dune-vm

@@ -36,7 +36,8 @@ kernel_cc_args() {
 }
 
 # usage: with_progress LABEL LOGFILE COMMAND...; one line every 15 s (or a
-# counter in place on a terminal) while COMMAND writes into LOGFILE.
+# counter in place on a terminal) while COMMAND writes into LOGFILE. Says
+# nothing of one that succeeds within five seconds.
 with_progress() {
     local label=$1 log=$2 start=$SECONDS pid rc=0 n=0
     shift 2
@@ -55,7 +56,8 @@ with_progress() {
     done
     wait "$pid" || rc=$?
     trap - INT TERM
-    [ ! -t 2 ] || echo >&2
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+    [ $rc != 0 ] || [ $((SECONDS - start)) -ge 5 ] || return 0
     printf '%s: %s after %d s\n' "$label" "$([ $rc = 0 ] && echo done || echo "FAILED ($log)")" $((SECONDS - start)) >&2
     return $rc
 }

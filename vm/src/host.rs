@@ -1,14 +1,29 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Runs on this very machine instead of an emulated one.
+//! Runs on this very machine instead of an emulated one: the files of the image are the root directory of a mount
+//! namespace, so that everything is in the same place, and nothing of this machine's own is written.
 
 use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::bail;
 use anyhow::Context;
 use anyhow::Result;
+use nix::mount::mount;
+use nix::mount::MsFlags;
+use nix::sched::unshare;
+use nix::sched::CloneFlags;
+use nix::unistd::chdir;
+use nix::unistd::chroot;
+use nix::unistd::geteuid;
 
+use crate::image::Initramfs;
 use crate::paths;
+
+/// Names another module than the one that is built for the running kernel, as for `scripts/load`.
+const MODULE: &str = "DUNE_MODULE";
 
 /// Why this machine cannot run Dune itself; `None` when it can.
 pub fn why_not_native() -> Option<String> {
@@ -20,61 +35,126 @@ pub fn why_not_native() -> Option<String> {
     if !has_vmx {
         return Some("its CPU offers no VT-x".to_string());
     }
-    // SAFETY: geteuid cannot fail and touches nothing.
-    if unsafe { libc::geteuid() } != 0 {
+    if !geteuid().is_root() {
         return Some("inserting the module needs root".to_string());
     }
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let build = format!("/lib/modules/{}/build/.config", release.trim());
-    match fs::read_to_string(&build) {
+    if std::env::var_os(MODULE).is_some() {
+        return None;
+    }
+    let config = build_tree().join(".config");
+    match fs::read_to_string(&config) {
         Ok(config) if config.lines().any(|line| line == "CONFIG_RUST=y") => None,
         Ok(_) => Some("its kernel is built without Rust".to_string()),
-        Err(_) => Some(format!("{build} is missing")),
+        Err(_) => Some(format!("{} is missing", config.display())),
     }
 }
 
-/// Like [`run`] as root with a freshly loaded module; returns what the command
-/// wrote, and its exit status.
-pub fn capture(command: &str) -> Result<(i32, String)> {
-    let file = tempfile::NamedTempFile::new()?;
-    let code = format!("{{ {command}; }} >{} 2>&1", file.path().display());
-    let status = run(&code, "root", Some(&[]))?;
-    let output = fs::read_to_string(file.path())?;
-    Ok((status, output))
+/// Where the running kernel's modules are built.
+fn build_tree() -> PathBuf {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    Path::new("/lib/modules").join(release.trim()).join("build")
 }
 
-/// Loads the module, runs `command` as `user` and unloads the module. Returns
-/// the command's exit status.
-pub fn run(command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<i32> {
-    let script = |name: &str| Command::new(paths::root().join("scripts").join(name));
-    if let Some(parameters) = module_parameters {
-        let module = paths::module("native", None)?;
-        let status = script("load")
-            .env("DUNE_MODULE", module)
-            .args(parameters)
-            .status()
-            .context("running scripts/load")?;
-        if !status.success() {
-            bail!("scripts/load failed ({status})");
-        }
-    }
-    let path = format!(
-        "{}:{}",
-        paths::target_dir().join("release").display(),
-        std::env::var("PATH").unwrap_or_default()
-    );
-    let mut child = if user == "root" {
-        let mut child = Command::new("sh");
-        child.args(["-c", command]);
-        child
-    } else {
-        let mut child = Command::new("su");
-        child.args(["-s", "/bin/sh", user, "-c", command]);
-        child
+/// What of the module goes along.
+pub enum Module {
+    None,
+    Plain,
+    /// With the knobs that tests turn.
+    ForTests,
+}
+
+/// The image's files for this machine, with what is built.
+///
+/// # Errors
+///
+/// What does not build.
+pub fn files(module: &Module) -> Result<Initramfs> {
+    let module = match (module, std::env::var_os(MODULE)) {
+        (Module::None, _) => None,
+        (_, Some(path)) => Some(PathBuf::from(path)),
+        (Module::Plain, None) => Some(paths::module("native", None)?),
+        (Module::ForTests, None) => Some(paths::module("native", Some("DUNE_DEBUG_KNOBS=y"))?),
     };
-    let status = child.env("PATH", path).status().context("running sh")?;
-    if module_parameters.is_some() && !script("unload").status()?.success() {
-        bail!("the module could not be removed");
-    }
+    let mut files = Initramfs::base(&build_tree())?;
+    files.be_native();
+    files.add_built(module.as_deref())?;
+    Ok(files)
+}
+
+/// Like [`run`] as root with a freshly loaded module; returns the command's exit status and what it wrote.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn capture(command: &str, module: &Module) -> Result<(i32, String)> {
+    let mut shell = prepare(files(module)?, command, "root", Some(&[]))?;
+    let output = shell.command.output().context("running busybox")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok((output.status.code().unwrap_or(128), text))
+}
+
+/// Loads the module with the given parameters, if any, runs `command` as `user` among `files`, and unloads it. Returns
+/// the command's exit status.
+///
+/// # Errors
+///
+/// Where the files cannot be written or the command not be started.
+pub fn run(files: Initramfs, command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<i32> {
+    let mut shell = prepare(files, command, user, module_parameters)?;
+    let status = shell.command.status().context("running busybox")?;
     Ok(status.code().unwrap_or(128))
+}
+
+/// A command and the directory in which it runs, which goes with it.
+struct Prepared {
+    command: Command,
+    _root: tempfile::TempDir,
+}
+
+fn prepare(mut files: Initramfs, command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<Prepared> {
+    files.add_text("dune/command", &format!("#!/bin/sh\n{{ {command}\n}} 2>&1\n"), 0o755);
+    files.add_file("dune/native", &paths::root().join("vm/guest/native"))?;
+    let root = tempfile::Builder::new().prefix("dune-vm.native.").tempdir()?;
+    // Others go through it.
+    fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    files.unpack(root.path())?;
+    let mut shell = Command::new("/bin/busybox");
+    shell.args(["sh", "/dune/native", user]);
+    match module_parameters {
+        Some(parameters) => shell.args(parameters),
+        None => shell.arg("no"),
+    };
+    let directory = root.path().to_path_buf();
+    // SAFETY: System calls only, in the child.
+    unsafe { shell.pre_exec(move || enter_root(&directory).map_err(io::Error::from)) };
+    Ok(Prepared {
+        command: shell,
+        _root: root,
+    })
+}
+
+/// Makes `root` the root directory of a mount namespace of this process' own. Not by chroot alone, in which Linux lets
+/// nobody make a user namespace.
+fn enter_root(root: &Path) -> nix::Result<()> {
+    const NO: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(NO, "/", NO, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NO)?;
+    mount(Some(root), root, NO, MsFlags::MS_BIND, NO)?;
+    chdir(root)?;
+    for directory in ["proc", "sys", "dev"] {
+        let own = Path::new("/").join(directory);
+        mount(Some(&own), directory, NO, MsFlags::MS_BIND | MsFlags::MS_REC, NO)?;
+    }
+    for directory in ["tmp", "run"] {
+        mount(
+            Some("dune"),
+            directory,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some("mode=1777"),
+        )?;
+    }
+    mount(Some("."), "/", NO, MsFlags::MS_MOVE, NO)?;
+    chroot(".")?;
+    chdir("/")
 }

@@ -31,6 +31,9 @@ const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
 /// `/etc/group` of the guest.
 const GROUP: &str = "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\noutsider:x:1001:\n";
 
+/// Where the machine is a real one, which has users of its own.
+const NATIVE_IDS: [(&str, &str); 2] = [("1000", "64990"), ("1001", "64991")];
+
 const BUSYBOX: &str = "/bin/busybox";
 const ISOLINUX: &str = "/usr/lib/ISOLINUX/isolinux.bin";
 const LDLINUX: &str = "/usr/lib/syslinux/modules/bios/ldlinux.c32";
@@ -106,6 +109,44 @@ impl Initramfs {
         Ok(fs)
     }
 
+    /// For a real machine: users with numbers that nobody has, the machine's own group `dune`, no first program.
+    pub fn be_native(&mut self) {
+        let renumber = |text: &str| {
+            NATIVE_IDS
+                .iter()
+                .fold(text.to_string(), |text, (from, to)| text.replace(from, to))
+        };
+        let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+        let dune = groups.lines().find(|line| line.starts_with("dune:"));
+        let number = dune.and_then(|line| line.split(':').nth(2)).unwrap_or("990");
+        self.add_text("etc/passwd", &renumber(PASSWD), 0o644);
+        self.add_text("etc/group", &renumber(GROUP).replace("990", number), 0o644);
+        self.nodes.remove("init");
+    }
+
+    /// Writes everything but devices into a directory.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn unpack(&self, target: &Path) -> Result<()> {
+        for (path, node) in &self.nodes {
+            let to = target.join(path);
+            let written = match node {
+                Node::Dir => fs::create_dir(&to),
+                Node::File { source, mode } => match source {
+                    Source::Host(host) => fs::copy(host, &to).map(drop),
+                    Source::Bytes(bytes) => fs::write(&to, bytes),
+                }
+                .and_then(|()| fs::set_permissions(&to, fs::Permissions::from_mode(*mode))),
+                Node::Symlink(link) => std::os::unix::fs::symlink(link, &to),
+                Node::CharDevice { .. } => Ok(()),
+            };
+            written.with_context(|| format!("writing {}", to.display()))?;
+        }
+        Ok(())
+    }
+
     /// Adds the module, if any, and the programs of this project that are built.
     pub fn add_built(&mut self, module: Option<&Path>) -> Result<()> {
         if let Some(path) = module {
@@ -128,6 +169,22 @@ impl Initramfs {
         let helper = paths::target_dir().join("release").join(paths::KVM_HELPER);
         if helper.is_file() {
             self.add_program(&format!("usr/libexec/{}", paths::KVM_HELPER), &helper)?;
+        }
+        Ok(())
+    }
+
+    /// Adds `dune-vm` and what it takes from the tree, in the same places.
+    pub fn add_harness(&mut self) -> Result<()> {
+        let root = paths::root();
+        for directory in ["scripts", "vm/guest"] {
+            let directory = root.join(directory);
+            self.add_file(&directory.to_string_lossy(), &directory)?;
+        }
+        let built = paths::target_dir().join("release");
+        let (vm, helper) = (built.join("dune-vm"), built.join(paths::KVM_HELPER));
+        self.add_program("usr/bin/dune-vm", &vm)?;
+        for program in paths::programs().into_iter().chain([helper]) {
+            self.add_program(&program.to_string_lossy(), &program)?;
         }
         Ok(())
     }

@@ -180,7 +180,14 @@ fn boot(arguments: &BootArgs) -> Result<u8> {
             None => {
                 eprintln!("dune-vm: on this machine itself");
                 let parameters = module_parameters(&arguments.machine);
-                let status = host::run(&command, &arguments.user, parameters.as_deref())?;
+                let module = if parameters.is_some() {
+                    host::Module::Plain
+                } else {
+                    host::Module::None
+                };
+                let mut files = host::files(&module)?;
+                add_what_was_asked(&mut files, &arguments.machine)?;
+                let status = host::run(files, &command, &arguments.user, parameters.as_deref())?;
                 return Ok(status as u8);
             }
             Some(reason) => {
@@ -269,14 +276,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         None => Some(paths::module(&arguments.kernel, None)?),
     };
     files.add_built(module.as_deref())?;
-    for entry in &arguments.files {
-        files.take_along(entry).with_context(|| format!("--file {entry}"))?;
-    }
-    if arguments.programs {
-        for entry in programs::entries(true)? {
-            files.take_along(&entry)?;
-        }
-    }
+    add_what_was_asked(&mut files, arguments)?;
     let machine = Machine {
         kernel_tree,
         cpu_model: arguments.cpu_model.clone(),
@@ -291,6 +291,16 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         },
     };
     Ok((machine, files))
+}
+
+fn add_what_was_asked(files: &mut Initramfs, arguments: &MachineArgs) -> Result<()> {
+    for entry in &arguments.files {
+        files.take_along(entry).with_context(|| format!("--file {entry}"))?;
+    }
+    if arguments.programs {
+        programs::add(files, true)?;
+    }
+    Ok(())
 }
 
 /// One argument is shell code as it stands; several are quoted.

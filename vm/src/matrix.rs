@@ -38,6 +38,8 @@ pub struct Row {
     pub timeout_s: u64,
     /// Whether the programs of `programs.rs` go along.
     pub debian_programs: bool,
+    /// Whether the harness goes along, to which the emulated machine is the real one.
+    pub harness: bool,
     pub expect: Expect,
 }
 
@@ -75,6 +77,12 @@ const CORE: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in
      state_beyond_the_policy_is_refused,triple_fault_is_reported,port_io_faults_whatever_the_guest_allows_itself,\
      control_registers_obey_the_policy,msrs_obey_the_policy,emulated_instructions_obey_privilege,\
      the_guests_own_instructions_run,every_vector_reaches_the_guest";
+/// As an ordinary user, as one who is not in the group, with the module and its scripts in their places, in namespaces.
+const NATIVE_PATH: &str =
+    "dune-vm boot --native --user tester -- hello >/dev/null && dune-vm boot --native -- 'dune-tests run \
+     --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,ept_follows_munmap,\
+     outsider_is_told_the_group,tester_is_unprivileged_and_in_the_group,outsider_is_not_in_the_group,\
+     unload_while_running_is_busy,load_unload_100_times,user_and_pid_namespaces_hold_dune_threads'";
 /// What SMAP, which Haswell has not, means to: code at CPL3 and what copies from and to it.
 const CPL3: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
      cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
@@ -164,6 +172,12 @@ pub fn rows(long: bool) -> Vec<Row> {
         ..green("without-mitigations", HASWELL, WITHOUT_MITIGATIONS)
     });
     rows.push(green("smap", BROADWELL, CPL3));
+    // What `make run` and `make test` do on a machine with VT-x.
+    rows.push(Row {
+        load: false,
+        harness: true,
+        ..green("native-path", HASWELL, NATIVE_PATH)
+    });
     // Programs that know nothing of Dune.
     rows.push(Row {
         cpus: 2,
@@ -394,6 +408,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         command,
         timeout_s: 1800,
         debian_programs: false,
+        harness: false,
         expect: Expect::Green,
     }
 }

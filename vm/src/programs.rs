@@ -12,6 +12,8 @@ use std::sync::PoisonError;
 use anyhow::Context;
 use anyhow::Result;
 
+use crate::image::Initramfs;
+
 /// Each with its libraries, under the same path in the guest.
 const PROGRAMS: &[&str] = &[
     "/bin/bash",
@@ -25,8 +27,17 @@ const PROGRAMS: &[&str] = &[
     "/usr/bin/gdb",
 ];
 
-/// What goes along, in the form of [`crate::image::Initramfs::take_along`]; `all`: what only the long tests run, too.
-pub fn entries(all: bool) -> Result<Vec<String>> {
+/// Adds them; `all`: what only the long tests run, too.
+///
+/// # Errors
+///
+/// One that is not installed, or does not build.
+pub fn add(files: &mut Initramfs, all: bool) -> Result<()> {
+    entries(all)?.iter().try_for_each(|entry| files.take_along(entry))
+}
+
+/// What goes along, in the form of [`Initramfs::take_along`].
+fn entries(all: bool) -> Result<Vec<String>> {
     let mut entries = Vec::new();
     for program in PROGRAMS {
         let real = fs::canonicalize(program).with_context(|| format!("{program}: scripts/setup installs it"))?;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::mpsc;
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -127,6 +128,7 @@ pub fn run(options: &Options) -> Result<Sum> {
             let mut sum = part("kernels and modules", || build(&rows, &mut modules))?;
             sum.add(script("test-kbuild")?);
             sum.add(script("test-external-app")?);
+            sum.add(script("test-install")?);
             Ok(sum)
         },
     )?);
@@ -164,11 +166,24 @@ fn costs() -> Result<Sum> {
     })
 }
 
-/// Runs a part, prints its name and its time.
+/// How often a part that goes on says so.
+const STILL_THERE: Duration = Duration::from_secs(60);
+
+/// Runs a part, prints its name and its time, which it also tells meanwhile.
 fn part(name: &str, run: impl FnOnce() -> Result<Sum>) -> Result<Sum> {
     println!("== {name}");
     let started = Instant::now();
-    let sum = run().with_context(|| name.to_string())?;
+    let (end, ended) = mpsc::channel::<()>();
+    let sum = thread::scope(|scope| {
+        scope.spawn(move || {
+            while ended.recv_timeout(STILL_THERE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                println!("== {name}: {} s so far", started.elapsed().as_secs());
+            }
+        });
+        let sum = run().with_context(|| name.to_string());
+        drop(end);
+        sum
+    })?;
     println!("== {name}: {}, {} s", sum.line(), started.elapsed().as_secs());
     Ok(sum)
 }
@@ -186,10 +201,9 @@ fn command_part(name: &str, mut command: Command) -> Result<Sum> {
     })
 }
 
-/// The short suite on this very machine. It needs the users `tester`, in the
-/// group `dune`, and `outsider`, who is not.
+/// On this very machine: the short suite, and what only a real CPU has.
 fn native() -> Result<Sum> {
-    let (status, output) = host::capture("dune-tests run --suite short")?;
+    let (status, output) = host::capture("dune-tests run --suite short --suite native", &host::Module::ForTests)?;
     let report = Report::parse(&output);
     let (passed, failed, skipped) = report.counts();
     let own = !report.defects().is_empty() || (status != 0 && failed == 0);
@@ -335,9 +349,16 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     let module = modules.get(&(row.kernel, row.variant));
     files.add_built(module.map(PathBuf::as_path))?;
     if row.debian_programs {
-        for entry in programs::entries(row.when == matrix::When::Long)? {
-            files.take_along(&entry)?;
-        }
+        programs::add(&mut files, row.when == matrix::When::Long)?;
+    }
+    let mut command = row.command.to_string();
+    if row.harness {
+        files.add_harness()?;
+        let target = paths::target_dir();
+        command = format!(
+            "export DUNE_MODULE=/lib/modules/dune.ko CARGO_TARGET_DIR={}\n{command}",
+            target.display()
+        );
     }
     let parameters = row.gpa_bits.map(|bits| format!("gpa_bits={bits}"));
     let machine = Machine {
@@ -355,7 +376,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
     };
     let job = Job {
-        command: row.command.to_string(),
+        command,
         user: "root".to_string(),
         timeout: Duration::from_secs(row.timeout_s),
     };

@@ -85,6 +85,8 @@ pub(crate) struct Vcpu {
     next: Next,
     /// [`Task::switches`] when the guest's restartable sequence was last aborted for one.
     rseq_aborted_at: u64,
+    /// RUN went through user mode for the extended state, and no guest was entered since.
+    went_for_fpu: bool,
     /// Other code of the host ran since the last entry than that which settles simple exits.
     pub(crate) host_ran: bool,
     /// The VMCS has its constant part.
@@ -123,6 +125,7 @@ impl Vcpu {
                 next: Next::default(),
                 // Of no thread yet.
                 rseq_aborted_at: !0,
+                went_for_fpu: false,
                 host_ran: true,
                 is_set_up: false,
                 _charge: charge,

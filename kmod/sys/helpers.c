@@ -35,7 +35,6 @@
 #include <asm/cpufeature.h>
 #include <asm/debugreg.h>
 #include <asm/desc.h>
-#include <asm/fpu/api.h>
 #include <asm/fpu/xcr.h>
 #include <asm/fsgsbase.h>
 #include <asm/mce.h>
@@ -796,25 +795,6 @@ void dune_file_set_private(struct file *file, void *data)
 }
 
 /* CPU state of the host. */
-
-bool dune_user_return_pending(void)
-{
-	return test_thread_flag(TIF_USER_RETURN_NOTIFY);
-}
-
-bool dune_user_state_load(void)
-{
-	if (likely(!(read_thread_flags() & (_TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY))))
-		return true;
-	if (dune_user_return_pending())
-		return false;
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
-	switch_fpu_return();
-	return true;
-#else
-	return false;
-#endif
-}
 
 unsigned long dune_read_cr0(void)
 {

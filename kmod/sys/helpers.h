@@ -7,6 +7,7 @@
 #define DUNE_HELPERS_H
 
 #include <linux/types.h>
+#include <linux/version.h>
 
 #include "../vmx/vmenter.h"
 
@@ -170,7 +171,18 @@ void *dune_file_private(const struct file *file);
 void dune_file_set_private(struct file *file, void *data);
 
 /* CPU state of the host. */
-bool dune_user_state_load(void);
+
+/* 1: Linux has no way for us to load the thread's extended state for good, so that it is lent to a guest (fpu.c). */
+#define DUNE_LENDS_FPU (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 19, 0))
+enum { DUNE_FPU_IS_LENT = DUNE_LENDS_FPU };
+enum {
+	DUNE_USER_STATE_LOADED,
+	DUNE_USER_STATE_IN_MEMORY,	/* the extended state; all else is loaded */
+	DUNE_USER_STATE_ELSEWHERE,	/* MSRs: only the way to user mode loads them */
+};
+unsigned int dune_user_state_load(void);	/* one of these */
+u64 dune_fpu_lend(void);
+void dune_fpu_give_back(u64 xfd);
 bool dune_user_return_pending(void);
 unsigned long dune_read_cr0(void);
 void dune_cr4_set_vmxe(void);

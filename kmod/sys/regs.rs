@@ -276,18 +276,64 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     [a, b as u32, c, d]
 }
 
+/// Whether the CPU has what it has when this thread is in user mode.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum UserState {
+    Loaded,
+    /// But for the extended state, which is in memory.
+    ExtendedInMemory,
+    /// Only the way through user mode can.
+    Elsewhere,
+}
+
 /// Has in the CPU what it has when this thread is in user mode: the thread's FPU state, and Linux' own LSTAR, STAR, FMASK
-/// and TSC_AUX. False: only the way through user mode can.
+/// and TSC_AUX, as far as that can be done here.
 ///
 /// A thread of KVM that is preempted leaves its guest's values in these MSRs. They stay until some thread goes to user mode,
 /// and the thread that runs now has the flag that says so.
-pub(crate) fn load_user_state(_: &IrqOff) -> bool {
-    if cfg!(dune_mutate_user_return) {
-        // SAFETY: As below.
-        return unsafe { bindings::dune_user_state_load() || bindings::dune_user_return_pending() };
-    }
+pub(crate) fn load_user_state(_: &IrqOff) -> UserState {
     // SAFETY: Interrupts are off, and the caller is in an ioctl of the current thread.
-    unsafe { bindings::dune_user_state_load() }
+    match unsafe { bindings::dune_user_state_load() } {
+        bindings::DUNE_USER_STATE_LOADED => UserState::Loaded,
+        bindings::DUNE_USER_STATE_IN_MEMORY => UserState::ExtendedInMemory,
+        _ if cfg!(dune_mutate_user_return) => UserState::Loaded,
+        _ => UserState::Elsewhere,
+    }
+}
+
+/// While it lives the CPU has the current thread's extended state, which Linux goes on to have in memory.
+pub(crate) struct FpuLoan {
+    /// `None`: nothing is lent. Else what IA32_XFD was.
+    xfd: Option<u64>,
+}
+
+impl FpuLoan {
+    /// Whether there is such a thing with this kernel: where not, it costs nothing.
+    const EXISTS: bool = bindings::DUNE_FPU_IS_LENT != 0;
+
+    #[inline(always)]
+    pub(crate) fn none() -> Self {
+        Self { xfd: None }
+    }
+
+    /// Of a thread that is at [`UserState::ExtendedInMemory`]. To be dropped before interrupts come on.
+    #[cold]
+    pub(crate) fn new(_: &IrqOff) -> Self {
+        Self {
+            // SAFETY: Interrupts are off; undone in `drop`.
+            xfd: Self::EXISTS.then(|| unsafe { bindings::dune_fpu_lend() }),
+        }
+    }
+}
+
+impl Drop for FpuLoan {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if let (true, Some(xfd)) = (Self::EXISTS, self.xfd) {
+            // SAFETY: Undoes `new`; interrupts are still off.
+            unsafe { bindings::dune_fpu_give_back(xfd) };
+        }
+    }
 }
 
 /// Linux' own LSTAR. EAGAIN while a KVM guest's may be in the CPU.

@@ -19,6 +19,8 @@ use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
 use crate::sys::regs;
+use crate::sys::regs::FpuLoan;
+use crate::sys::regs::UserState;
 use crate::sys::thread;
 use crate::sys::thread::Pending;
 use crate::sys::trace;
@@ -89,9 +91,12 @@ impl Vcpu {
     /// One window: load, enter, exit, read why.
     pub(super) fn enter_once(&mut self, space: &Space) -> Window {
         let irq = IrqOff::new();
+        // Dropped before `irq`.
+        let mut fpu = FpuLoan::none();
         if self.owner.has_work() {
-            if let Some(window) = self.work_before_entry(&irq) {
-                return window;
+            match self.work_before_entry(&irq) {
+                Ok(loan) => fpu = loan,
+                Err(window) => return window,
             }
         }
         let (mut vmcs, moved) = match self.vmcs.load(&irq) {
@@ -159,6 +164,7 @@ impl Vcpu {
                     self.count_window();
                     self.host.restore_after_exit(&irq);
                     let is_fine = vmcs.end(&irq);
+                    drop(fpu);
                     // With what `restore_tss_limit_and_dr7` does.
                     irq.end_window();
                     return if is_fine { Window::Syscall } else { Window::Unusable };
@@ -186,6 +192,7 @@ impl Vcpu {
             thread::note_quiescent(&irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();
+            drop(fpu);
             drop(irq);
             let irq = IrqOff::new();
             thread::guest_timing_exit(&irq);
@@ -196,24 +203,33 @@ impl Vcpu {
         Window::Exited(info)
     }
 
-    /// What keeps the thread out of a guest as it is; `None`: it may enter now.
+    /// Makes the thread fit to enter a guest; `Err`: what keeps it out.
     #[cold]
-    fn work_before_entry(&self, irq: &IrqOff) -> Option<Window> {
+    fn work_before_entry(&mut self, irq: &IrqOff) -> Result<FpuLoan, Window> {
         if thread::pending() != Pending::Nothing {
-            return Some(Window::Retry);
+            return Err(Window::Retry);
         }
         if thread::rseq_is_due() {
             if !thread::rseq_is_true(irq) {
-                return Some(Window::UserMode);
+                return Err(Window::UserMode);
             }
             if self.rseq_aborted_at != self.owner.switches() {
-                return Some(Window::Switched);
+                return Err(Window::Switched);
             }
         }
-        if !regs::load_user_state(irq) {
-            return Some(Window::UserMode);
-        }
-        None
+        let loan = match regs::load_user_state(irq) {
+            UserState::Loaded => FpuLoan::none(),
+            // Linux loads it on a way through user mode, once. Where a tracer stops the thread when RUN begins it is in memory
+            // again: then it is lent.
+            UserState::ExtendedInMemory if self.went_for_fpu => FpuLoan::new(irq),
+            UserState::ExtendedInMemory => {
+                self.went_for_fpu = true;
+                return Err(Window::UserMode);
+            }
+            UserState::Elsewhere => return Err(Window::UserMode),
+        };
+        self.went_for_fpu = false;
+        Ok(loan)
     }
 
     /// This CPU is the host's again, but for what a VM exit left wrong.

@@ -42,18 +42,23 @@ impl Device {
     pub fn open() -> Result<Self> {
         const STEP: &str = "open /dev/dune";
         let path = CString::new(DEVICE_PATH).unwrap_or_default();
-        // A signal interrupts it where the kernel waits for locks of the process.
-        let fd = loop {
+        // Linux gives up the locks of the whole process for a signal that is pending, when a new space is nearly made. Beside
+        // KVM that has begun with a program, which takes longer than some timers.
+        let mask = sys::sigprocmask(libc::SIG_BLOCK, u64::MAX);
+        // One that cannot be blocked.
+        let opened = loop {
             // SAFETY: A terminated string.
             let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
             if fd >= 0 {
-                break fd;
+                break Ok(fd);
             }
             let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
             if errno != libc::EINTR {
-                return Err(open_error(STEP, errno));
+                break Err(open_error(STEP, errno));
             }
         };
+        sys::sigprocmask(libc::SIG_SETMASK, mask);
+        let fd = opened?;
         // SAFETY: Just opened.
         let fd = high(unsafe { OwnedFd::from_raw_fd(fd) });
         let mut info = Info {

@@ -2,6 +2,7 @@
 
 //! The per-thread block: descriptor tables, and what assembly finds by masking RSP.
 
+use core::cell::UnsafeCell;
 use core::ptr;
 use core::sync::atomic::AtomicPtr;
 use core::sync::atomic::AtomicU32;
@@ -150,6 +151,8 @@ pub(crate) struct Block {
     pub user_slot: *const cpl3::Slot,
     /// What it finds there while nobody waits for CPL3.
     pub user_idle: cpl3::Idle,
+    /// CPL3's registers, from the host loop to the way out.
+    pub user_taken: UnsafeCell<cpl3::Taken>,
     pub run: *mut RunPage,
     /// Number of the vCPU.
     pub vcpu: AtomicU32,
@@ -217,7 +220,7 @@ impl Block {
             let slot = cpl3::slot((*process).index(area));
             (*block).user_slot = slot;
             (*block).user_idle[2] = ptr::from_ref(slot) as u64;
-            slot.rsp.store(&raw const (*block).user_idle[1] as u64, Relaxed);
+            slot.rsp.store(cpl3::idle_rsp(&*block), Relaxed);
             if let Some(maker) = maker {
                 for (new, old) in (*block).handlers.iter().zip(&maker.handlers) {
                     new.store(old.load(Relaxed), Relaxed);

@@ -3,8 +3,10 @@
 
 use std::arch::asm;
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::Barrier;
 
@@ -52,6 +54,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("page_table_outlives_its_handle", page_table_outlives_its_handle),
     Test::asserting("copy_on_write_keeps_writes_apart", copy_on_write_keeps_writes_apart),
     Test::asserting("snapshot_keeps_what_was_there", snapshot_keeps_what_was_there),
+    Test::asserting("snapshot_is_apart_from_writers", snapshot_is_apart_from_writers),
     Test::asserting("copied_frames_come_back", copied_frames_come_back),
     Test::asserting("dirty_scan_names_what_was_written", dirty_scan_names_what_was_written),
     Test::asserting("large_pages_split_and_merge", large_pages_split_and_merge),
@@ -559,6 +562,60 @@ fn snapshot_keeps_what_was_there() {
     drop(work);
     drop(old);
     assert_eq!(pool.used(), 0);
+    dune.leave();
+}
+
+/// What another thread writes while the snapshot is made is in it or not; nothing of what it writes later is.
+fn snapshot_is_apart_from_writers() {
+    const PAGES: usize = 8;
+    const ROUNDS: usize = 40;
+    let map = Map::new(PAGES * PAGE);
+    let dune = enter();
+    let pool = FramePool::new().unwrap();
+    let first = dune.address_space();
+    let work = first.duplicate().unwrap();
+    // SAFETY: a duplicate.
+    unsafe { dune.load(&work) };
+    let stop = AtomicBool::new(false);
+    let start = map.page(0);
+    // SAFETY: our own pages, in every table.
+    let word = |page: usize| unsafe { AtomicU64::from_ptr((start + page * PAGE) as *mut u64) };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                for page in 0..PAGES {
+                    word(page).fetch_add(1, Relaxed);
+                }
+            }
+        });
+        let all = || -> Vec<u64> { (0..PAGES).map(|page| word(page).load(Relaxed)).collect() };
+        for round in 0..ROUNDS {
+            let kept = work.snapshot(gva(map.page(0)), (PAGES * PAGE) as u64, &pool).unwrap();
+            // SAFETY: a duplicate.
+            unsafe { dune.load(&kept) };
+            let then = all();
+            // SAFETY: a duplicate.
+            unsafe { dune.load(&work) };
+            let now = all();
+            // The writer goes on.
+            while (0..PAGES).any(|page| word(page).load(Relaxed) < now[page] + 3) {
+                std::thread::yield_now();
+            }
+            // SAFETY: a duplicate.
+            unsafe { dune.load(&kept) };
+            assert_eq!(all(), then, "round {round}");
+            // SAFETY: a duplicate.
+            unsafe { dune.load(&work) };
+        }
+        stop.store(true, Relaxed);
+    });
+    // SAFETY: the table that the thread started with.
+    unsafe { dune.load(&first) };
+    drop(work);
+    // The writer's thread has the table until it is gone.
+    while pool.used() != 0 {
+        std::thread::yield_now();
+    }
     dune.leave();
 }
 

@@ -15,6 +15,7 @@ use libdune::user::UserContext;
 use libdune::user::UserExit;
 use libdune::user::UserFault;
 use libdune::user::UserSlice;
+use libdune::FramePool;
 use libdune::Gva;
 use libdune::Hva;
 use libdune::Outcome;
@@ -64,6 +65,10 @@ pub const TESTS: &[Test] = &[
     Test::asserting("extended_state_is_kept_apart", extended_state_is_kept_apart),
     Test::asserting("cpl3_runs_32_bit_code", cpl3_runs_32_bit_code),
     Test::asserting("cpl3_cannot_keep_the_cpu", cpl3_cannot_keep_the_cpu),
+    Test::asserting(
+        "cpl3_comes_out_into_a_page_that_was_copied",
+        cpl3_comes_out_into_a_page_that_was_copied,
+    ),
     Test::asserting(
         "signals_are_delivered_while_at_cpl3",
         signals_are_delivered_while_at_cpl3,
@@ -853,6 +858,47 @@ fn cpl3_cannot_keep_the_cpu() {
         assert_eq!(sandbox.context.run_for(&thread, PLENTY), UserExit::Syscall);
     }
     drop(sandbox);
+    dune.leave();
+}
+
+/// The host loop sees the process' memory, not the page table: what it has to say to a visit must not go to the address
+/// of the same number.
+fn cpl3_comes_out_into_a_page_that_was_copied() {
+    const TICKS: u64 = 5_000_000;
+    let dune = enter();
+    let thread = dune.thread();
+    let Sandbox { map, context } = Sandbox::new(&thread, spin());
+    let pool = FramePool::new().unwrap();
+    let first = dune.address_space();
+    let work = first.duplicate().unwrap();
+    // SAFETY: a duplicate.
+    unsafe { dune.load(&work) };
+    let page = Map::new(PAGE);
+    let place = page.page(0) as *mut UserContext;
+    // SAFETY: a page of our own.
+    unsafe { place.write(context) };
+    let kept = work
+        .snapshot(Gva::new(place as u64).unwrap(), PAGE as u64, &pool)
+        .unwrap();
+    // SAFETY: just written; nobody else has it.
+    let context = unsafe { &mut *place };
+    let mut last = 0;
+    for _ in 0..3 {
+        assert_eq!(context.run_for(&thread, TICKS), UserExit::Timeout);
+        let now = context.registers().rax;
+        assert!(now > last + 1000, "{now} after {last}");
+        last = now;
+    }
+    assert_eq!(pool.used(), 1);
+    // SAFETY: a duplicate; in it the context is what it was.
+    unsafe {
+        dune.load(&kept);
+        assert_eq!((*place).registers().rax, 0);
+        place.drop_in_place();
+        dune.load(&first);
+    }
+    drop((work, kept, map));
+    assert_eq!(pool.used(), 0);
     dune.leave();
 }
 

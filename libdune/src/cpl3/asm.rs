@@ -26,6 +26,8 @@ use core::mem::offset_of;
 
 use super::syscall::Slot;
 use super::Frame;
+use super::Taken;
+use super::UserRegisters;
 use super::EVENT_INTERRUPTED;
 use super::EVENT_SYSCALL;
 use super::FLAGS_CPL0;
@@ -39,7 +41,7 @@ extern "C" {
     fn dune_user_in();
     fn dune_user_in_end();
     fn dune_user_out_begin();
-    fn dune_user_out();
+    fn dune_user_taken();
     fn dune_user_aborted();
     fn dune_user_out_end();
 }
@@ -64,12 +66,12 @@ pub(crate) fn is_way_out(rip: u64) -> bool {
     (dune_user_out_begin as *const () as u64..dune_user_out_end as *const () as u64).contains(&rip)
 }
 
-/// Where the way out begins when the frame is filled in.
-pub(super) fn out() -> u64 {
-    dune_user_out as *const () as u64
+/// Where the way out begins when CPL3's registers are in the block. RBX: block, RSP: the slot's.
+pub(super) fn taken() -> u64 {
+    dune_user_taken as *const () as u64
 }
 
-/// Where it begins when CPL3 was not reached.
+/// Where it begins when CPL3 was not reached. RBX: block, RSP: the slot's.
 pub(super) fn aborted() -> u64 {
     dune_user_aborted as *const () as u64
 }
@@ -219,10 +221,24 @@ global_asm!(
     "mov [rdi + {rsp}], rax",
     "mov rsp, rcx",
     "jmp 48f",
+    // The host loop had CPL3 come out: RAX to RFLAGS, which are the frame's first words, and CS are in the block.
+    ".hidden dune_user_taken",
+    ".globl dune_user_taken",
+    "dune_user_taken:",
+    "lea rsi, [rbx + {taken}]",
+    "mov rdi, [rsp]",
+    "mov ecx, {taken_words}",
+    "rep movsq",
+    "mov rdi, [rsp]",
+    "mov rax, [rbx + {taken_cs}]",
+    "mov [rdi + {cs}], rax",
+    "mov qword ptr [rdi + {event}], {event_interrupted}",
+    "jmp 59f",
     // The way in was interrupted: nothing of CPL3's is in the registers that is not in the frame.
     ".hidden dune_user_aborted",
     ".globl dune_user_aborted",
     "dune_user_aborted:",
+    "mov rdi, [rsp]",
     "mov qword ptr [rdi + {event}], {event_interrupted}",
     "mov eax, -1",
     "mov edx, eax",
@@ -304,9 +320,7 @@ global_asm!(
     "48:",
     "push {flags}",
     "popfq",
-    ".hidden dune_user_out",
-    ".globl dune_user_out",
-    "dune_user_out:",
+    "59:",
     "cmp dword ptr [rbx + {has_fsgsbase}], 0",
     "je 49b",
     "rdfsbase rax",
@@ -352,6 +366,9 @@ global_asm!(
     "jmp 57b",
     ".popsection",
     slot = const offset_of!(Block, user_slot),
+    taken = const offset_of!(Block, user_taken),
+    taken_words = const offset_of!(UserRegisters, fs_base) / 8,
+    taken_cs = const offset_of!(Block, user_taken) + offset_of!(Taken, cs),
     has_fsgsbase = const offset_of!(Block, has_fsgsbase),
     has_xsave = const offset_of!(Block, has_xsave),
     signal = const offset_of!(Block, signal),
@@ -395,3 +412,7 @@ global_asm!(
     r14 = const offset_of!(Frame, registers.r14),
     r15 = const offset_of!(Frame, registers.r15),
 );
+
+// What `dune_user_taken` copies is in the same place in both, and all but the segment bases.
+const _: () = assert!(offset_of!(Frame, registers) == 0 && offset_of!(Taken, registers) == 0);
+const _: () = assert!(size_of::<UserRegisters>() - offset_of!(UserRegisters, fs_base) == 16);

@@ -124,7 +124,7 @@ pub(crate) enum Place {
 pub(crate) fn place(state: &State, block: &Block) -> Place {
     let is_cpl3 = state.sregs.cs.selector & 3 != 0;
     let is_called_by_cpl3 = is_called_by_cpl3(state.rip, state.gprs.r11);
-    if waiting_frame(block).is_none() {
+    if waiting(block).is_none() {
         if is_cpl3 || is_called_by_cpl3 {
             Place::Unwaited
         } else {
@@ -155,26 +155,41 @@ fn is_called_by_cpl3(rip: u64, r11: u64) -> bool {
     syscall::is_stub(rip) && r11 & IOPL_CPL0 == 0
 }
 
-/// The slot's RSP and the frame there, while the thread is in [`enter`].
-fn waiting_frame(block: &Block) -> Option<(u64, *mut Frame)> {
+/// The slot's RSP while the thread is in [`enter`].
+fn waiting(block: &Block) -> Option<u64> {
     let rsp = block.slot().rsp.load(Relaxed);
-    // SAFETY: The slot's RSP is the idle words of the block, or on the stack of a caller of `enter`.
-    let frame = unsafe { (rsp as *const *mut Frame).read_volatile() };
-    (!frame.is_null()).then_some((rsp, frame))
+    (rsp != idle_rsp(block)).then_some(rsp)
+}
+
+/// The slot's RSP while nobody waits for CPL3.
+pub(crate) fn idle_rsp(block: &Block) -> u64 {
+    &raw const block.user_idle[1] as u64
+}
+
+/// What the host loop leaves in the block for the way out to put into the frame, which may be elsewhere in the process
+/// than at the address of the same number: only the page table that the vCPU has tells, and a write may have to copy the page.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    /// RAX to RFLAGS; the segment bases follow on the way out.
+    registers: UserRegisters,
+    cs: u64,
 }
 
 /// Changes the state of a vCPU at [`Place::User`] so that it comes out with [`EVENT_INTERRUPTED`].
-pub(crate) fn interrupt(state: &mut State, block: &Block) {
-    let Some((rsp, frame)) = waiting_frame(block) else {
+///
+/// # Safety
+///
+/// `block` is that of the vCPU, which does not run.
+pub(crate) unsafe fn interrupt(state: &mut State, block: &Block) {
+    let Some(rsp) = waiting(block) else {
         return;
     };
-    let is_cpl3 = state.sregs.cs.selector & 3 != 0;
-    if is_cpl3 {
+    let rip = core::mem::replace(&mut state.rip, asm::aborted());
+    if state.sregs.cs.selector & 3 != 0 {
         let g = &state.gprs;
-        // SAFETY: Who is in `enter` keeps the frame alive. The segment bases follow on the way out.
-        unsafe {
-            let bases = (*frame).registers;
-            (*frame).registers = UserRegisters {
+        let taken = Taken {
+            registers: UserRegisters {
                 rax: g.rax,
                 rbx: g.rbx,
                 rcx: g.rcx,
@@ -191,18 +206,18 @@ pub(crate) fn interrupt(state: &mut State, block: &Block) {
                 r13: g.r13,
                 r14: g.r14,
                 r15: g.r15,
-                rip: state.rip,
+                rip,
                 rflags: state.rflags,
-                ..bases
-            };
-            (*frame).cs = state.sregs.cs.selector.into();
-            (*frame).event = EVENT_INTERRUPTED.into();
-        }
+                ..Default::default()
+            },
+            cs: state.sregs.cs.selector.into(),
+        };
+        // SAFETY: Nobody else uses it: the way out has begun before the vCPU is at CPL3 again.
+        unsafe { block.user_taken.get().write(taken) };
+        state.rip = asm::taken();
     }
-    state.rip = if is_cpl3 { asm::out() } else { asm::aborted() };
     state.rflags = FLAGS_CPL0;
     state.gprs.rsp = rsp;
     state.gprs.rbx = core::ptr::from_ref(block) as u64;
-    state.gprs.rdi = frame as u64;
     state.sregs = percpu::at_cpl0(state.sregs);
 }

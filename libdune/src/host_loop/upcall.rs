@@ -235,8 +235,8 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
 fn come_out(context: &HostContext, state: &State, place: Place) {
     if place == Place::User {
         let mut state = *state;
-        // SAFETY: The block lives as long as the context.
-        cpl3::interrupt(&mut state, unsafe { &*context.block });
+        // SAFETY: The block of the context's vCPU, which does not run.
+        unsafe { cpl3::interrupt(&mut state, &*context.block) };
         write_place(context, &state.gprs, state.rip, state.rflags);
         write_sregs(context, &state.sregs);
     }

@@ -9,6 +9,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use super::entry::Entry;
 use super::entry::Kind;
 use super::tree::Frames;
+use super::tree::Retired;
 use super::tree::Tree;
 use super::PagingError;
 use crate::addr::Gpa;
@@ -67,8 +68,9 @@ impl<F: Frames> Tree<'_, F> {
         }
     }
 
-    /// What an entry that is no table holds now, its frame counted once more.
-    pub(super) fn keep(&self, slot: &AtomicU64, mut entry: Entry) -> Entry {
+    /// What an entry that is no table holds now, its frame counted once more. A frame that another thread takes out of the
+    /// table meanwhile may go to `retired`: that thread may not have flushed yet.
+    pub(super) fn keep(&self, slot: &AtomicU64, mut entry: Entry, retired: &Retired) -> Entry {
         while entry.is_owner() {
             let Some(frame) = Gpa::new(entry.address()) else { break };
             let kept = self.frames.keep(frame);
@@ -77,7 +79,7 @@ impl<F: Frames> Tree<'_, F> {
                 return now;
             }
             if kept {
-                self.frames.release(frame);
+                self.frames.retire(frame, retired);
             }
             entry = now;
         }

@@ -535,13 +535,20 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::OutOfTables`], [`PagingError::OutOfMemory`] and what getting more memory can give.
     pub fn duplicate(&self) -> Result<PageTable, PagingError> {
+        let retired = Retired::default();
         // SAFETY: The process is alive; the tree is a fresh copy.
-        unsafe {
+        let table = unsafe {
             PageTable::new(self.process, || {
-                with_slots(&self.process().memory, || self.tree().duplicate().map(|tree| tree.root))
+                with_slots(&self.process().memory, || {
+                    self.tree().duplicate(&retired).map(|tree| tree.root)
+                })
             })
+        };
+        if let (false, Some(start)) = (retired.is_empty(), Gva::new(0)) {
+            // SAFETY: Alive as long as this handle.
+            unsafe { Flush::new(self.process, self.name, start, FLUSH_ALL_PAGES + 1, retired) }.flush();
         }
-        .and_then(|table| {
+        table.and_then(|table| {
             if let Some(pool) = self
                 .number()
                 .and_then(|number| self.process().tables().get(number).pool())
@@ -552,8 +559,8 @@ impl<'d> AddressSpace<'d> {
         })
     }
 
-    /// A table that maps what this one does, with a range copied on write in both: what is written through one of them is
-    /// not seen through the other. Flushes by itself. See [`AddressSpace::copy_on_write`] for what Linux sees.
+    /// A table that maps what this one does, with a range copied on write in both: what is written through one of them, once
+    /// this has returned, is not seen through the other. Flushes by itself. What other threads write meanwhile may be in it. See [`AddressSpace::copy_on_write`] for what Linux sees.
     ///
     /// # Examples
     ///
@@ -585,8 +592,12 @@ impl<'d> AddressSpace<'d> {
     ///
     /// As [`AddressSpace::copy_on_write`] and [`AddressSpace::duplicate`].
     pub fn snapshot(&self, start: Gva, bytes: u64, pool: &FramePool) -> Result<PageTable, PagingError> {
+        let copy = self.duplicate()?;
+        // The copy is nobody's yet. What other threads write until the flush is done may be seen through both, and is memory
+        // of both then: from there on each has its own.
+        copy.copy_on_write(start, bytes, pool)?.ignore();
         self.copy_on_write(start, bytes, pool)?.flush();
-        self.duplicate()
+        Ok(copy)
     }
 
     /// Whether CR3 holds this space.

@@ -58,6 +58,12 @@ pub(crate) unsafe trait Frames {
 #[derive(Debug, Default)]
 pub(crate) struct Retired(pub Cell<u64>);
 
+impl Retired {
+    pub fn is_empty(&self) -> bool {
+        self.0.get() == 0
+    }
+}
+
 /// What an address is mapped to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
@@ -551,15 +557,15 @@ impl<'f, F: Frames> Tree<'f, F> {
         Ok(())
     }
 
-    /// A tree of its own tables that maps the same.
-    pub fn duplicate(&self) -> Result<Self, PagingError> {
+    /// A tree of its own tables that maps the same. What goes to `retired` is this tree's to flush.
+    pub fn duplicate(&self, retired: &Retired) -> Result<Self, PagingError> {
         Ok(Self {
             frames: self.frames,
-            root: self.duplicate_table(self.root, 4)?,
+            root: self.duplicate_table(self.root, 4, retired)?,
         })
     }
 
-    fn duplicate_table(&self, from: Gpa, level: u32) -> Result<Gpa, PagingError> {
+    fn duplicate_table(&self, from: Gpa, level: u32, retired: &Retired) -> Result<Gpa, PagingError> {
         let copy = self.frames.allocate()?;
         let source = self.table(from)?;
         let target = self.table(copy)?;
@@ -570,7 +576,7 @@ impl<'f, F: Frames> Tree<'f, F> {
                 for (entry, new) in entries.iter().zip(new) {
                     new.store(entry.0, Relaxed);
                 }
-            } else if let Err(error) = self.duplicate_group(group, new, level) {
+            } else if let Err(error) = self.duplicate_group(group, new, level, retired) {
                 self.free_table(copy, level);
                 return Err(error);
             }
@@ -579,14 +585,23 @@ impl<'f, F: Frames> Tree<'f, F> {
     }
 
     /// Copies entries one by one, with what they refer to.
-    fn duplicate_group(&self, group: &[AtomicU64], target: &[AtomicU64], level: u32) -> Result<(), PagingError> {
+    fn duplicate_group(
+        &self,
+        group: &[AtomicU64],
+        target: &[AtomicU64],
+        level: u32,
+        retired: &Retired,
+    ) -> Result<(), PagingError> {
         for (slot, new) in group.iter().zip(target) {
             let entry = Entry(slot.load(Relaxed));
             if entry.kind(level) == Kind::Table {
                 let below = Gpa::new(entry.address()).ok_or(PagingError::Corrupt(entry.address()))?;
-                new.store(Entry::table(self.duplicate_table(below, level - 1)?).0, Relaxed);
+                new.store(
+                    Entry::table(self.duplicate_table(below, level - 1, retired)?).0,
+                    Relaxed,
+                );
             } else {
-                new.store(self.keep(slot, entry).0, Relaxed);
+                new.store(self.keep(slot, entry, retired).0, Relaxed);
             }
         }
         Ok(())

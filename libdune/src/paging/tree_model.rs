@@ -255,7 +255,7 @@ impl<'f> Model<'f> {
             }
             Op::Write => self.write(start),
             Op::Duplicate => {
-                self.tree = tree.duplicate().unwrap();
+                self.tree = tree.duplicate(&self.retired).unwrap();
                 self.check();
                 tree.free();
             }

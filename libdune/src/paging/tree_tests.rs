@@ -267,7 +267,7 @@ fn a_duplicate_is_independent_and_all_tables_come_back() {
         let tree = Tree::new(fake).unwrap();
         tree.protect(gva(GIB * 3), 0x1000, Permissions::READ).unwrap();
         let before = fake.live.get();
-        let copy = tree.duplicate().unwrap();
+        let copy = tree.duplicate(&Retired::default()).unwrap();
         assert_eq!(copy.look_up(gva(GIB * 3)), tree.look_up(gva(GIB * 3)));
         assert_eq!(fake.live.get(), 2 * before);
         copy.protect(gva(GIB * 3), 0x1000, Permissions::NONE).unwrap();
@@ -301,7 +301,7 @@ fn running_out_of_pages_leaks_nothing_and_changes_nothing_visible() {
                 }
             }
             let before = fake.live.get();
-            if tree.duplicate().is_err() {
+            if tree.duplicate(&Retired::default()).is_err() {
                 assert_eq!(fake.live.get(), before);
             }
         }

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The thread's extended state (FPU, SSE, AVX ...), which a guest has in the CPU as its own.
+ */
+#include <linux/sched.h>
+#include <linux/version.h>
+#include <asm/cpufeature.h>
+#include <asm/fpu/api.h>
+#include <asm/fpu/xcr.h>
+#include <asm/fpu/xstate.h>
+#include <asm/msr.h>
+
+#include "compat.h"
+#include "helpers.h"
+
+bool dune_user_return_pending(void)
+{
+	return test_thread_flag(TIF_USER_RETURN_NOTIFY);
+}
+
+unsigned int dune_user_state_load(void)
+{
+	if (likely(!(read_thread_flags() & (_TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY))))
+		return DUNE_USER_STATE_LOADED;
+	if (dune_user_return_pending())
+		return DUNE_USER_STATE_ELSEWHERE;
+#if DUNE_LENDS_FPU
+	return DUNE_USER_STATE_IN_MEMORY;
+#else
+	switch_fpu_return();
+	return DUNE_USER_STATE_LOADED;
+#endif
+}
+
+#if DUNE_LENDS_FPU
+
+/* What XRSTOR is asked for: all that Linux switches lazily. PKRU it writes at each switch of threads. */
+static u64 lent_features(void)
+{
+	u64 supervisor = 0;
+
+	if (boot_cpu_has(X86_FEATURE_XSAVES))
+		rdmsrq(MSR_IA32_XSS, supervisor);
+	return (xgetbv(XCR_XFEATURE_ENABLED_MASK) | supervisor) & XFEATURE_MASK_FPSTATE;
+}
+
+/* x86_task_fpu(), which is a function that is not exported where Linux checks its argument. */
+static struct fpstate *fpstate_of_current(void)
+{
+	struct fpu *fpu = (void *)current + sizeof(*current);
+
+	return fpu->fpstate;
+}
+
+/*
+ * Puts the thread's extended state into the CPU, for a guest, although Linux goes on to find it in memory: with interrupts
+ * off, until dune_fpu_give_back. Linux' own way to load it (switch_fpu_return) is exported to KVM only.
+ */
+u64 dune_fpu_lend(void)
+{
+	struct fpstate *fpstate = fpstate_of_current();
+	u64 features, xfd = 0;
+
+	/* Nothing that is in the CPU is anybody's from here on. */
+	kernel_fpu_begin_mask(0);
+	if (!boot_cpu_has(X86_FEATURE_XSAVE)) {
+		asm volatile("fxrstor64 %0" : : "m" (fpstate->regs.fxsave));
+		return 0;
+	}
+	if (boot_cpu_has(X86_FEATURE_XFD)) {
+		rdmsrq(MSR_IA32_XFD, xfd);
+		if (xfd != fpstate->xfd)
+			wrmsrq(MSR_IA32_XFD, fpstate->xfd);
+	}
+	features = lent_features();
+	if (boot_cpu_has(X86_FEATURE_XSAVES))
+		asm volatile("xrstors64 %0"
+			     : : "m" (fpstate->regs.xsave), "a" ((u32)features), "d" ((u32)(features >> 32)) : "memory");
+	else
+		asm volatile("xrstor64 %0"
+			     : : "m" (fpstate->regs.xsave), "a" ((u32)features), "d" ((u32)(features >> 32)) : "memory");
+	return xfd;
+}
+
+/* xfd: what dune_fpu_lend returned. */
+void dune_fpu_give_back(u64 xfd)
+{
+	struct fpstate *fpstate = fpstate_of_current();
+	u64 features = fpstate->xfeatures;
+
+#define SAVE(how) \
+	asm volatile(how " %0" \
+		     : "+m" (fpstate->regs.xsave) : "a" ((u32)features), "d" ((u32)(features >> 32)) : "memory")
+	if (!boot_cpu_has(X86_FEATURE_XSAVE))
+		asm volatile("fxsave64 %0" : "=m" (fpstate->regs.fxsave));
+	/* In the format that Linux has it in. */
+	else if (boot_cpu_has(X86_FEATURE_XSAVES))
+		SAVE("xsaves64");
+	else if (boot_cpu_has(X86_FEATURE_XSAVEC))
+		SAVE("xsavec64");
+	else
+		SAVE("xsave64");
+#undef SAVE
+	if (boot_cpu_has(X86_FEATURE_XFD) && xfd != fpstate->xfd)
+		wrmsrq(MSR_IA32_XFD, xfd);
+	kernel_fpu_end();
+}
+
+#else
+
+u64 dune_fpu_lend(void)
+{
+	return 0;
+}
+
+void dune_fpu_give_back(u64 xfd)
+{
+}
+
+#endif

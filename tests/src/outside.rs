@@ -15,6 +15,8 @@ use crate::support::enter;
 use crate::support::set_handler;
 use crate::support::spawn;
 use crate::support::Shared;
+use crate::syscall::through_registers;
+use crate::syscall::Ymm;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("seccomp_filter_is_obeyed", seccomp_filter_is_obeyed),
@@ -24,6 +26,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("seccomp_strict_mode", seccomp_strict_mode),
     Test::asserting("tracer_sees_each_call_twice", tracer_sees_each_call_twice),
     Test::asserting("tracer_may_change_a_result", tracer_may_change_a_result),
+    Test::asserting("tracer_leaves_the_fpu_state_alone", tracer_leaves_the_fpu_state_alone),
     Test::asserting("abort_is_seen_where_it_was_called", abort_is_seen_where_it_was_called),
     Test::asserting("user_dispatch_is_refused", user_dispatch_is_refused),
     Test::asserting(
@@ -230,15 +233,21 @@ fn wait_for_stop(pid: i32, signal: i32) {
 
 /// A traced child that stops, and makes `calls` calls of getppid.
 fn traced(shared: &Shared, calls: u64) -> i32 {
-    let pid = traced_child(|| {
-        // SAFETY: plain calls.
-        unsafe {
-            libc::raise(libc::SIGSTOP);
-            for index in 0..calls {
-                let result = libc::syscall(libc::SYS_getppid);
-                shared.word(index as usize).store(result as u64, SeqCst);
-            }
+    traced_at_calls(|| {
+        for index in 0..calls {
+            // SAFETY: a plain call.
+            let result = unsafe { libc::syscall(libc::SYS_getppid) };
+            shared.word(index as usize).store(result as u64, SeqCst);
         }
+    })
+}
+
+/// A traced child that stops and goes on with `body`.
+fn traced_at_calls(body: impl FnOnce()) -> i32 {
+    let pid = traced_child(|| {
+        // SAFETY: stops the child.
+        unsafe { libc::raise(libc::SIGSTOP) };
+        body();
         Dune::is_active()
     });
     wait_for_stop(pid, libc::SIGSTOP);
@@ -311,6 +320,27 @@ fn tracer_may_change_a_result() {
     for index in 0..3 {
         assert_eq!(shared.word(index).load(Relaxed), 1_000_001 + index as u64);
     }
+}
+
+/// Each stop takes the thread's extended state out of the CPU, right before a guest is entered.
+fn tracer_leaves_the_fpu_state_alone() {
+    let shared = Shared::new();
+    let pid = traced_at_calls(|| {
+        let avx = std::arch::is_x86_feature_detected!("avx");
+        let mut input = Ymm::of_words(|word| 0x0101_0101_0101_0101 * (word as u64 + 1));
+        for round in 0..30 {
+            assert_eq!(through_registers(&input, avx, 1), input, "round {round}");
+            input.0[0][0] = input.0[0][0].rotate_left(1);
+            shared.word(0).fetch_add(1, SeqCst);
+        }
+    });
+    // The tracer uses those registers, too.
+    let status = trace(pid, |_, _| {
+        let other = Ymm::of_words(|_| !0);
+        std::hint::black_box(through_registers(&other, false, 1));
+    });
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
+    assert_eq!(shared.word(0).load(SeqCst), 30);
 }
 
 /// What a core dump would show: the registers at the moment of death are the program's, not the host loop's.

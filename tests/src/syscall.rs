@@ -209,11 +209,20 @@ fn red_zone_survives_fault_and_syscall() {
 
 #[repr(C, align(32))]
 #[derive(Clone, Copy, PartialEq, Debug)]
-struct Ymm([[u64; 4]; 16]);
+pub struct Ymm(pub [[u64; 4]; 16]);
+
+impl Ymm {
+    /// Word by word.
+    pub fn of_words(value: impl Fn(usize) -> u64) -> Self {
+        Self(core::array::from_fn(|register| {
+            core::array::from_fn(|word| value(register * 4 + word))
+        }))
+    }
+}
 
 /// Loads 16 registers, makes the disturbance, stores them. `avx` false: the XMM halves only.
 #[inline(never)]
-fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
+pub fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
     let mut output = *input;
     macro_rules! through {
         ($move:literal, $prefix:literal) => {
@@ -302,10 +311,7 @@ fn spoil_fpu(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
 fn fpu_avx_and_mxcsr_survive() {
     let avx = std::arch::is_x86_feature_detected!("avx");
     println!("avx: {avx}");
-    let mut input = Ymm([[0; 4]; 16]);
-    for (index, word) in input.0.iter_mut().flatten().enumerate() {
-        *word = 0x0101_0101_0101_0101 * (index as u64 + 1);
-    }
+    let mut input = Ymm::of_words(|word| 0x0101_0101_0101_0101 * (word as u64 + 1));
     let (old_mxcsr, control) = (mxcsr(), 0x0a7fu16);
     // Round towards zero, flush to zero; x87: round up, double precision.
     set_mxcsr(0x1f80 | 3 << 13 | 1 << 15);

@@ -62,16 +62,6 @@ fn main() {
         let times = Times::of(options.calls, || check(call()));
         let exits = own_exits(&before, &after) as f64 / options.calls.max(1) as f64;
         println!("  {name}  {times}  exits per call {exits:.3}");
-        let per_call = |before: u64, after: u64| (after - before) as f64 / options.calls.max(1) as f64;
-        if after.vmreads != 0 {
-            println!(
-                "    heavy operations per call: {:.3} VMREAD, {:.3} VMWRITE, {:.3} RDMSR, {:.3} WRMSR",
-                per_call(before.vmreads, after.vmreads),
-                per_call(before.vmwrites, after.vmwrites),
-                per_call(before.rdmsrs, after.rdmsrs),
-                per_call(before.wrmsrs, after.wrmsrs),
-            );
-        }
     }
     dune.leave();
 }

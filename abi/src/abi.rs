@@ -12,7 +12,7 @@ use core::mem::offset_of;
 use core::mem::size_of;
 
 /// Version of this contract; [`Info::abi_version`] must equal it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Path of the device node.
 pub const DEVICE_PATH: &str = "/dev/dune";
@@ -335,19 +335,37 @@ pub struct Counters {
     pub invvpid: u64,
     /// Times the vCPU was loaded on another CPU than before.
     pub migrations: u64,
-    /// VMREADs executed; only with [`CAP_COUNT_OPS`].
-    pub vmreads: u64,
-    /// VMWRITEs executed; only with [`CAP_COUNT_OPS`].
-    pub vmwrites: u64,
-    /// RDMSRs executed; only with [`CAP_COUNT_OPS`].
-    pub rdmsrs: u64,
-    /// WRMSRs executed; only with [`CAP_COUNT_OPS`].
-    pub wrmsrs: u64,
     /// EPT leaves installed beside those that were asked for.
     pub ept_around: u64,
     /// EPT leaves installed with another memory type than write-back.
     pub ept_io: u64,
+    /// Heavy operations of the machine up to this vCPU's last exit, as far as they were not another's already; by `HEAVY_*`,
+    /// only with [`CAP_COUNT_OPS`].
+    pub heavy: [u64; HEAVY_KINDS],
 }
+
+/// [`Counters::heavy`]: VMREAD.
+pub const HEAVY_VMREAD: usize = 0;
+/// [`Counters::heavy`]: VMWRITE.
+pub const HEAVY_VMWRITE: usize = 1;
+/// [`Counters::heavy`]: VMPTRLD, VMPTRST, VMCLEAR, VMXON, VMXOFF.
+pub const HEAVY_VMPTRLD: usize = 2;
+/// [`Counters::heavy`]: INVEPT, INVVPID.
+pub const HEAVY_INVALIDATION: usize = 3;
+/// [`Counters::heavy`]: RDMSR.
+pub const HEAVY_RDMSR: usize = 4;
+/// [`Counters::heavy`]: WRMSR.
+pub const HEAVY_WRMSR: usize = 5;
+/// [`Counters::heavy`]: MOV to a control or debug register, LGDT, LLDT, LTR.
+pub const HEAVY_LOAD: usize = 6;
+/// [`Counters::heavy`]: CLI, STI.
+pub const HEAVY_INTERRUPT_FLAG: usize = 7;
+/// [`Counters::heavy`]: calls by which Linux interrupts other CPUs.
+pub const HEAVY_IPI: usize = 8;
+/// [`Counters::heavy`]: VMLAUNCH, VMRESUME; also those that fail.
+pub const HEAVY_ENTRY: usize = 9;
+/// Kinds of heavy operations.
+pub const HEAVY_KINDS: usize = 10;
 
 /// The page that a vCPU shares with its owner. User space may write it at any time: the module reads each field
 /// once and checks what it read.
@@ -396,8 +414,8 @@ const _: () = {
     assert!(size_of::<Segment>() == 24);
     assert!(size_of::<Sregs>() == 264);
     assert!(offset_of!(RunPage, counters) == 504);
-    assert!(offset_of!(RunPage, deadline) == 1256);
-    assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 14));
+    assert!(offset_of!(RunPage, deadline) == 1304);
+    assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 10 + HEAVY_KINDS));
     assert!(size_of::<Info>() == 72);
     assert!(size_of::<CreateVcpu>() == 32);
     assert!(size_of::<MapSlot>() == 24);

@@ -22,6 +22,7 @@ pub fn measure(system: &System<'_>) {
     if system.dune.is_some() {
         system.repeated("getpid_vmcall", CALLS, |_| timed(getpid_by_vmcall));
         system.repeated("bare_exit", CALLS, |_| timed(cpuid));
+        assert_eq!(getpid_by_vmcall(), u64::from(std::process::id()));
     }
     assert_eq!(getpid(), u64::from(std::process::id()));
 }

@@ -7,8 +7,10 @@
 //! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
 
 use dune_examples::ticks;
+use libdune::abi;
 use libdune::abi::Counters;
 use libdune::abi::CAP_COUNT_OPS;
+use libdune::abi::HEAVY_KINDS;
 use libdune::Dune;
 use serde::Serialize;
 
@@ -39,8 +41,38 @@ pub struct Row {
 pub struct Heavy {
     pub vmread: u64,
     pub vmwrite: u64,
+    /// VMPTRLD, VMPTRST, VMCLEAR, VMXON, VMXOFF.
+    pub vmptrld: u64,
+    /// INVEPT, INVVPID.
+    pub invalidation: u64,
     pub rdmsr: u64,
     pub wrmsr: u64,
+    /// MOV to a control or debug register, LGDT, LLDT, LTR.
+    pub load: u64,
+    /// CLI, STI.
+    pub interrupt_flag: u64,
+    /// Calls by which Linux interrupts other CPUs.
+    pub ipi: u64,
+    /// VMLAUNCH, VMRESUME.
+    pub entry: u64,
+}
+
+impl Heavy {
+    /// By the module's kinds.
+    fn of(counted: &[u64; HEAVY_KINDS]) -> Self {
+        Self {
+            vmread: counted[abi::HEAVY_VMREAD],
+            vmwrite: counted[abi::HEAVY_VMWRITE],
+            vmptrld: counted[abi::HEAVY_VMPTRLD],
+            invalidation: counted[abi::HEAVY_INVALIDATION],
+            rdmsr: counted[abi::HEAVY_RDMSR],
+            wrmsr: counted[abi::HEAVY_WRMSR],
+            load: counted[abi::HEAVY_LOAD],
+            interrupt_flag: counted[abi::HEAVY_INTERRUPT_FLAG],
+            ipi: counted[abi::HEAVY_IPI],
+            entry: counted[abi::HEAVY_ENTRY],
+        }
+    }
 }
 
 /// Which rows are measured.
@@ -92,7 +124,7 @@ impl System<'_> {
             return;
         }
         let empty = empty();
-        let mut columns: [Vec<u64>; 6] = core::array::from_fn(|_| Vec::with_capacity(count));
+        let mut columns: [Vec<u64>; 2 + HEAVY_KINDS] = core::array::from_fn(|_| Vec::with_capacity(count));
         for i in 0..count {
             let before = self.dune.map(Dune::counters);
             columns[0].push(action(i).saturating_sub(empty));
@@ -105,14 +137,9 @@ impl System<'_> {
         let [mut ticks, rest @ ..] = columns;
         let mut row = row(bench, self.name, &mut ticks);
         if let Some(dune) = self.dune {
-            let [exits, vmread, vmwrite, rdmsr, wrmsr] = rest.map(|mut column| median(&mut column));
+            let [exits, heavy @ ..] = rest.map(|mut column| median(&mut column));
             row.vm_exits = Some(exits);
-            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(Heavy {
-                vmread,
-                vmwrite,
-                rdmsr,
-                wrmsr,
-            });
+            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(Heavy::of(&heavy));
         }
         emit(&row);
     }
@@ -169,15 +196,12 @@ fn emit(row: &Row) {
 }
 
 /// Exits and heavy operations between two readings.
-fn done(before: &Counters, after: &Counters) -> [u64; 5] {
+fn done(before: &Counters, after: &Counters) -> [u64; 1 + HEAVY_KINDS] {
     let exits = |counters: &Counters| counters.exits.iter().sum::<u64>();
-    [
-        exits(after) - exits(before),
-        after.vmreads - before.vmreads,
-        after.vmwrites - before.vmwrites,
-        after.rdmsrs - before.rdmsrs,
-        after.wrmsrs - before.wrmsrs,
-    ]
+    core::array::from_fn(|column| match column.checked_sub(1) {
+        None => exits(after) - exits(before),
+        Some(kind) => after.heavy[kind] - before.heavy[kind],
+    })
 }
 
 fn median(values: &mut [u64]) -> u64 {

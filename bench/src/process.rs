@@ -16,20 +16,25 @@ pub const NOTHING: &str = "do-nothing";
 pub const ENTER: &str = "do-enter";
 
 pub fn measure(system: &System<'_>) {
+    let is_dune = system.dune.is_some();
     system.repeated("thread", 50, |_| {
-        timed(|| std::thread::spawn(|| ()).join().expect("the thread ends"))
+        let mut is_active = !is_dune;
+        let ticks = timed(|| is_active = std::thread::spawn(Dune::is_active).join().expect("the thread ends"));
+        assert_eq!(is_active, is_dune, "the thread is in Dune mode");
+        ticks
     });
-    system.repeated("fork", 30, |_| timed(fork_and_wait));
+    system.repeated("fork", 30, |_| timed(|| fork_and_wait(is_dune)));
     signal(system);
 }
 
-fn fork_and_wait() {
+/// The child's status is 0 if it is in Dune mode as is wanted.
+fn fork_and_wait(is_dune: bool) {
     // SAFETY: The child ends at once.
     unsafe {
         let pid = libc::fork();
         assert!(pid >= 0, "fork");
         if pid == 0 {
-            libc::_exit(i32::from(false));
+            libc::_exit(i32::from(Dune::is_active() != is_dune));
         }
         assert_eq!(end_of_child(pid), 0);
     }

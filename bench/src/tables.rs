@@ -3,6 +3,7 @@
 //! Page tables of the program's own: changes of 1,000 pages of 4 KiB, scans for what was written, switches, copies.
 
 use libdune::paging::Used;
+use libdune::AddressSpace;
 use libdune::Dune;
 use libdune::FramePool;
 use libdune::Gva;
@@ -30,6 +31,11 @@ pub fn measure(system: &System<'_>) {
                 protect(libc::PROT_READ | libc::PROT_WRITE);
                 timed(|| protect(libc::PROT_READ))
             });
+            if system.wants(&["protect_1000"]) {
+                // SAFETY: Linux writes a byte there, or finds that it may not.
+                let answer = unsafe { libc::getrandom(memory.at((PAGES - 1) * PAGE).cast(), 1, 0) };
+                assert_eq!(answer, -1, "a page that was protected is written to");
+            }
         }
     }
 }
@@ -49,6 +55,11 @@ fn own(system: &System<'_>, dune: &Dune, memory: &Memory) {
         protect(Permissions::ALL).flush();
         timed(|| protect(Permissions::READ).flush())
     });
+    if system.wants(&["protect_1000"]) {
+        let last = start.checked_add(bytes - page).expect("canonical");
+        assert_eq!(space.translate(last, Permissions::WRITE), None, "protected");
+        assert!(space.translate(last, Permissions::READ).is_some());
+    }
     protect(Permissions::ALL).flush();
     space.take_used(start, bytes, Used::Both, |_| {}).expect("scan").flush();
 
@@ -65,13 +76,20 @@ fn own(system: &System<'_>, dune: &Dune, memory: &Memory) {
         .ignore();
     let unmap = || space.unmap(elsewhere, bytes).expect("unmap").flush();
     map();
+    let last = elsewhere.checked_add(bytes - page).expect("canonical");
     system.repeated("map_1000", ROUNDS, |_| {
         unmap();
-        timed(map)
+        let ticks = timed(map);
+        memory.write((PAGES - 1) * PAGE, 9);
+        // SAFETY: Mapped to memory of ours.
+        assert_eq!(unsafe { (last.as_u64() as *const u8).read_volatile() }, 9);
+        ticks
     });
     system.repeated("unmap_1000", ROUNDS, |_| {
         map();
-        timed(unmap)
+        let ticks = timed(unmap);
+        assert_eq!(space.translate(last, Permissions::READ), None, "unmapped");
+        ticks
     });
 
     // As Linux' own way: all pages were written.
@@ -94,6 +112,8 @@ fn own(system: &System<'_>, dune: &Dune, memory: &Memory) {
     system.once("dirty_write", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
 
     let second = space.duplicate().expect("a second page table");
+    load(dune, &second);
+    load(dune, &space);
     system.repeated("table_switch_and_back", 1000, |_| {
         // SAFETY: They map the same.
         timed(|| unsafe {
@@ -104,11 +124,17 @@ fn own(system: &System<'_>, dune: &Dune, memory: &Memory) {
     if system.wants(&["copy_on_write"]) {
         let pool = FramePool::new().expect("a pool");
         second.copy_on_write(start, bytes, &pool).expect("share").ignore();
-        // SAFETY: It maps the same.
-        unsafe { dune.load(&second) };
+        load(dune, &second);
         system.once("copy_on_write", PAGES, |i| timed(|| memory.write(i * PAGE, 1)));
-        // SAFETY: The table from before.
-        unsafe { dune.load(&space) };
+        load(dune, &space);
         assert_eq!(pool.used(), PAGES as u64);
     }
+}
+
+/// Loads a table that maps the same. Apart, so that what is measured is compiled as where it is used once.
+#[inline(never)]
+fn load(dune: &Dune, table: &AddressSpace<'_>) {
+    // SAFETY: The caller's.
+    unsafe { dune.load(table) };
+    assert!(table.is_loaded());
 }

@@ -99,13 +99,13 @@ pub(crate) fn look(
     if raw_reason == CPUID {
         if may_settle && vcpu.may_settle() {
             cpuid::settle(vcpu, vmcs);
-            vcpu.count_exit(CPUID, vmcs);
+            vcpu.count_exit(CPUID);
             return Exit::Settled;
         }
     } else if raw_reason == EPT_VIOLATION && may_settle && vcpu.may_settle() {
         match ept_violation::settle(vcpu, space, vmcs, irq) {
             AtOnce::Mapped(_) => {
-                vcpu.count_exit(EPT_VIOLATION, vmcs);
+                vcpu.count_exit(EPT_VIOLATION);
                 return Exit::Settled;
             }
             AtOnce::Absent(hva) => absent = Some(hva),
@@ -115,7 +115,7 @@ pub(crate) fn look(
     let cpl = segment::dpl(vmcs.read(guest::SS_ACCESS_RIGHTS) as u32);
     if raw_reason == VMCALL && cpl == 0 {
         vmcall::advance(vmcs, vcpu.syscall_vmcall(), vcpu.run_ptr());
-        vcpu.count_exit(VMCALL, vmcs);
+        vcpu.count_exit(VMCALL);
         return Exit::Syscall;
     }
     let mut info = ExitInfo::read(vmcs, raw_reason, cpl);
@@ -126,7 +126,7 @@ pub(crate) fn look(
             trace::entry_failed(space.number, raw_reason, info.qualification, 0);
         }
     }
-    vcpu.count_exit(raw_reason, vmcs);
+    vcpu.count_exit(raw_reason);
     Exit::Other(info)
 }
 

@@ -20,7 +20,7 @@ use core::sync::atomic::Ordering::Relaxed;
 pub(super) const COUNTERS: usize = size_of::<Counters>() / 8;
 
 /// Those with a name, by their place.
-const NAMED: [(&CStr, usize); 14] = [
+const NAMED: [(&CStr, usize); 10] = [
     (c"entries", offset_of!(Counters, entries) / 8),
     (c"ept-4k", offset_of!(Counters, ept_4k) / 8),
     (c"ept-2m", offset_of!(Counters, ept_2m) / 8),
@@ -31,10 +31,6 @@ const NAMED: [(&CStr, usize); 14] = [
     (c"invept", offset_of!(Counters, invept) / 8),
     (c"invvpid", offset_of!(Counters, invvpid) / 8),
     (c"migrations", offset_of!(Counters, migrations) / 8),
-    (c"vmreads", offset_of!(Counters, vmreads) / 8),
-    (c"vmwrites", offset_of!(Counters, vmwrites) / 8),
-    (c"rdmsrs", offset_of!(Counters, rdmsrs) / 8),
-    (c"wrmsrs", offset_of!(Counters, wrmsrs) / 8),
 ];
 
 impl Space {

@@ -39,8 +39,10 @@ static u64 lent_features(void)
 {
 	u64 supervisor = 0;
 
-	if (boot_cpu_has(X86_FEATURE_XSAVES))
+	if (boot_cpu_has(X86_FEATURE_XSAVES)) {
+		DUNE_HEAVY(DUNE_HEAVY_RDMSR);
 		rdmsrq(MSR_IA32_XSS, supervisor);
+	}
 	return (xgetbv(XCR_XFEATURE_ENABLED_MASK) | supervisor) & XFEATURE_MASK_FPSTATE;
 }
 
@@ -68,9 +70,12 @@ u64 dune_fpu_lend(void)
 		return 0;
 	}
 	if (boot_cpu_has(X86_FEATURE_XFD)) {
+		DUNE_HEAVY(DUNE_HEAVY_RDMSR);
 		rdmsrq(MSR_IA32_XFD, xfd);
-		if (xfd != fpstate->xfd)
+		if (xfd != fpstate->xfd) {
+			DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 			wrmsrq(MSR_IA32_XFD, fpstate->xfd);
+		}
 	}
 	features = lent_features();
 	if (boot_cpu_has(X86_FEATURE_XSAVES))
@@ -101,8 +106,10 @@ void dune_fpu_give_back(u64 xfd)
 	else
 		SAVE("xsave64");
 #undef SAVE
-	if (boot_cpu_has(X86_FEATURE_XFD) && xfd != fpstate->xfd)
+	if (boot_cpu_has(X86_FEATURE_XFD) && xfd != fpstate->xfd) {
+		DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 		wrmsrq(MSR_IA32_XFD, xfd);
+	}
 	kernel_fpu_end();
 }
 

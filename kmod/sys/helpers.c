@@ -306,12 +306,14 @@ static __always_inline unsigned int dune_interrupt_count(void)
 
 struct dune_here dune_irq_disable(void)
 {
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
 	local_irq_disable();
 	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
 }
 
 void dune_irq_enable(void)
 {
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
 	local_irq_enable();
 }
 
@@ -361,6 +363,7 @@ bool dune_cpu_has_fred(void)
 
 void dune_call_on(unsigned int cpu, void (*f)(void *), void *arg)
 {
+	DUNE_HEAVY(DUNE_HEAVY_IPI);
 	smp_call_function_single(cpu, f, arg, 1);
 }
 
@@ -376,6 +379,7 @@ void dune_cpuhp_remove(int state)
 
 void dune_on_each_cpu(void (*f)(void *))
 {
+	DUNE_HEAVY(DUNE_HEAVY_IPI);
 	on_each_cpu(f, NULL, 1);
 }
 
@@ -606,6 +610,10 @@ int dune_handle_mm_fault(struct vm_area_struct *vma, unsigned long addr, bool wr
 	return ret & (VM_FAULT_ERROR | VM_FAULT_RETRY) ? DUNE_FAULT_FAILED : DUNE_FAULT_DONE;
 }
 
+#ifdef DUNE_COUNT_OPS
+unsigned long long dune_heavy[DUNE_HEAVY_KINDS];
+#endif
+
 /* The thread. */
 
 struct task_struct *dune_current(void)
@@ -804,6 +812,9 @@ unsigned long dune_read_cr0(void)
 void dune_cr4_set_vmxe(void)
 {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
+	DUNE_HEAVY(DUNE_HEAVY_LOAD);
 	cr4_set_bits(X86_CR4_VMXE);
 #endif
 }
@@ -811,6 +822,9 @@ void dune_cr4_set_vmxe(void)
 void dune_cr4_clear_vmxe(void)
 {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
+	DUNE_HEAVY(DUNE_HEAVY_LOAD);
 	cr4_clear_bits(X86_CR4_VMXE);
 #endif
 }
@@ -824,6 +838,7 @@ unsigned long dune_percpu_base(void)
 {
 	unsigned long base;
 
+	DUNE_HEAVY(DUNE_HEAVY_RDMSR);
 	rdmsrq(MSR_GS_BASE, base);
 	return base;
 }
@@ -845,8 +860,11 @@ static noinline __cold void dune_reload_tss_limit(void)
 	write_gdt_entry(gdt, GDT_ENTRY_TSS, &tss, DESC_TSS);
 	/* LTR marks it busy, which the table that is loaded otherwise does not let it. */
 	native_store_gdt(&loaded);
+	DUNE_HEAVY(DUNE_HEAVY_LOAD);
 	native_load_gdt(&writable);
+	DUNE_HEAVY(DUNE_HEAVY_LOAD);
 	asm volatile("ltr %w0" : : "q" (GDT_ENTRY_TSS * 8));
+	DUNE_HEAVY(DUNE_HEAVY_LOAD);
 	native_load_gdt(&loaded);
 	this_cpu_write(__tss_limit_invalid, false);
 }
@@ -862,8 +880,10 @@ static __always_inline void dune_put_back(void)
 	else
 		this_cpu_write(__tss_limit_invalid, true);
 	dr7 = __this_cpu_read(cpu_dr7);
-	if (unlikely(dr7))
+	if (unlikely(dr7)) {
+		DUNE_HEAVY(DUNE_HEAVY_LOAD);
 		set_debugreg(dr7, 7);
+	}
 }
 
 void dune_after_exit(void)
@@ -876,12 +896,14 @@ void dune_window_end(void)
 {
 	dune_put_back();
 	guest_timing_exit_irqoff();
+	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
 	local_irq_enable();
 }
 
 
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {
+	DUNE_HEAVY(DUNE_HEAVY_RDMSR);
 	return rdmsrq_safe(msr, value);
 }
 

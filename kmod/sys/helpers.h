@@ -10,6 +10,7 @@
 #include <linux/version.h>
 
 #include "../vmx/vmenter.h"
+#include "heavy.h"
 
 struct file;
 struct iov_iter;

@@ -61,8 +61,10 @@ static bool dune_has_l1tf(void)
 
 	if (!boot_cpu_has_bug(X86_BUG_L1TF))
 		return false;
-	if (boot_cpu_has(X86_FEATURE_ARCH_CAPABILITIES))
+	if (boot_cpu_has(X86_FEATURE_ARCH_CAPABILITIES)) {
+		DUNE_HEAVY(DUNE_HEAVY_RDMSR);
 		rdmsrq_safe(MSR_IA32_ARCH_CAPABILITIES, &capabilities);
+	}
 	return !(capabilities & ARCH_CAP_SKIP_VMENTRY_L1DFLUSH);
 }
 
@@ -102,6 +104,7 @@ static noinstr void dune_l1d_flush(void)
 	unsigned long offset;
 
 	if (cpu_feature_enabled(X86_FEATURE_FLUSH_L1D)) {
+		DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 		native_wrmsrq(MSR_IA32_FLUSH_CMD, L1D_FLUSH);
 		return;
 	}
@@ -139,14 +142,20 @@ void dune_ibpb(void)
 #else
 	if (cpu_feature_enabled(X86_FEATURE_IBPB) && !cpu_mitigations_off())
 #endif
+	{
+		DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 		native_wrmsrq(MSR_IA32_PRED_CMD, PRED_CMD_IBPB);
+	}
 }
 
 bool dune_cpu_has_pebs(void)
 {
 	u64 enabled;
 
-	return boot_cpu_has(X86_FEATURE_PEBS) && !rdmsrq_safe(MSR_IA32_PEBS_ENABLE, &enabled);
+	if (!boot_cpu_has(X86_FEATURE_PEBS))
+		return false;
+	DUNE_HEAVY(DUNE_HEAVY_RDMSR);
+	return !rdmsrq_safe(MSR_IA32_PEBS_ENABLE, &enabled);
 }
 
 bool dune_cpu_has_xfd(void)
@@ -160,6 +169,8 @@ bool dune_cpu_has_xfd(void)
  */
 void dune_xfd_err_clear(void)
 {
-	if (cpu_feature_enabled(X86_FEATURE_XFD))
+	if (cpu_feature_enabled(X86_FEATURE_XFD)) {
+		DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 		native_wrmsrq(MSR_IA32_XFD_ERR, 0);
+	}
 }

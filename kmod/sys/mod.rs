@@ -13,6 +13,7 @@ pub(crate) mod chardev;
 pub(crate) mod cpu;
 pub(crate) mod cpuhp;
 pub(crate) mod debugfs;
+pub(crate) mod heavy;
 pub(crate) mod kvm;
 pub(crate) mod lock;
 pub(crate) mod mem;

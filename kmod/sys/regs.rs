@@ -4,6 +4,7 @@
 
 use super::bindings;
 use super::cpu::IrqOff;
+use super::heavy::heavy_asm;
 use crate::arch::msr;
 use core::arch::asm;
 use kernel::prelude::*;
@@ -37,7 +38,7 @@ pub(crate) fn sidt() -> TableRegister {
 /// `t` must be what [`sgdt`] gave on this CPU.
 pub(crate) unsafe fn lgdt(t: &TableRegister, _: &IrqOff) {
     // SAFETY: By the caller this is the table that Linux has there.
-    unsafe { asm!("lgdt [{}]", in(reg) t, options(nostack, preserves_flags, readonly)) };
+    unsafe { heavy_asm!(LOAD, "lgdt [{}]", in(reg) t, options(nostack, preserves_flags, readonly)) };
 }
 
 /// Selector of the LDT; 0: none.
@@ -55,7 +56,7 @@ pub(crate) fn sldt(_: &IrqOff) -> u16 {
 /// `selector` must be what [`sldt`] gave on this CPU, and the GDT what it was then.
 pub(crate) unsafe fn lldt(selector: u16, _: &IrqOff) {
     // SAFETY: By the caller the descriptor is there.
-    unsafe { asm!("lldt {:x}", in(reg) selector, options(nostack, preserves_flags)) };
+    unsafe { heavy_asm!(LOAD, "lldt {:x}", in(reg) selector, options(nostack, preserves_flags)) };
 }
 
 /// The selectors of DS, ES, FS and GS, ORed: 0 when the thread uses none, as 64-bit programs do.
@@ -171,7 +172,7 @@ unsafe fn read_present_msr(number: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: By the caller the MSR is there.
     unsafe {
-        asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high,
+        heavy_asm!(RDMSR, "rdmsr", in("ecx") number, out("eax") low, out("edx") high,
              options(nomem, nostack, preserves_flags));
     }
     u64::from(high) << 32 | u64::from(low)
@@ -229,7 +230,7 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
 unsafe fn write_msr(number: u32, v: u64) {
     // SAFETY: By the caller.
     unsafe {
-        asm!("wrmsr", in("ecx") number, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
+        heavy_asm!(WRMSR, "wrmsr", in("ecx") number, in("eax") v as u32, in("edx") (v >> 32) as u32, options(nostack, preserves_flags));
     }
 }
 

@@ -18,6 +18,7 @@ use crate::space::Space;
 use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
+use crate::sys::heavy;
 use crate::sys::regs;
 use crate::sys::regs::FpuLoan;
 use crate::sys::regs::UserState;
@@ -161,7 +162,6 @@ impl Vcpu {
                 // The end of the window for this one is apart, and short.
                 Exit::Syscall => {
                     self.leave_guest(space, &irq);
-                    self.count_window();
                     self.host.restore_after_exit(&irq);
                     let is_fine = vmcs.end(&irq);
                     drop(fpu);
@@ -172,7 +172,6 @@ impl Vcpu {
             }
         };
         self.leave_guest(space, &irq);
-        self.count_window();
         self.host.restore_after_exit(&irq);
         regs::restore_tss_limit_and_dr7(&irq);
         if info.is_nmi() {
@@ -288,29 +287,41 @@ impl Vcpu {
 
     /// Notes an exit in the run page, and that the VMCS is launched.
     #[inline(always)]
-    pub(crate) fn count_exit(&self, raw_reason: u32, vmcs: &mut CurrentVmcs<'_>) {
+    pub(crate) fn count_exit(&self, raw_reason: u32) {
         let reason = (raw_reason as u16 as usize).min(abi::EXIT_REASONS - 1);
         self.count(offset_of!(abi::Counters, exits) + 8 * reason, 1);
         if raw_reason & ENTRY_FAILURE == 0 {
             self.count(offset_of!(abi::Counters, entries), 1);
             self.vmcs.entry.launched.store(1, Relaxed);
         }
-        if cfg!(dune_count_ops) {
-            let ops = core::mem::take(&mut vmcs.ops);
-            self.count(offset_of!(abi::Counters, vmreads), ops.vmreads);
-            self.count(offset_of!(abi::Counters, vmwrites), ops.vmwrites);
-        }
-    }
-
-    #[inline(always)]
-    fn count_window(&self) {
-        if cfg!(dune_count_ops) {
-            self.count(offset_of!(abi::Counters, rdmsrs), self.host.reads());
-            // LSTAR, in and out.
-            self.count(offset_of!(abi::Counters, wrmsrs), 2);
+        #[cfg(dune_count_ops)]
+        for (kind, counted) in heavy::take().into_iter().enumerate() {
+            self.count(offset_of!(abi::Counters, heavy) + 8 * kind, counted);
         }
     }
 }
 
 // Windows rely on these exits, however the guest sets its IDT.
 const _: () = assert!(exception::ALWAYS & exception::MC != 0);
+
+// What is counted by the numbers of `heavy.h` is told by those of the ABI.
+const _: () = {
+    let told = [
+        abi::HEAVY_VMREAD,
+        abi::HEAVY_VMWRITE,
+        abi::HEAVY_VMPTRLD,
+        abi::HEAVY_INVALIDATION,
+        abi::HEAVY_RDMSR,
+        abi::HEAVY_WRMSR,
+        abi::HEAVY_LOAD,
+        abi::HEAVY_INTERRUPT_FLAG,
+        abi::HEAVY_IPI,
+        abi::HEAVY_ENTRY,
+        abi::HEAVY_KINDS,
+    ];
+    let mut kind = 0;
+    while kind < told.len() {
+        assert!(told[kind] == heavy::NUMBERS[kind]);
+        kind += 1;
+    }
+};

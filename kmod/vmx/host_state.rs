@@ -48,8 +48,6 @@ pub(crate) struct HostState {
     pmu_read_at: (u64, u64),
     /// More is to be put back after an exit than the GDT's limit.
     is_unusual: bool,
-    /// MSRs that were read for this entry, with `DUNE_COUNT_OPS=y`.
-    rdmsrs: u64,
 }
 
 impl HostState {
@@ -70,7 +68,6 @@ impl HostState {
             has_debugctl: regs::read_msr(msr::IA32_DEBUGCTL).is_ok(),
             pmu_read_at: (0, !0),
             is_unusual: false,
-            rdmsrs: 0,
         }
     }
 
@@ -113,8 +110,6 @@ impl HostState {
         {
             self.pmu_read_at = (switches, interrupts);
             self.read_unusual(ldt, irq);
-        } else if cfg!(dune_count_ops) {
-            self.rdmsrs = 0;
         }
         let cr3 = regs::cr3(irq);
         if cr3 != self.cr3 {
@@ -153,20 +148,12 @@ impl HostState {
             self.pebs = unsafe { regs::pebs_enable(irq) };
         }
         self.is_unusual = self.keeps_gs_base || self.ldt != 0 || self.debugctl | self.pebs != 0;
-        if cfg!(dune_count_ops) {
-            self.rdmsrs = u64::from(self.has_debugctl) + u64::from(self.has_pebs) + u64::from(self.keeps_gs_base);
-        }
     }
 
     /// The thread may program the PMU itself before the next entry.
     #[inline(always)]
     pub(crate) fn forget_pmu(&mut self) {
         self.pmu_read_at.1 = !0;
-    }
-
-    /// MSRs that were read for the last entry, where that is counted.
-    pub(crate) fn reads(&self) -> u64 {
-        self.rdmsrs
     }
 
     /// Right before an entry, of which [`Self::unquiet`] follows in any case.

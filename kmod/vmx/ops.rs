@@ -5,7 +5,7 @@
 //! Each has an exception-table entry: when somebody else turned VMX off, it fails and does not oops. The status flags
 //! are captured in the same block as the instruction (SDM, "VMX Instruction Reference", "Conventions").
 
-use core::arch::asm;
+use crate::sys::heavy::heavy_asm;
 
 /// An exception-table entry from label `$from` to label `$to` (asm/extable.h; type 1 = EX_TYPE_DEFAULT).
 macro_rules! extable {
@@ -32,7 +32,8 @@ macro_rules! memory_instruction {
             let mut failed: u64 = 0;
             // SAFETY: By the caller; a fault ends at label 3.
             unsafe {
-                asm!(
+                heavy_asm!(
+                    VMPTRLD,
                     concat!("2: ", $mnemonic, " qword ptr [{hpa}]"),
                     "ja 4f",
                     "3: mov {failed:e}, 1",
@@ -83,7 +84,8 @@ pub(crate) unsafe fn vmptrst() -> Result<u64, VmxFailed> {
     let mut failed: u64 = 0;
     // SAFETY: Stores 8 bytes; a fault ends at label 3.
     unsafe {
-        asm!(
+        heavy_asm!(
+            VMPTRLD,
             "2: vmptrst qword ptr [{hpa}]",
             "ja 4f",
             "3: mov {failed:e}, 1",
@@ -109,7 +111,8 @@ pub(crate) unsafe fn vmxoff() -> Result<(), VmxFailed> {
     let mut failed: u64 = 0;
     // SAFETY: By the caller; a fault ends at label 3.
     unsafe {
-        asm!(
+        heavy_asm!(
+            VMPTRLD,
             "2: vmxoff",
             "ja 4f",
             "3: mov {failed:e}, 1",
@@ -135,7 +138,8 @@ pub(crate) unsafe fn vmread(encoding: u32, failed: &mut u64) -> u64 {
     let value: u64;
     // SAFETY: By the caller; a fault ends at label 3.
     unsafe {
-        asm!(
+        heavy_asm!(
+            VMREAD,
             "2: vmread {value}, {encoding}",
             "ja 4f",
             "3: mov {failed:e}, 1",
@@ -161,7 +165,8 @@ pub(crate) unsafe fn vmread(encoding: u32, failed: &mut u64) -> u64 {
 pub(crate) unsafe fn vmwrite(encoding: u32, value: u64, failed: &mut u64) {
     // SAFETY: By the caller; a fault ends at label 3.
     unsafe {
-        asm!(
+        heavy_asm!(
+            VMWRITE,
             "2: vmwrite {encoding}, {value}",
             "ja 4f",
             "3: mov {failed:e}, 1",
@@ -191,7 +196,8 @@ macro_rules! invalidate {
             let mut failed: u64 = 0;
             // SAFETY: By the caller; a fault ends at label 3.
             unsafe {
-                asm!(
+                heavy_asm!(
+                    INVALIDATION,
                     concat!("2: ", $mnemonic, " {kind}, xmmword ptr [{descriptor}]"),
                     "ja 4f",
                     "3: mov {failed:e}, 1",

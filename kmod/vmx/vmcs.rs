@@ -172,7 +172,6 @@ impl Vmcs {
             vmcs: CurrentVmcs {
                 percpu,
                 state,
-                ops: OpCounts::default(),
                 _irq: PhantomData,
             },
             moved: active != here,
@@ -333,13 +332,6 @@ impl Drop for Vmcs {
     }
 }
 
-/// How many heavy operations were done; all zero, and free, unless built with `DUNE_COUNT_OPS=y`.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct OpCounts {
-    pub(crate) vmreads: u64,
-    pub(crate) vmwrites: u64,
-}
-
 /// [`CurrentVmcs::state`]: VMX is ours, and all is well.
 const FINE: u64 = 0;
 /// An access failed; the instructions in `ops` set it.
@@ -355,7 +347,6 @@ pub(crate) struct CurrentVmcs<'a> {
     percpu: &'static PerCpu,
     /// One of the above: a single comparison tells the common case, at the end of a window.
     state: u64,
-    pub(crate) ops: OpCounts,
     _irq: PhantomData<&'a IrqOff>,
 }
 
@@ -368,9 +359,6 @@ impl CurrentVmcs<'_> {
 
     #[inline(always)]
     pub(crate) fn read<W, A>(&mut self, field: Field<W, A>) -> u64 {
-        if cfg!(dune_count_ops) {
-            self.ops.vmreads += 1;
-        }
         // SAFETY: By the type interrupts are off and a VMCS of ours is current.
         unsafe { ops::vmread(field.encoding(), &mut self.state) }
     }
@@ -382,7 +370,6 @@ impl CurrentVmcs<'_> {
         CurrentVmcs {
             percpu: self.percpu,
             state: FINE,
-            ops: OpCounts::default(),
             _irq: PhantomData,
         }
     }
@@ -397,9 +384,6 @@ impl CurrentVmcs<'_> {
 
     #[inline(always)]
     pub(crate) fn write<W>(&mut self, field: Field<W, ReadWrite>, value: u64) {
-        if cfg!(dune_count_ops) {
-            self.ops.vmwrites += 1;
-        }
         // SAFETY: As above; only `setup`, `host_state` and `guest_state` write other than guest registers.
         unsafe { ops::vmwrite(field.encoding(), value, &mut self.state) };
     }

@@ -25,6 +25,7 @@
 #include <asm/segment.h>
 #include <asm/unwind_hints.h>
 
+#include "heavy.h"
 #include "vmenter.h"
 
 /* The kernel's names of "clear the branch history after a VM exit" over its versions. */
@@ -96,6 +97,7 @@ SYM_FUNC_START(dune_vmenter)
 	cmp %rsp, DUNE_ENTRY_HOST_RSP(%rsi)
 	je .Lrsp_done
 	mov $DUNE_VMCS_HOST_RSP, %eax
+	DUNE_HEAVY DUNE_HEAVY_VMWRITE
 .Lwrite_rsp:
 	vmwrite %rsp, %rax
 	jbe .Lfail_flags
@@ -106,8 +108,10 @@ SYM_FUNC_START(dune_vmenter)
 	mov %cr2, %rdx
 	cmp %rcx, %rdx
 	je .Lcr2_done
+	DUNE_HEAVY DUNE_HEAVY_LOAD
 	mov %rcx, %cr2
 .Lcr2_done:
+	DUNE_HEAVY DUNE_HEAVY_ENTRY
 
 	/* CF decides below: MOV leaves the flags alone, VERW all but ZF. */
 	cmpq $1, DUNE_ENTRY_LAUNCHED(%rsi)
@@ -195,6 +199,8 @@ SYM_INNER_LABEL_ALIGN(dune_vmexit, SYM_L_GLOBAL)
 	FILL_RETURN_BUFFER %rcx, RSB_CLEAR_LOOPS, X86_FEATURE_RSB_VMEXIT, X86_FEATURE_RSB_VMEXIT_LITE
 
 	ALTERNATIVE "jmp .Lno_ibrs", "", X86_FEATURE_KERNEL_IBRS
+	DUNE_HEAVY DUNE_HEAVY_RDMSR
+	DUNE_HEAVY DUNE_HEAVY_WRMSR
 	mov $MSR_IA32_SPEC_CTRL, %ecx
 	rdmsr
 	wrmsr

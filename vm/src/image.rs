@@ -34,6 +34,9 @@ const GROUP: &str = "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\nout
 /// Where the machine is a real one, which has users of its own.
 const NATIVE_IDS: [(&str, &str); 2] = [("1000", "64990"), ("1001", "64991")];
 
+/// Where the tree is for a harness in the machine: not in a directory over which `init` mounts.
+const HARNESS_ROOT: &str = "/opt/dune";
+
 const BUSYBOX: &str = "/bin/busybox";
 const ISOLINUX: &str = "/usr/lib/ISOLINUX/isolinux.bin";
 const LDLINUX: &str = "/usr/lib/syslinux/modules/bios/ldlinux.c32";
@@ -173,20 +176,21 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Adds `dune-vm` and what it takes from the tree, in the same places.
-    pub fn add_harness(&mut self) -> Result<()> {
-        let root = paths::root();
+    /// Adds `dune-vm` and what it takes from the tree, which is [`HARNESS_ROOT`] there. Returns the environment for it.
+    pub fn add_harness(&mut self) -> Result<String> {
         for directory in ["scripts", "vm/guest"] {
-            let directory = root.join(directory);
-            self.add_file(&directory.to_string_lossy(), &directory)?;
+            self.add_file(&format!("{HARNESS_ROOT}/{directory}"), &paths::root().join(directory))?;
         }
         let built = paths::target_dir().join("release");
         let (vm, helper) = (built.join("dune-vm"), built.join(paths::KVM_HELPER));
         self.add_program("usr/bin/dune-vm", &vm)?;
         for program in paths::programs().into_iter().chain([helper]) {
-            self.add_program(&program.to_string_lossy(), &program)?;
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            self.add_program(&format!("{HARNESS_ROOT}/target/release/{name}"), &program)?;
         }
-        Ok(())
+        Ok(format!(
+            "export DUNE_ROOT={HARNESS_ROOT} CARGO_TARGET_DIR={HARNESS_ROOT}/target DUNE_MODULE=/lib/modules/dune.ko"
+        ))
     }
 
     /// Adds what `HOST` or `HOST:GUEST` names: a program with its libraries, or a directory. Without `GUEST` a program goes

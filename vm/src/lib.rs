@@ -7,6 +7,7 @@
 
 pub mod bench;
 pub mod elf;
+pub mod heavy;
 pub mod host;
 pub mod image;
 pub mod ktap;

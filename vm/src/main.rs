@@ -14,6 +14,7 @@ use clap::Parser;
 use clap::Subcommand;
 use dune_vm::bench;
 use dune_vm::bench::Results;
+use dune_vm::heavy;
 use dune_vm::host;
 use dune_vm::image::Initramfs;
 use dune_vm::machine;
@@ -69,6 +70,8 @@ enum Action {
     },
     /// Print the ratios of two results.json; the new one is the last run's unless given.
     BenchCompare { old: PathBuf, new: Option<PathBuf> },
+    /// Whether a dune.ko built with DUNE_COUNT_OPS=y counts every heavy operation that its disassembly has.
+    HeavySites { module: PathBuf },
     /// List the machines of the matrix.
     Rows,
     /// Boot into an interactive root shell on this terminal.
@@ -154,6 +157,7 @@ fn main() -> ExitCode {
         }),
         Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
         Action::BenchCompare { old, new } => bench_compare(&old, new),
+        Action::HeavySites { module } => heavy_sites(&module),
         Action::Rows => {
             for row in matrix::rows(true) {
                 println!(
@@ -241,6 +245,13 @@ fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
     let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
     bench::compare(&read(old)?, &read(&new)?);
     Ok(0)
+}
+
+fn heavy_sites(module: &Path) -> Result<u8> {
+    let (places, wrong) = heavy::look(module)?;
+    wrong.iter().for_each(|place| println!("{place}"));
+    println!("{places} heavy operations; not counted in {} functions", wrong.len());
+    Ok(u8::from(!wrong.is_empty()))
 }
 
 fn shell(arguments: &MachineArgs) -> Result<u8> {

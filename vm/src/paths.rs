@@ -40,8 +40,11 @@ pub fn c_programs() -> PathBuf {
     target_dir().join("c-compat/bin")
 }
 
-/// The root of the source tree.
+/// The root of the source tree: where this was built, or `DUNE_ROOT`.
 pub fn root() -> PathBuf {
+    if let Some(root) = std::env::var_os("DUNE_ROOT") {
+        return PathBuf::from(root);
+    }
     let vm = Path::new(env!("CARGO_MANIFEST_DIR"));
     vm.parent().unwrap_or(vm).to_path_buf()
 }

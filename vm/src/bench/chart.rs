@@ -35,6 +35,13 @@ pub fn report(results: &Results) -> Result<String> {
         environment.rustc,
         environment.gcc
     )?;
+    for machine in &results.other_machines {
+        writeln!(
+            page,
+            "<p>Rows of {}: kernel {} ({}).</p>",
+            machine.cpu_model, machine.kernel, machine.kernel_arguments
+        )?;
+    }
     table(&mut page, results)?;
     for column in columns(results) {
         if !column.is_empty() {
@@ -56,7 +63,7 @@ pub fn report(results: &Results) -> Result<String> {
 
 fn table(page: &mut String, results: &Results) -> Result<()> {
     *page += "<table><tr><th>bench<th>system<th>unit<th>median<th>mean<th>max<th>n<th>VM exits<th>VMREAD<th>VMWRITE<th>RDMSR\
-              <th>WRMSR<th>target<th>then<th>why it is missed, and what to try next</tr>\n";
+              <th>WRMSR<th>VMPTRLD …<th>INVEPT …<th>loads of CR …<th>CLI, STI<th>IPIs<th>target<th>then<th>why it is missed, and what to try next</tr>\n";
     for row in &results.rows {
         let class = match (row.met, row.recorded) {
             (_, true) => "recorded",
@@ -75,7 +82,7 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
         writeln!(
             page,
             "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}\
-             <td class=\"why\">{}</tr>",
+             <td>{}<td>{}<td>{}<td>{}<td>{}<td class=\"why\">{}</tr>",
             row.bench,
             short(&row.unit),
             row.value,
@@ -87,6 +94,11 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
             heavy(|heavy| heavy.vmwrite),
             heavy(|heavy| heavy.rdmsr),
             heavy(|heavy| heavy.wrmsr),
+            heavy(|heavy| heavy.vmptrld),
+            heavy(|heavy| heavy.invalidation),
+            heavy(|heavy| heavy.load),
+            heavy(|heavy| heavy.interrupt_flag),
+            heavy(|heavy| heavy.ipi),
             limit(row.target),
             limit(row.next_target),
             row.reason.as_deref().unwrap_or("")

@@ -144,7 +144,10 @@ fn emulated(options: &Options) -> Result<Results> {
     results.take_heavy(&counted);
     // Building the counting variant has replaced the module; later boots want the plain one.
     paths::module(kernel, None)?;
-    let (kernel, cpu_model, _) = USUAL;
+    let (kernel, cpu_model, append) = USUAL;
+    results
+        .other_machines
+        .push(Environment::emulated(kernel, cpu_model, append)?);
     println!("{cpu_model}, kernel {kernel}: XSAVE, mitigations");
     print_head();
     let module = paths::module(kernel, None)?;

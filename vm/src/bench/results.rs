@@ -70,16 +70,34 @@ pub struct Line {
 }
 
 /// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Heavy {
     pub vmread: u64,
     pub vmwrite: u64,
+    /// VMPTRLD, VMPTRST, VMCLEAR, VMXON, VMXOFF.
+    #[serde(default)]
+    pub vmptrld: u64,
+    /// INVEPT, INVVPID.
+    #[serde(default)]
+    pub invalidation: u64,
     pub rdmsr: u64,
     pub wrmsr: u64,
+    /// MOV to a control or debug register, LGDT, LLDT, LTR.
+    #[serde(default)]
+    pub load: u64,
+    /// CLI, STI.
+    #[serde(default)]
+    pub interrupt_flag: u64,
+    /// Calls by which Linux interrupts other CPUs.
+    #[serde(default)]
+    pub ipi: u64,
+    /// VMLAUNCH, VMRESUME.
+    #[serde(default)]
+    pub entry: u64,
 }
 
 impl Heavy {
-    /// Whether there are no more of any kind.
+    /// Whether there are no more of the kinds for which there are targets.
     pub fn is_within(&self, most: &Self) -> bool {
         self.vmread <= most.vmread
             && self.vmwrite <= most.vmwrite
@@ -123,6 +141,9 @@ pub struct Results {
     /// For whoever keeps the file.
     pub license: String,
     pub environment: Environment,
+    /// Of the machines that rows name in their column.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_machines: Vec<Environment>,
     pub unit: String,
     pub rows: Vec<Row>,
 }
@@ -132,6 +153,7 @@ impl Results {
         Self {
             license: concat!("SPDX-License", "-Identifier: MIT OR Apache-2.0").to_string(),
             environment,
+            other_machines: Vec::new(),
             unit: String::new(),
             rows: Vec::new(),
         }

@@ -28,6 +28,19 @@ const fn target(bench: &'static str, most: u64, then: Option<u64>, if_missed: &'
     }
 }
 
+const NONE: Heavy = Heavy {
+    vmread: 0,
+    vmwrite: 0,
+    vmptrld: 0,
+    invalidation: 0,
+    rdmsr: 0,
+    wrmsr: 0,
+    load: 0,
+    interrupt_flag: 0,
+    ipi: 0,
+    entry: 0,
+};
+
 const TARGETS: &[Target] = &[
     Target {
         heavy: Some(Heavy {
@@ -35,6 +48,7 @@ const TARGETS: &[Target] = &[
             vmwrite: 3,
             rdmsr: 1,
             wrmsr: 1,
+            ..NONE
         }),
         ..target("bare_exit", 180, Some(120), "")
     },
@@ -44,6 +58,7 @@ const TARGETS: &[Target] = &[
             vmwrite: 3,
             rdmsr: 0,
             wrmsr: 2,
+            ..NONE
         }),
         ..target(
             "getpid",
@@ -233,6 +248,7 @@ mod tests {
             vmwrite: 3,
             rdmsr,
             wrmsr: 2,
+            ..NONE
         };
         assert_eq!(judged("getpid", 1, Some(heavy(0))).met, Some(true));
         assert_eq!(judged("getpid", 1, Some(heavy(1))).met, Some(false));

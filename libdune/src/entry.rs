@@ -240,6 +240,7 @@ impl Dune {
     /// # Safety
     ///
     /// As there.
+    #[inline(always)]
     pub unsafe fn load(&self, table: &AddressSpace<'_>) {
         // SAFETY: The caller's.
         unsafe { self.thread().load(table) };

@@ -76,6 +76,7 @@ pub use error::Result;
 pub use interop::AddressError;
 pub use paging::AddressSpace;
 pub use paging::FramePool;
+pub use paging::LoadedSpace;
 pub use paging::PageTable;
 pub use paging::PagingError;
 pub use paging::Permissions;

@@ -54,6 +54,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("page_table_outlives_its_handle", page_table_outlives_its_handle),
     Test::asserting("copy_on_write_keeps_writes_apart", copy_on_write_keeps_writes_apart),
     Test::asserting("snapshot_keeps_what_was_there", snapshot_keeps_what_was_there),
+    Test::asserting("loaded_space_keeps_its_table", loaded_space_keeps_its_table),
     Test::asserting("snapshot_is_apart_from_writers", snapshot_is_apart_from_writers),
     Test::asserting("copied_frames_come_back", copied_frames_come_back),
     Test::asserting("dirty_scan_names_what_was_written", dirty_scan_names_what_was_written),
@@ -616,6 +617,33 @@ fn snapshot_is_apart_from_writers() {
     while pool.used() != 0 {
         std::thread::yield_now();
     }
+    dune.leave();
+}
+
+/// What a thread says of its page table stays true when it has another one, and nobody else has it.
+fn loaded_space_keeps_its_table() {
+    let map = Map::new(PAGE);
+    map.write(0, 7);
+    let dune = enter();
+    let pool = FramePool::new().unwrap();
+    let first = dune.address_space();
+    let table = first.duplicate().unwrap();
+    table.copy_on_write(gva(map.page(0)), BYTES, &pool).unwrap().ignore();
+    // SAFETY: A duplicate, then the table that the thread started with.
+    let space = unsafe {
+        dune.load(&table);
+        map.write(0, 8);
+        let space = dune.thread().current_address_space();
+        dune.load(&first);
+        space
+    };
+    drop(table);
+    assert_eq!(pool.used(), 1);
+    let there = space.look_up(gva(map.page(0))).unwrap();
+    assert_ne!(there.gpa, first.look_up(gva(map.page(0))).unwrap().gpa);
+    drop(space);
+    assert_eq!(pool.used(), 0);
+    assert_eq!(map.read(0), 7);
     dune.leave();
 }
 

@@ -324,6 +324,8 @@ fn nesting_limit_is_reported() {
         let map = Map::new(PAGE);
         map.write(0, 1);
         let dune = enter();
+        // SAFETY: A name of less than 16 bytes.
+        unsafe { libc::prctl(libc::PR_SET_NAME, c"deep-handler".as_ptr()) };
         dune.set_exception_handler(Vector::PF, faults_for_ever);
         let page = gva(map.page(0));
         dune.address_space()
@@ -338,7 +340,7 @@ fn nesting_limit_is_reported() {
     let line = ended.output.lines().find(|line| line.starts_with("dune: fatal:"));
     let line = line.unwrap_or_else(|| panic!("no report: {ended:?}"));
     assert!(line.contains("nested deeper than the 8 handler stacks"), "{line}");
-    for part in ["#PF (page fault) 14", "RIP 0x", "thread "] {
+    for part in ["#PF (page fault) 14", "RIP 0x", "thread ", " \"deep-handler\""] {
         assert!(line.contains(part), "{part}: {line}");
     }
 }

@@ -65,6 +65,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("extended_state_is_kept_apart", extended_state_is_kept_apart),
     Test::asserting("cpl3_runs_32_bit_code", cpl3_runs_32_bit_code),
     Test::asserting("cpl3_cannot_keep_the_cpu", cpl3_cannot_keep_the_cpu),
+    Test::asserting("handlers_take_exceptions_of_cpl3", handlers_take_exceptions_of_cpl3),
     Test::asserting(
         "cpl3_comes_out_into_a_page_that_was_copied",
         cpl3_comes_out_into_a_page_that_was_copied,
@@ -1308,6 +1309,73 @@ fn cpl3_that_nobody_waits_for_stays_in_dune_mode() {
         assert!(ended.output.contains("no UserContext runs"), "{name}: {ended:?}");
         assert_ne!(ended.signal(), None, "{name}: {ended:?}");
     }
+}
+
+/// Handlers take exceptions of CPL3 that they sent there themselves, page faults and others, with what CPL3 had in its
+/// registers, and go on at CPL0 or again at CPL3.
+fn handlers_take_exceptions_of_cpl3() {
+    static SANDBOX: AtomicU64 = AtomicU64::new(0);
+    static BACK: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
+    static SEEN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+    /// From CPL0 to CPL3, and from there back.
+    fn cross(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+        if frame.is_cpl3() {
+            SEEN[0].fetch_add(1, SeqCst);
+            SEEN[1].store(frame.rbx, SeqCst);
+            let [rip, rsp, rflags, cs, ss] = BACK.each_ref().map(|word| word.load(SeqCst));
+            (frame.rip, frame.rsp, frame.rflags) = (rip, rsp, rflags);
+            (frame.cs, frame.ss) = (cs, ss);
+            return Outcome::Resume;
+        }
+        let back = [frame.rip, frame.rsp, frame.rflags, frame.cs, frame.ss];
+        BACK.iter()
+            .zip(back)
+            .for_each(|(word, value)| word.store(value, SeqCst));
+        let sandbox = SANDBOX.load(SeqCst);
+        (frame.rip, frame.rsp) = (sandbox, sandbox + ((STACK + 1) * PAGE) as u64);
+        (frame.cs, frame.ss) = (0x33, 0x2b);
+        Outcome::Resume
+    }
+    /// Gives CPL3 the page that it has not.
+    fn give(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+        if !frame.is_cpl3() {
+            return Outcome::Unhandled;
+        }
+        SEEN[2].fetch_add(1, SeqCst);
+        SEEN[3].store(frame.error_code, SeqCst);
+        let page = Gva::new(frame.cr2 & !(PAGE as u64 - 1)).unwrap();
+        let permissions = Permissions::USER | Permissions::WRITE;
+        match thread.address_space().protect(page, PAGE as u64, permissions) {
+            Ok(flush) => flush.flush(),
+            Err(_) => return Outcome::Unhandled,
+        }
+        Outcome::Resume
+    }
+    const USER_WRITE: u64 = 0b111;
+    let dune = enter();
+    let thread = dune.thread();
+    // mov [rdi], rbx; int3
+    let sandbox = Sandbox::new(&thread, &[0x48, 0x89, 0x1f, 0xcc]);
+    SANDBOX.store(sandbox.map.page(CODE) as u64, SeqCst);
+    dune.set_exception_handler(Vector::BP, cross);
+    dune.set_exception_handler(Vector::PF, give);
+    let secret = sandbox.map.page(SECRET) as u64;
+    for value in [0x1234u64, 0x5678] {
+        // SAFETY: The handlers take it there and back; RBX is restored.
+        unsafe {
+            asm!("push rbx", "mov rbx, {value}", "int3", "pop rbx", value = in(reg) value, in("rdi") secret);
+        }
+        assert_eq!(SEEN[1].load(SeqCst), value);
+        assert_eq!(sandbox.map.read(SECRET * PAGE), value);
+    }
+    // The page was missing the first time only.
+    assert_eq!(
+        [0, 2, 3].map(|index: usize| SEEN[index].load(SeqCst)),
+        [2, 1, USER_WRITE]
+    );
+    check_cpl0();
+    drop(sandbox);
+    dune.leave();
 }
 
 /// Who leaves Dune mode while somebody has a token, or on a handler's stack, would leave them without their memory.

@@ -107,7 +107,8 @@ impl Thread<'_> {
         if !is_cpl0() {
             return Err(BounceError::OutsideDuneMode);
         }
-        let space = self.current_address_space();
+        // SAFETY: Nobody loads another table before this returns.
+        let space = unsafe { self.loaded_space() };
         let place = Place::of(&space, start, bytes, access)?;
         if let Place::OnePiece(address) = place {
             return Ok(Bounce {

@@ -90,6 +90,29 @@ impl Write for Line {
     }
 }
 
+/// The thread, as a report names it.
+struct Who<'c>(&'c HostContext);
+
+impl fmt::Display for Who<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const NAME_BYTES: usize = 16;
+        write!(f, "vCPU {}, thread {}", self.0.vcpu, self.0.tid)?;
+        if self.0.is_strict {
+            // Linux kills who asks.
+            return Ok(());
+        }
+        let mut name = [0u8; NAME_BYTES];
+        let arguments = [libc::PR_GET_NAME as u64, name.as_mut_ptr() as u64, 0, 0, 0, 0];
+        // SAFETY: Linux writes the name, which ends with 0, into the bytes.
+        let answer = unsafe { sys::raw(libc::SYS_prctl, arguments) };
+        let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME_BYTES);
+        match (answer, core::str::from_utf8(&name[..end])) {
+            (0, Ok(name)) => write!(f, " \"{name}\""),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Name of an exit kind.
 pub(crate) fn kind_name(kind: u32) -> &'static str {
     match kind {
@@ -111,7 +134,7 @@ pub(super) fn die_of_exit(context: &HostContext, run: &RunPage, what: &str) -> !
     let exit = &run.exit;
     let _ = write!(
         line,
-        "dune: fatal: {what}: {} (reason {:#x}, qualification {:#x}, gpa {:#x}, gla {:#x}, hva {:#x}, access {:#x}, flags {:#x}, interruption {:#x}, instruction error {}), RIP {:#x}, RSP {:#x}, CR3 {:#x}, vCPU {}, thread {}",
+        "dune: fatal: {what}: {} (reason {:#x}, qualification {:#x}, gpa {:#x}, gla {:#x}, hva {:#x}, access {:#x}, flags {:#x}, interruption {:#x}, instruction error {}), RIP {:#x}, RSP {:#x}, CR3 {:#x}, {}",
         kind_name(exit.kind),
         exit.reason,
         exit.qualification,
@@ -125,8 +148,7 @@ pub(super) fn die_of_exit(context: &HostContext, run: &RunPage, what: &str) -> !
         run.rip,
         run.gprs.rsp,
         run.sregs.cr3,
-        context.vcpu,
-        context.tid,
+        Who(context),
     );
     line.print();
     last_words(&LastWords {
@@ -146,8 +168,8 @@ pub(super) fn die_of_run(context: &HostContext, errno: i64) -> ! {
     let mut line = Line::new();
     let _ = write!(
         line,
-        "dune: fatal: DUNE_RUN failed with errno {errno}: the run page or the device was damaged, vCPU {}, thread {}",
-        context.vcpu, context.tid
+        "dune: fatal: DUNE_RUN failed with errno {errno}: the run page or the device was damaged, {}",
+        Who(context)
     );
     line.print();
     last_words(&LastWords {
@@ -167,8 +189,10 @@ pub(super) fn die_of_frame(context: &HostContext, what: &str, signal: i32, rip: 
     let mut line = Line::new();
     let _ = write!(
         line,
-        "dune: fatal: {what}: signal {signal}, RIP {rip:#x}, RSP {rsp:#x}, alternate stack {:#x} + {:#x}, vCPU {}, thread {}",
-        context.alt_stack.start, context.alt_stack.bytes, context.vcpu, context.tid
+        "dune: fatal: {what}: signal {signal}, RIP {rip:#x}, RSP {rsp:#x}, alternate stack {:#x} + {:#x}, {}",
+        context.alt_stack.start,
+        context.alt_stack.bytes,
+        Who(context)
     );
     line.print();
     sys::die_by(libc::SIGSEGV)
@@ -192,7 +216,7 @@ pub(super) fn die_of_exception(context: &HostContext, reason: u32, frame: Option
             frame.rflags,
         );
     }
-    let _ = write!(line, "vCPU {}, thread {}", context.vcpu, context.tid);
+    let _ = write!(line, "{}", Who(context));
     line.print();
     last_words(&LastWords {
         exit: None,

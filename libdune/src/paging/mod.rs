@@ -33,6 +33,7 @@ mod sync {
 }
 
 pub use entry::Permissions;
+pub use owned::LoadedSpace;
 pub use owned::PageTable;
 pub use pool::FramePool;
 pub use space::AddressSpace;

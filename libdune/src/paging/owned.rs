@@ -127,6 +127,46 @@ impl Drop for PageTable {
     }
 }
 
+/// The page table that a thread had in CR3, given by [`Thread::current_address_space`](crate::Thread::current_address_space).
+///
+/// What an [`AddressSpace`] can do it can. The table's memory is not given back as long as there is one, as by a
+/// [`PageTable`].
+#[derive(Debug)]
+pub struct LoadedSpace<'d> {
+    space: AddressSpace<'d>,
+    /// The table's number, unless it is none of libdune's.
+    held: Option<u16>,
+}
+
+impl<'d> LoadedSpace<'d> {
+    /// # Safety
+    ///
+    /// `space` must have a user now, and its process live for 'd.
+    pub(crate) unsafe fn new(space: AddressSpace<'d>) -> Self {
+        let held = space.number();
+        if let Some(number) = held {
+            space.process().tables().hold(number);
+        }
+        Self { space, held }
+    }
+}
+
+impl<'d> Deref for LoadedSpace<'d> {
+    type Target = AddressSpace<'d>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.space
+    }
+}
+
+impl Drop for LoadedSpace<'_> {
+    fn drop(&mut self) {
+        if let Some(number) = self.held {
+            self.space.process().tables().let_go(number);
+        }
+    }
+}
+
 /// Counts a thread that runs no guest code any more out of the table that it had.
 pub(crate) fn forget_thread(process: &Process, here: &Here) {
     if let Some(number) = here.leave() {

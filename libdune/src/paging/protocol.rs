@@ -73,6 +73,7 @@ impl Here {
     /// TLB if its argument is true. `seen` is the generation that the thread flushed the table for.
     ///
     /// Returns the table before.
+    #[inline(always)]
     pub fn switch(
         &self,
         number: u16,

@@ -136,7 +136,7 @@ impl<'d> AddressSpace<'d> {
     }
 
     #[inline]
-    fn process(&self) -> &Process {
+    pub(super) fn process(&self) -> &Process {
         // SAFETY: Alive for 'd.
         unsafe { &*self.process }
     }

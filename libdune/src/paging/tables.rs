@@ -151,16 +151,24 @@ impl<'m> Tables<'m> {
     }
 
     /// Counts one more user of a table that has one.
+    #[inline]
     pub fn hold(self, number: u16) {
         self.get(number).users.fetch_add(1, Relaxed);
     }
 
     /// Counts a user out; the last one frees the tables.
+    #[inline]
     pub fn let_go(self, number: u16) {
-        let record = self.get(number);
-        if record.users.fetch_sub(1, AcqRel) != 1 {
-            return;
+        if self.get(number).users.fetch_sub(1, AcqRel) == 1 {
+            self.free(number);
         }
+    }
+
+    /// Frees the tables, which have no user.
+    #[cold]
+    #[inline(never)]
+    fn free(self, number: u16) {
+        let record = self.get(number);
         {
             let tree = Tree {
                 frames: self.0,

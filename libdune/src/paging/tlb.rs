@@ -148,6 +148,7 @@ fn flush_here(start: Gva, pages: u64) {
 /// # Safety
 ///
 /// The thread must be at CPL0, and the table must have a user and map what runs.
+#[inline(always)]
 pub(crate) unsafe fn switch(process: &Process, area: u64, here: &Here, number: u16) {
     let tables = process.tables();
     let record = tables.get(number);

@@ -41,6 +41,7 @@ use crate::paging::settle_write;
 use crate::paging::switch;
 use crate::paging::tables::DEFAULT;
 use crate::paging::AddressSpace;
+use crate::paging::LoadedSpace;
 use crate::paging::PageTable;
 use crate::paging::PagingError;
 use crate::percpu::Block;
@@ -161,8 +162,18 @@ impl<'a> Thread<'a> {
         unsafe { AddressSpace::borrowed(self.block().process, DEFAULT) }
     }
 
-    /// The page table that CR3 holds.
-    pub fn current_address_space(&self) -> AddressSpace<'a> {
+    /// The page table that CR3 holds. It stays as long as this, also where another one is loaded meanwhile.
+    pub fn current_address_space(&self) -> LoadedSpace<'a> {
+        // SAFETY: The thread has it now, and the process lives as long as a Dune thread.
+        unsafe { LoadedSpace::new(self.loaded_space()) }
+    }
+
+    /// The same, counted by nobody.
+    ///
+    /// # Safety
+    ///
+    /// Not to be used when another table may have been loaded.
+    pub(crate) unsafe fn loaded_space(&self) -> AddressSpace<'a> {
         let block = self.block();
         let number = block.here.number().unwrap_or(DEFAULT);
         let root = block.process().tables().get(number).root();
@@ -237,7 +248,7 @@ impl<'a> Thread<'a> {
     /// The table must be one of this process, not of the one that it was forked from outside Dune mode. It must map the
     /// code that runs, its stack, libdune and what libdune keeps for the thread, as the default table and its duplicates
     /// do unless that was taken out.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn load(&self, table: &AddressSpace<'_>) {
         let block = self.block();
         debug_assert!(table.is_of(block.process), "a page table of another process");

@@ -99,7 +99,8 @@ impl<'t> UserSlice<'t> {
             return Err(fault(start));
         }
         let end = start.checked_add(bytes as u64).ok_or(fault(start))?;
-        let space = thread.current_address_space();
+        // SAFETY: Nobody loads another table before this returns.
+        let space = unsafe { thread.loaded_space() };
         let wanted = if is_writable {
             Permissions::USER | Permissions::WRITE
         } else {

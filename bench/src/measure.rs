@@ -7,7 +7,6 @@
 //! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
 
 use dune_examples::ticks;
-use libdune::abi;
 use libdune::abi::Counters;
 use libdune::abi::CAP_COUNT_OPS;
 use libdune::abi::HEAVY_KINDS;
@@ -33,46 +32,10 @@ pub struct Row {
     pub n: usize,
     /// VM exits of one operation, where a vCPU says it.
     pub vm_exits: Option<u64>,
-    pub heavy: Option<Heavy>,
-}
-
-/// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Heavy {
-    pub vmread: u64,
-    pub vmwrite: u64,
-    /// VMPTRLD, VMPTRST, VMCLEAR, VMXON, VMXOFF.
-    pub vmptrld: u64,
-    /// INVEPT, INVVPID.
-    pub invalidation: u64,
-    pub rdmsr: u64,
-    pub wrmsr: u64,
-    /// MOV to a control or debug register, LGDT, LLDT, LTR.
-    pub load: u64,
-    /// CLI, STI.
-    pub interrupt_flag: u64,
-    /// Calls by which Linux interrupts other CPUs.
-    pub ipi: u64,
-    /// VMLAUNCH, VMRESUME.
-    pub entry: u64,
-}
-
-impl Heavy {
-    /// By the module's kinds.
-    fn of(counted: &[u64; HEAVY_KINDS]) -> Self {
-        Self {
-            vmread: counted[abi::HEAVY_VMREAD],
-            vmwrite: counted[abi::HEAVY_VMWRITE],
-            vmptrld: counted[abi::HEAVY_VMPTRLD],
-            invalidation: counted[abi::HEAVY_INVALIDATION],
-            rdmsr: counted[abi::HEAVY_RDMSR],
-            wrmsr: counted[abi::HEAVY_WRMSR],
-            load: counted[abi::HEAVY_LOAD],
-            interrupt_flag: counted[abi::HEAVY_INTERRUPT_FLAG],
-            ipi: counted[abi::HEAVY_IPI],
-            entry: counted[abi::HEAVY_ENTRY],
-        }
-    }
+    /// How many of them were interrupts, which the operation did not make.
+    pub interrupts: Option<u64>,
+    /// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator, by `HEAVY_*`.
+    pub heavy: Option<[u64; HEAVY_KINDS]>,
 }
 
 /// Which rows are measured.
@@ -109,23 +72,47 @@ impl System<'_> {
     }
 
     /// Measures what is the same each time, after a few times that do not count. `action` gives its ticks.
-    pub fn repeated(&self, bench: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) {
+    pub fn repeated(&self, bench: &'static str, count: usize, action: impl FnMut(usize) -> u64) {
+        self.repeated_after(bench, count, || (), action);
+    }
+
+    /// The same; `before_each` is not measured.
+    pub fn repeated_after(
+        &self,
+        bench: &'static str,
+        count: usize,
+        mut before_each: impl FnMut(),
+        mut action: impl FnMut(usize) -> u64,
+    ) {
         if self.is_wanted(bench) {
             for i in 0..WARM_UP {
+                before_each();
                 action(i);
             }
-            self.once(bench, count, action);
+            self.once_after(bench, count, before_each, action);
         }
     }
 
     /// Measures `action` for each of `0..count`; it gives its ticks.
-    pub fn once(&self, bench: &'static str, count: usize, mut action: impl FnMut(usize) -> u64) {
+    pub fn once(&self, bench: &'static str, count: usize, action: impl FnMut(usize) -> u64) {
+        self.once_after(bench, count, || (), action);
+    }
+
+    /// The same; `before_each` is not measured.
+    fn once_after(
+        &self,
+        bench: &'static str,
+        count: usize,
+        mut before_each: impl FnMut(),
+        mut action: impl FnMut(usize) -> u64,
+    ) {
         if !self.is_wanted(bench) {
             return;
         }
         let empty = empty();
-        let mut columns: [Vec<u64>; 2 + HEAVY_KINDS] = core::array::from_fn(|_| Vec::with_capacity(count));
+        let mut columns: [Vec<u64>; 3 + HEAVY_KINDS] = core::array::from_fn(|_| Vec::with_capacity(count));
         for i in 0..count {
+            before_each();
             let before = self.dune.map(Dune::counters);
             columns[0].push(action(i).saturating_sub(empty));
             if let (Some(before), Some(dune)) = (before, self.dune) {
@@ -137,9 +124,9 @@ impl System<'_> {
         let [mut ticks, rest @ ..] = columns;
         let mut row = row(bench, self.name, &mut ticks);
         if let Some(dune) = self.dune {
-            let [exits, heavy @ ..] = rest.map(|mut column| median(&mut column));
-            row.vm_exits = Some(exits);
-            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(Heavy::of(&heavy));
+            let [exits, interrupts, heavy @ ..] = rest.map(|mut column| median(&mut column));
+            (row.vm_exits, row.interrupts) = (Some(exits), Some(interrupts));
+            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(heavy);
         }
         emit(&row);
     }
@@ -186,6 +173,7 @@ fn row(bench: &'static str, system: &str, ticks: &mut [u64]) -> Row {
         max: ticks.iter().copied().max().unwrap_or(0),
         n: ticks.len(),
         vm_exits: None,
+        interrupts: None,
         heavy: None,
     }
 }
@@ -195,12 +183,15 @@ fn emit(row: &Row) {
     println!("{MARK}{json}");
 }
 
-/// Exits and heavy operations between two readings.
-fn done(before: &Counters, after: &Counters) -> [u64; 1 + HEAVY_KINDS] {
+/// Exits, interrupts and heavy operations between two readings.
+fn done(before: &Counters, after: &Counters) -> [u64; 2 + HEAVY_KINDS] {
+    /// Basic exit reason (SDM vol. 3, appendix C).
+    const EXTERNAL_INTERRUPT: usize = 1;
     let exits = |counters: &Counters| counters.exits.iter().sum::<u64>();
-    core::array::from_fn(|column| match column.checked_sub(1) {
-        None => exits(after) - exits(before),
-        Some(kind) => after.heavy[kind] - before.heavy[kind],
+    core::array::from_fn(|column| match column {
+        0 => exits(after) - exits(before),
+        1 => after.exits[EXTERNAL_INTERRUPT] - before.exits[EXTERNAL_INTERRUPT],
+        _ => after.heavy[column - 2] - before.heavy[column - 2],
     })
 }
 

@@ -11,13 +11,13 @@ const KINDS: usize = bindings::DUNE_HEAVY_KINDS as usize;
 /// `asm!` with an instruction of that kind.
 #[cfg(dune_count_ops)]
 macro_rules! heavy_asm {
-    (VMREAD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("0", $($rest)*) };
-    (VMWRITE, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("1", $($rest)*) };
-    (VMPTRLD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("2", $($rest)*) };
-    (INVALIDATION, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("3", $($rest)*) };
-    (RDMSR, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("4", $($rest)*) };
-    (WRMSR, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("5", $($rest)*) };
-    (LOAD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!("6", $($rest)*) };
+    (VMREAD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(0, $($rest)*) };
+    (VMWRITE, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(1, $($rest)*) };
+    (VMPTRLD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(2, $($rest)*) };
+    (INVALIDATION, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(3, $($rest)*) };
+    (RDMSR, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(4, $($rest)*) };
+    (WRMSR, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(5, $($rest)*) };
+    (LOAD, $($rest:tt)*) => { $crate::sys::heavy::marked_asm!(6, $($rest)*) };
 }
 
 /// The same, by the number of the kind.
@@ -42,10 +42,8 @@ pub(crate) use heavy_asm;
 #[cfg(dune_count_ops)]
 pub(crate) use marked_asm;
 
-/// `number`: the digit of a kind.
 #[cfg(dune_count_ops)]
-pub(crate) fn count(number: &str) {
-    let kind = usize::from(number.as_bytes()[0] - b'0');
+pub(crate) fn count(kind: usize) {
     // SAFETY: A word of the array; the machine that counts has one CPU.
     unsafe {
         let word = (&raw mut bindings::dune_heavy).cast::<u64>().add(kind);

@@ -74,7 +74,8 @@ fn flush(addr: u64, bytes: u64) {
     let (Some(thread), Some(start)) = (unsafe { shared.thread() }, Gva::new(addr & !0xfff)) else {
         return;
     };
-    thread.current_address_space().flush(start, bytes);
+    // SAFETY: Nothing loads another table meanwhile.
+    unsafe { thread.loaded_space() }.flush(start, bytes);
 }
 
 /// INVPCID of the loaded table's PCID: mode 0 forgets one page, 1 the table, 2 and 3 all tables. A CPU without that

@@ -308,7 +308,8 @@ fn fill(thread: &Thread<'_>, fault: &PageFault) -> bool {
     if fault.is_present() || fault.host_refused() {
         return false;
     }
-    let fill = |gva| thread.current_address_space().fill(gva).unwrap_or(false);
+    // SAFETY: Nothing loads another table meanwhile.
+    let fill = |gva| unsafe { thread.loaded_space() }.fill(gva).unwrap_or(false);
     Gva::new(fault.address).is_some_and(fill)
 }
 

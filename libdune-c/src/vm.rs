@@ -534,7 +534,8 @@ pub unsafe extern "C" fn dune_vm_default_pgflt_handler(addr: usize, fec: u64) {
     let Some(thread) = (unsafe { shared.thread() }) else {
         return;
     };
-    let space = thread.current_address_space();
+    // SAFETY: Nothing loads another table meanwhile.
+    let space = unsafe { thread.loaded_space() };
     let Ok(entry) = space.entry(at, 1, Missing::Tell) else {
         return;
     };

@@ -25,8 +25,10 @@ use crate::raw::Device;
 use crate::raw::RawGuest;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::eventually;
 use crate::support::perf_event;
 use crate::support::spawn;
+use crate::support::spawn_spinning;
 use crate::support::Cgroup;
 use crate::support::Shared;
 
@@ -66,18 +68,6 @@ pub const TESTS: &[Test] = &[
         .needs(&[Need::Path("/sys/kernel/tracing/uprobe_events")]),
     Test::asserting("perf_samples_the_module", perf_samples_the_module).run_as(User::Root),
 ];
-
-/// Waits until it holds; false if it does not for a second.
-fn eventually(condition: impl Fn() -> bool) -> bool {
-    let start = Instant::now();
-    while !condition() {
-        if start.elapsed() > Duration::from_secs(1) {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    true
-}
 
 /// A ring as io_uring_setup(2) has it.
 struct Ring {
@@ -645,9 +635,15 @@ fn cpu_clocks_count_the_guest() {
 }
 
 fn freezer_stops_a_spinning_guest() {
+    let shared = Shared::new();
+    frozen_and_thawed(&shared);
+    killed_while_frozen(&shared);
+}
+
+/// The group goes with its only child: nothing is left in it.
+fn frozen_and_thawed(shared: &Shared) {
     let cgroup = Cgroup::new("pids", "freezer");
     let is_frozen = || cgroup.stat("cgroup.events", "frozen") == 1;
-    let shared = Shared::new();
     let child = spawn(|| {
         cgroup.write("cgroup.procs", "0");
         let dune = enter();
@@ -673,7 +669,11 @@ fn freezer_stops_a_spinning_guest() {
     }
     shared.word(1).store(1, SeqCst);
     child.wait().assert_success();
-    // Killed while frozen.
+}
+
+fn killed_while_frozen(shared: &Shared) {
+    let cgroup = Cgroup::new("pids", "freezer");
+    let is_frozen = || cgroup.stat("cgroup.events", "frozen") == 1;
     let child = spawn(|| {
         cgroup.write("cgroup.procs", "0");
         let _dune = enter();
@@ -696,16 +696,7 @@ fn quota_throttles_a_spinning_guest() {
     // A fifth of a CPU, in periods that Linux' tick can tell.
     cgroup.write("cpu.max", "20000 100000");
     let shared = Shared::new();
-    let child = spawn(|| {
-        let dune = enter();
-        shared.word(0).store(1, SeqCst);
-        while shared.word(1).load(SeqCst) == 0 {
-            std::hint::spin_loop();
-        }
-        assert!(Dune::is_active());
-        dune.leave();
-    });
-    assert!(eventually(|| shared.word(0).load(SeqCst) == 1));
+    let child = spawn_spinning(&shared);
     let used = || cgroup.stat("cpu.stat", "usage_usec");
     cgroup.write("cgroup.procs", &child.pid.to_string());
     let (start, before) = (Instant::now(), used());

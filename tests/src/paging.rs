@@ -26,6 +26,7 @@ use crate::helpers::pin_to_cpu;
 use crate::support::assert_no_exits;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::eventually;
 use crate::support::install_probe;
 use crate::support::load;
 use crate::support::store;
@@ -614,9 +615,7 @@ fn snapshot_is_apart_from_writers() {
     unsafe { dune.load(&first) };
     drop(work);
     // The writer's thread has the table until it is gone.
-    while pool.used() != 0 {
-        std::thread::yield_now();
-    }
+    assert!(eventually(|| pool.used() == 0));
     dune.leave();
 }
 

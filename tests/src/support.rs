@@ -11,7 +11,9 @@ use std::os::fd::FromRawFd;
 use std::ptr;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
+use std::time::Instant;
 
 use libdune::abi::Counters;
 use libdune::Dune;
@@ -489,6 +491,18 @@ pub fn perf_event(kind: u64, rest: [u64; 7]) -> fs::File {
     }
 }
 
+/// Waits until it holds; false if it does not for a second.
+pub fn eventually(condition: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    while !condition() {
+        if start.elapsed() > Duration::from_secs(1) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
 /// A control group of the test's own, which goes when it is empty.
 pub struct Cgroup(String);
 
@@ -522,15 +536,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        for _ in 0..100 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        if !std::thread::panicking() {
-            panic!("{} stays", self.0);
-        }
+        let is_gone = eventually(|| fs::remove_dir(&self.0).is_ok());
+        assert!(is_gone || std::thread::panicking(), "{} stays", self.0);
     }
 }
 
@@ -561,6 +568,22 @@ pub fn spawn(body: impl FnOnce()) -> Child {
         pid,
         output: Some(output),
     }
+}
+
+/// A child that runs at CPL0 until word 1 of `shared` is set, and leaves then; it has entered when this returns.
+#[track_caller]
+pub fn spawn_spinning(shared: &Shared) -> Child {
+    let child = spawn(|| {
+        let dune = enter();
+        shared.word(0).store(1, SeqCst);
+        while shared.word(1).load(SeqCst) == 0 {
+            std::hint::spin_loop();
+        }
+        assert!(Dune::is_active());
+        dune.leave();
+    });
+    assert!(eventually(|| shared.word(0).load(SeqCst) == 1));
+    child
 }
 
 /// A running child of [`spawn`]. Killed and reaped when dropped.

@@ -8,6 +8,17 @@ use std::path::Path;
 
 use anyhow::Context;
 use anyhow::Result;
+use dune_abi::HEAVY_ENTRY;
+use dune_abi::HEAVY_INTERRUPT_FLAG;
+use dune_abi::HEAVY_INVALIDATION;
+use dune_abi::HEAVY_IPI;
+use dune_abi::HEAVY_KINDS;
+use dune_abi::HEAVY_LOAD;
+use dune_abi::HEAVY_RDMSR;
+use dune_abi::HEAVY_VMPTRLD;
+use dune_abi::HEAVY_VMREAD;
+use dune_abi::HEAVY_VMWRITE;
+use dune_abi::HEAVY_WRMSR;
 use goblin::elf::section_header::SHF_EXECINSTR;
 use goblin::elf::sym::STT_FUNC;
 use goblin::elf::Elf;
@@ -17,8 +28,8 @@ use iced_x86::DecoderOptions;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
 
-/// Names of the kinds, by number (`HEAVY_*` of `abi/src/abi.rs`).
-const KINDS: [&str; 10] = [
+/// Names of the kinds, by number.
+const KINDS: [&str; HEAVY_KINDS] = [
     "VMREAD",
     "VMWRITE",
     "VMPTRLD …",
@@ -30,15 +41,12 @@ const KINDS: [&str; 10] = [
     "IPI",
     "VMLAUNCH, VMRESUME",
 ];
-const LOAD: usize = 6;
-const IPI: usize = 8;
-const ENTRY: usize = 9;
 /// Functions of Linux that have one of a kind in them, as their names begin.
 const CALLED: [(&str, usize); 4] = [
-    ("smp_call_function", IPI),
-    ("on_each_cpu", IPI),
-    ("__flush_tlb", IPI),
-    ("cr4_update_irqsoff", LOAD),
+    ("smp_call_function", HEAVY_IPI),
+    ("on_each_cpu", HEAVY_IPI),
+    ("__flush_tlb", HEAVY_IPI),
+    ("cr4_update_irqsoff", HEAVY_LOAD),
 ];
 /// Replacements of instructions, of which each is another way to do what the marked place does.
 const ALTERNATIVES: &str = ".altinstr_replacement";
@@ -110,7 +118,7 @@ fn judge(places: &Places) -> (usize, Vec<String>) {
         for (kind, (found, marked)) in kinds.iter().enumerate() {
             all += found;
             // VMLAUNCH and VMRESUME are two places that one entry has a choice of.
-            let expected = if kind == ENTRY { found / 2 } else { *found };
+            let expected = if kind == HEAVY_ENTRY { found / 2 } else { *found };
             if expected != *marked {
                 wrong.push(format!("{function}: {found} of {}, {marked} counted", KINDS[kind]));
             }
@@ -125,20 +133,24 @@ fn judge(places: &Places) -> (usize, Vec<String>) {
 /// The kind of an instruction; `None`: it is not heavy.
 fn kind_of(instruction: &Instruction) -> Option<usize> {
     Some(match instruction.mnemonic() {
-        Mnemonic::Vmread => 0,
-        Mnemonic::Vmwrite => 1,
-        Mnemonic::Vmptrld | Mnemonic::Vmptrst | Mnemonic::Vmclear | Mnemonic::Vmxon | Mnemonic::Vmxoff => 2,
-        Mnemonic::Invept | Mnemonic::Invvpid | Mnemonic::Invpcid | Mnemonic::Invlpg | Mnemonic::Wbinvd => 3,
-        Mnemonic::Rdmsr => 4,
-        Mnemonic::Wrmsr | Mnemonic::Wrmsrns | Mnemonic::Xsetbv => 5,
-        Mnemonic::Lgdt | Mnemonic::Lidt | Mnemonic::Lldt | Mnemonic::Ltr | Mnemonic::Lmsw | Mnemonic::Swapgs => LOAD,
+        Mnemonic::Vmread => HEAVY_VMREAD,
+        Mnemonic::Vmwrite => HEAVY_VMWRITE,
+        Mnemonic::Vmptrld | Mnemonic::Vmptrst | Mnemonic::Vmclear | Mnemonic::Vmxon | Mnemonic::Vmxoff => HEAVY_VMPTRLD,
+        Mnemonic::Invept | Mnemonic::Invvpid | Mnemonic::Invpcid | Mnemonic::Invlpg | Mnemonic::Wbinvd => {
+            HEAVY_INVALIDATION
+        }
+        Mnemonic::Rdmsr => HEAVY_RDMSR,
+        Mnemonic::Wrmsr | Mnemonic::Wrmsrns | Mnemonic::Xsetbv => HEAVY_WRMSR,
+        Mnemonic::Lgdt | Mnemonic::Lidt | Mnemonic::Lldt | Mnemonic::Ltr | Mnemonic::Lmsw | Mnemonic::Swapgs => {
+            HEAVY_LOAD
+        }
         Mnemonic::Mov => match instruction.code() {
-            Code::Mov_cr_r64 | Code::Mov_dr_r64 => LOAD,
-            Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16 => LOAD,
+            Code::Mov_cr_r64 | Code::Mov_dr_r64 => HEAVY_LOAD,
+            Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16 => HEAVY_LOAD,
             _ => return None,
         },
-        Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Popfq => 7,
-        Mnemonic::Vmlaunch | Mnemonic::Vmresume => ENTRY,
+        Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Popfq => HEAVY_INTERRUPT_FLAG,
+        Mnemonic::Vmlaunch | Mnemonic::Vmresume => HEAVY_ENTRY,
         _ => return None,
     })
 }
@@ -176,21 +188,21 @@ mod tests {
 
     #[test]
     fn heavy_instructions_are_known() {
-        assert_eq!(kind(&[0x0f, 0x78, 0xc1]), Some(0), "VMREAD");
-        assert_eq!(kind(&[0x0f, 0x30]), Some(5), "WRMSR");
-        assert_eq!(kind(&[0x0f, 0x22, 0xd8]), Some(6), "MOV to CR3");
+        assert_eq!(kind(&[0x0f, 0x78, 0xc1]), Some(HEAVY_VMREAD), "VMREAD");
+        assert_eq!(kind(&[0x0f, 0x30]), Some(HEAVY_WRMSR), "WRMSR");
+        assert_eq!(kind(&[0x0f, 0x22, 0xd8]), Some(HEAVY_LOAD), "MOV to CR3");
         assert_eq!(kind(&[0x0f, 0x20, 0xd8]), None, "MOV from CR3");
-        assert_eq!(kind(&[0x8e, 0xd8]), Some(6), "MOV to DS");
-        assert_eq!(kind(&[0xfa]), Some(7), "CLI");
-        assert_eq!(kind(&[0x0f, 0x01, 0xc3]), Some(ENTRY), "VMRESUME");
+        assert_eq!(kind(&[0x8e, 0xd8]), Some(HEAVY_LOAD), "MOV to DS");
+        assert_eq!(kind(&[0xfa]), Some(HEAVY_INTERRUPT_FLAG), "CLI");
+        assert_eq!(kind(&[0x0f, 0x01, 0xc3]), Some(HEAVY_ENTRY), "VMRESUME");
     }
 
     #[test]
     fn a_place_without_a_mark_is_told() {
         let mut places = Places::new();
-        places.entry("f".to_string()).or_default()[4] = (2, 2);
+        places.entry("f".to_string()).or_default()[HEAVY_RDMSR] = (2, 2);
         assert_eq!(judge(&places), (2, vec![]));
-        places.entry("g".to_string()).or_default()[4] = (2, 1);
+        places.entry("g".to_string()).or_default()[HEAVY_RDMSR] = (2, 1);
         assert_eq!(judge(&places).1, ["g: 2 of RDMSR, 1 counted"]);
         assert_eq!(judge(&Places::new()).1.len(), 1);
     }

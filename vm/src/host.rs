@@ -145,14 +145,8 @@ fn enter_root(root: &Path) -> nix::Result<()> {
         let own = Path::new("/").join(directory);
         mount(Some(&own), directory, NO, MsFlags::MS_BIND | MsFlags::MS_REC, NO)?;
     }
-    for directory in ["tmp", "run"] {
-        mount(
-            Some("dune"),
-            directory,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            Some("mode=1777"),
-        )?;
+    for (directory, mode) in [("tmp", "mode=1777"), ("run", "mode=755")] {
+        mount(Some("dune"), directory, Some("tmpfs"), MsFlags::empty(), Some(mode))?;
     }
     mount(Some("."), "/", NO, MsFlags::MS_MOVE, NO)?;
     chroot(".")?;

@@ -23,16 +23,49 @@ use cpio::newc::ModeFileType;
 use crate::elf;
 use crate::paths;
 
-/// `/etc/passwd` of the guest: `tester` is in the group `dune`, `outsider` is not.
-const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
-    tester:x:1000:1000:tester:/home/tester:/bin/sh\n\
-    outsider:x:1001:1001:outsider:/home/outsider:/bin/sh\n";
+/// Numbers of the guest's users and of its group `dune`, in which `tester` is and `outsider` is not.
+#[derive(Clone, Copy, Debug)]
+struct Ids {
+    dune: u32,
+    tester: u32,
+    outsider: u32,
+}
 
-/// `/etc/group` of the guest.
-const GROUP: &str = "root:x:0:\ntty:x:5:\ndune:x:990:tester\ntester:x:1000:\noutsider:x:1001:\n";
+impl Ids {
+    /// As `vm/guest/init` has them.
+    const GUEST: Self = Self {
+        dune: 990,
+        tester: 1000,
+        outsider: 1001,
+    };
 
-/// Where the machine is a real one, which has users of its own.
-const NATIVE_IDS: [(&str, &str); 2] = [("1000", "64990"), ("1001", "64991")];
+    /// Where the machine is a real one, with users of its own: numbers that nobody has. `groups`: its /etc/group.
+    fn native(groups: &str) -> Self {
+        let dune = groups.lines().find_map(|line| line.strip_prefix("dune:"));
+        let dune = dune.and_then(|rest| rest.split(':').nth(1)?.parse().ok());
+        Self {
+            dune: dune.unwrap_or(Self::GUEST.dune),
+            tester: 64990,
+            outsider: 64991,
+        }
+    }
+
+    /// `/etc/passwd`.
+    fn passwd(self) -> String {
+        let Self { tester, outsider, .. } = self;
+        format!(
+            "root:x:0:0:root:/root:/bin/sh\n\
+             tester:x:{tester}:{tester}:tester:/home/tester:/bin/sh\n\
+             outsider:x:{outsider}:{outsider}:outsider:/home/outsider:/bin/sh\n"
+        )
+    }
+
+    /// `/etc/group`.
+    fn group(self) -> String {
+        let Self { dune, tester, outsider } = self;
+        format!("root:x:0:\ntty:x:5:\ndune:x:{dune}:tester\ntester:x:{tester}:\noutsider:x:{outsider}:\n")
+    }
+}
 
 /// Where the tree is for a harness in the machine: not in a directory over which `init` mounts.
 const HARNESS_ROOT: &str = "/opt/dune";
@@ -92,8 +125,7 @@ impl Initramfs {
         ] {
             fs.insert(dir, Node::Dir);
         }
-        fs.add_text("etc/passwd", PASSWD, 0o644);
-        fs.add_text("etc/group", GROUP, 0o644);
+        fs.add_users(Ids::GUEST);
         let root = paths::root();
         fs.add_file("init", &root.join("vm/guest/init"))?;
         for script in ["load", "unload"] {
@@ -114,17 +146,13 @@ impl Initramfs {
 
     /// For a real machine: users with numbers that nobody has, the machine's own group `dune`, no first program.
     pub fn be_native(&mut self) {
-        let renumber = |text: &str| {
-            NATIVE_IDS
-                .iter()
-                .fold(text.to_string(), |text, (from, to)| text.replace(from, to))
-        };
-        let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-        let dune = groups.lines().find(|line| line.starts_with("dune:"));
-        let number = dune.and_then(|line| line.split(':').nth(2)).unwrap_or("990");
-        self.add_text("etc/passwd", &renumber(PASSWD), 0o644);
-        self.add_text("etc/group", &renumber(GROUP).replace("990", number), 0o644);
+        self.add_users(Ids::native(&fs::read_to_string("/etc/group").unwrap_or_default()));
         self.nodes.remove("init");
+    }
+
+    fn add_users(&mut self, ids: Ids) {
+        self.add_text("etc/passwd", &ids.passwd(), 0o644);
+        self.add_text("etc/group", &ids.group(), 0o644);
     }
 
     /// Writes everything but devices into a directory.
@@ -323,4 +351,22 @@ pub fn write_iso(dir: &Path, bzimage: &Path, initramfs: &Path, arguments: &str) 
     }
     fs::remove_dir_all(&tree)?;
     Ok(iso)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_of_a_real_machine_keep_apart_from_its_own() {
+        let ids = Ids::native("root:x:0:\ndune:x:64:somebody\nduned:x:7:\n");
+        assert_eq!((ids.dune, ids.tester, ids.outsider), (64, 64990, 64991));
+        assert!(ids
+            .group()
+            .contains("\ndune:x:64:tester\ntester:x:64990:\noutsider:x:64991:\n"));
+        assert!(ids
+            .passwd()
+            .contains("\ntester:x:64990:64990:tester:/home/tester:/bin/sh\n"));
+        assert_eq!(Ids::native("root:x:0:\n").dune, Ids::GUEST.dune);
+    }
 }

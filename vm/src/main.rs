@@ -243,7 +243,9 @@ fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
         serde_json::from_str(&text).with_context(|| path.display().to_string())
     };
     let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
-    bench::compare(&read(old)?, &read(&new)?);
+    let (old, new) = (read(old)?, read(&new)?);
+    bench::compare(&old, &new);
+    bench::against_baseline(&old, &new);
     Ok(0)
 }
 

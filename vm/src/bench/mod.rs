@@ -24,6 +24,7 @@ use crate::machine::Machine;
 use crate::paths;
 use crate::verdict;
 
+pub use compare::against_baseline;
 pub use compare::compare;
 pub use results::Results;
 
@@ -142,8 +143,6 @@ fn emulated(options: &Options) -> Result<Results> {
         &silent,
     )?;
     results.take_heavy(&counted);
-    // Building the counting variant has replaced the module; later boots want the plain one.
-    paths::module(kernel, None)?;
     let (kernel, cpu_model, append) = USUAL;
     results
         .other_machines
@@ -252,7 +251,7 @@ pub fn check_baseline() -> Result<bool> {
         quick: true,
         library: false,
     })?;
-    Ok(compare::against_baseline(&baseline, &results))
+    Ok(against_baseline(&baseline, &results))
 }
 
 /// First line of what a program says to `--version`.

@@ -5,6 +5,8 @@ use std::fs;
 
 use anyhow::Context;
 use anyhow::Result;
+use dune_abi as abi;
+use dune_abi::HEAVY_KINDS;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -66,7 +68,10 @@ pub struct Line {
     max: u64,
     n: usize,
     vm_exits: Option<u64>,
-    heavy: Option<Heavy>,
+    #[serde(default)]
+    interrupts: Option<u64>,
+    /// By `HEAVY_*`.
+    heavy: Option<[u64; HEAVY_KINDS]>,
 }
 
 /// Operations that cost hundreds of cycles on a CPU and one instruction in the emulator.
@@ -97,6 +102,22 @@ pub struct Heavy {
 }
 
 impl Heavy {
+    /// By the module's kinds.
+    fn of(counted: &[u64; HEAVY_KINDS]) -> Self {
+        Self {
+            vmread: counted[abi::HEAVY_VMREAD],
+            vmwrite: counted[abi::HEAVY_VMWRITE],
+            vmptrld: counted[abi::HEAVY_VMPTRLD],
+            invalidation: counted[abi::HEAVY_INVALIDATION],
+            rdmsr: counted[abi::HEAVY_RDMSR],
+            wrmsr: counted[abi::HEAVY_WRMSR],
+            load: counted[abi::HEAVY_LOAD],
+            interrupt_flag: counted[abi::HEAVY_INTERRUPT_FLAG],
+            ipi: counted[abi::HEAVY_IPI],
+            entry: counted[abi::HEAVY_ENTRY],
+        }
+    }
+
     /// Whether there are no more of the kinds for which there are targets.
     pub fn is_within(&self, most: &Self) -> bool {
         self.vmread <= most.vmread
@@ -120,6 +141,9 @@ pub struct Row {
     pub unit: String,
     pub n: usize,
     pub vm_exits: Option<u64>,
+    /// How many of them were interrupts, which the operation did not make.
+    #[serde(default)]
+    pub interrupts: Option<u64>,
     pub heavy: Option<Heavy>,
     /// The machine, where it is not the first one.
     pub column: String,
@@ -170,7 +194,8 @@ impl Results {
             unit: line.unit.unwrap_or_else(|| self.unit.clone()),
             n: line.n,
             vm_exits: line.vm_exits,
-            heavy: line.heavy,
+            interrupts: line.interrupts,
+            heavy: line.heavy.as_ref().map(Heavy::of),
             column: column.to_string(),
             target: None,
             next_target: None,

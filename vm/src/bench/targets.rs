@@ -192,6 +192,7 @@ pub fn judge(rows: &mut Vec<Row>) {
             max: *value,
             n: 0,
             vm_exits: None,
+            interrupts: None,
             heavy: None,
             column: String::new(),
             target: None,
@@ -211,11 +212,17 @@ fn is_real_time(row: &Row) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use dune_abi::HEAVY_KINDS;
+    use dune_abi::HEAVY_RDMSR;
+    use dune_abi::HEAVY_VMREAD;
+    use dune_abi::HEAVY_VMWRITE;
+    use dune_abi::HEAVY_WRMSR;
+
     use super::super::results::Line;
     use super::super::results::Results;
     use super::*;
 
-    fn judged(bench: &str, value: u64, heavy: Option<Heavy>) -> Row {
+    fn judged(bench: &str, value: u64, heavy: Option<[u64; HEAVY_KINDS]>) -> Row {
         let environment = serde_json::from_value(serde_json::json!({
             "kernel": "", "kernel_arguments": "", "cpu_model": "", "rustc": "", "gcc": "",
         }));
@@ -243,12 +250,17 @@ mod tests {
 
     #[test]
     fn heavy_operations_count_too() {
-        let heavy = |rdmsr| Heavy {
-            vmread: 4,
-            vmwrite: 3,
-            rdmsr,
-            wrmsr: 2,
-            ..NONE
+        let heavy = |rdmsr| {
+            let mut counted = [0; HEAVY_KINDS];
+            for (kind, n) in [
+                (HEAVY_VMREAD, 4),
+                (HEAVY_VMWRITE, 3),
+                (HEAVY_RDMSR, rdmsr),
+                (HEAVY_WRMSR, 2),
+            ] {
+                counted[kind] = n;
+            }
+            counted
         };
         assert_eq!(judged("getpid", 1, Some(heavy(0))).met, Some(true));
         assert_eq!(judged("getpid", 1, Some(heavy(1))).met, Some(false));

@@ -83,8 +83,8 @@ pub(crate) struct Vcpu {
     cr4: Cr4Policy,
     soft: Soft,
     next: Next,
-    /// [`Task::switches`] when the guest's restartable sequence was last aborted for one.
-    rseq_aborted_at: u64,
+    /// [`Task::switches`] and [`IrqOff::counted_interrupts`] when the guest's restartable sequence was last aborted for them.
+    rseq_aborted_at: (u64, u64),
     /// RUN went through user mode for the extended state, and no guest was entered since.
     went_for_fpu: bool,
     /// Other code of the host ran since the last entry than that which settles simple exits.
@@ -124,7 +124,7 @@ impl Vcpu {
                 soft: Soft::default(),
                 next: Next::default(),
                 // Of no thread yet.
-                rseq_aborted_at: !0,
+                rseq_aborted_at: (!0, 0),
                 went_for_fpu: false,
                 host_ran: true,
                 is_set_up: false,
@@ -245,8 +245,6 @@ impl Vcpu {
                 }
                 Window::UserMode => return Ok(self.go_through_user_mode()),
                 Window::Switched => {
-                    // Once more if it is switched out meanwhile.
-                    self.rseq_aborted_at = self.owner.switches();
                     self.abort_rseq();
                     continue;
                 }

@@ -10,6 +10,7 @@ use crate::arch::exit::vector;
 use crate::arch::msr;
 use crate::sys::regs;
 use crate::vcpu::Vcpu;
+use kernel::prelude::*;
 
 pub(super) fn handle_read(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
     let mut gprs = vcpu.gprs();
@@ -18,7 +19,11 @@ pub(super) fn handle_read(vcpu: &mut Vcpu, info: &ExitInfo) -> Flow {
         msr::IA32_LSTAR => Some(vcpu.lstar()),
         msr::IA32_EFER => Some(vcpu.efer()),
         // The host's, which the guest runs with.
-        msr::IA32_STAR | msr::IA32_FMASK | msr::IA32_TSC_AUX => regs::read_msr(number).ok(),
+        msr::IA32_STAR | msr::IA32_FMASK | msr::IA32_TSC_AUX => match regs::linux_msr(number) {
+            // Once more, behind the way through user mode that the next entry takes.
+            Err(error) if error == EAGAIN => return Flow::Resume,
+            value => value.ok(),
+        },
         _ => None,
     };
     let Some(value) = value else { return refuse(vcpu) };

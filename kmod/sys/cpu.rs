@@ -64,6 +64,16 @@ impl IrqOff {
         self.here.interrupts as u64
     }
 
+    /// The same, or 0 always where the kernel counts none.
+    pub(crate) fn counted_interrupts(&self) -> u64 {
+        // SAFETY: A constant.
+        if unsafe { bindings::dune_interrupts_are_counted } {
+            self.interrupts()
+        } else {
+            0
+        }
+    }
+
     /// Turns interrupts on behind an exit that was no interrupt's: after `regs::restore_tss_limit_and_dr7` and
     /// `thread::guest_timing_exit`, which are in it.
     #[inline]

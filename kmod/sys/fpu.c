@@ -47,11 +47,9 @@ static u64 lent_features(void)
 }
 
 /* x86_task_fpu(), which is a function that is not exported where Linux checks its argument. */
-static struct fpstate *fpstate_of_current(void)
+static struct fpu *fpu_of_current(void)
 {
-	struct fpu *fpu = (void *)current + sizeof(*current);
-
-	return fpu->fpstate;
+	return (void *)current + sizeof(*current);
 }
 
 /*
@@ -60,7 +58,7 @@ static struct fpstate *fpstate_of_current(void)
  */
 u64 dune_fpu_lend(void)
 {
-	struct fpstate *fpstate = fpstate_of_current();
+	struct fpstate *fpstate = fpu_of_current()->fpstate;
 	u64 features, xfd = 0;
 
 	/* Nothing that is in the CPU is anybody's from here on. */
@@ -90,7 +88,8 @@ u64 dune_fpu_lend(void)
 /* xfd: what dune_fpu_lend returned. */
 void dune_fpu_give_back(u64 xfd)
 {
-	struct fpstate *fpstate = fpstate_of_current();
+	struct fpu *fpu = fpu_of_current();
+	struct fpstate *fpstate = fpu->fpstate;
 	u64 features = fpstate->xfeatures;
 
 #define SAVE(how) \
@@ -110,6 +109,8 @@ void dune_fpu_give_back(u64 xfd)
 		DUNE_HEAVY(DUNE_HEAVY_WRMSR);
 		wrmsrq(MSR_IA32_XFD, xfd);
 	}
+	/* What a CPU that the thread was on before may still have of it is old now (asm/fpu/sched.h, fpregs_state_valid). */
+	fpu->last_cpu = -1;
 	kernel_fpu_end();
 }
 

@@ -289,12 +289,15 @@ void dune_owner_mutex_unlock(void)
 /* CPUs. */
 
 /*
- * Interrupts of the kinds in which perf programs the PMU on this CPU, and NMIs. Where the kernel does not count them so
- * (Kbuild looks): another number each time.
+ * Interrupts of the kinds in which perf programs the PMU on this CPU, and membarrier calls on it, and NMIs. Where the
+ * kernel does not count them so (Kbuild looks): another number each time.
  */
 static __always_inline unsigned int dune_interrupt_count(void)
 {
-#ifdef DUNE_HAS_IRQ_STAT
+#if defined(DUNE_HAS_IRQ_COUNTS)
+	return this_cpu_read(irq_stat.counts[IRQ_COUNT_NMI]) + this_cpu_read(irq_stat.counts[IRQ_COUNT_APIC_TIMER]) +
+	       this_cpu_read(irq_stat.counts[IRQ_COUNT_CALL_FUNCTION]);
+#elif defined(DUNE_HAS_IRQ_STAT)
 	return this_cpu_read(irq_stat.__nmi_count) + this_cpu_read(irq_stat.apic_timer_irqs) +
 	       this_cpu_read(irq_stat.irq_call_count);
 #else
@@ -303,6 +306,12 @@ static __always_inline unsigned int dune_interrupt_count(void)
 	return this_cpu_inc_return(asked);
 #endif
 }
+
+#if defined(DUNE_HAS_IRQ_COUNTS) || defined(DUNE_HAS_IRQ_STAT)
+const bool dune_interrupts_are_counted = true;
+#else
+const bool dune_interrupts_are_counted;
+#endif
 
 struct dune_here dune_irq_disable(void)
 {

@@ -70,6 +70,8 @@ struct dune_here {
 	unsigned long interrupts;
 };
 struct dune_here dune_irq_disable(void);
+/* Whether that number stays where no interrupt came. */
+extern const bool dune_interrupts_are_counted;
 void dune_window_end(void);
 void dune_irq_enable(void);
 void dune_preempt_disable(void);

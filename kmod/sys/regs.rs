@@ -337,12 +337,13 @@ impl Drop for FpuLoan {
     }
 }
 
-/// Linux' own LSTAR. EAGAIN while a KVM guest's may be in the CPU.
-pub(crate) fn linux_lstar() -> Result<u64> {
+/// An MSR with which Linux' SYSCALL or RDTSCP works, as Linux has it. EAGAIN while a KVM guest's may be in the CPU, which a way
+/// through user mode changes. EIO where the CPU has no such MSR.
+pub(crate) fn linux_msr(number: u32) -> Result<u64> {
     let _irq = IrqOff::new();
     // SAFETY: Reads flags of the current thread.
     if unsafe { bindings::dune_user_return_pending() } {
         return Err(EAGAIN);
     }
-    read_msr(msr::IA32_LSTAR)
+    read_msr(number)
 }

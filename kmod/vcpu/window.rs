@@ -53,7 +53,7 @@ pub(super) enum Window {
     Unusable,
     /// Something came up: look at `pending`.
     Retry,
-    /// The thread was switched out: the guest's restartable sequence is to be aborted.
+    /// The thread was switched out, or a fence came: the guest's restartable sequence is to be aborted.
     Switched,
     /// The VMCS is active on another CPU.
     Elsewhere,
@@ -188,6 +188,8 @@ impl Vcpu {
             return Window::Unusable;
         }
         if info.is_external_interrupt() {
+            // For kernels that count no interrupts.
+            self.rseq_aborted_at.0 = !0;
             thread::note_quiescent(&irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();
@@ -212,7 +214,11 @@ impl Vcpu {
             if !thread::rseq_is_true(irq) {
                 return Err(Window::UserMode);
             }
-            if self.rseq_aborted_at != self.owner.switches() {
+            // Linux' flag stays up until the next way through user mode. It was raised anew where the thread was switched out
+            // or an interrupt came: membarrier's fence is one.
+            let now = (self.owner.switches(), irq.counted_interrupts());
+            if self.rseq_aborted_at != now {
+                self.rseq_aborted_at = now;
                 return Err(Window::Switched);
             }
         }

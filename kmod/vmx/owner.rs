@@ -434,7 +434,7 @@ pub(crate) fn start() -> Result {
 /// between.
 fn host_lstar() -> Result<u64> {
     for _ in 0..1000 {
-        match regs::linux_lstar() {
+        match regs::linux_msr(crate::arch::msr::IA32_LSTAR) {
             Err(e) if e == EAGAIN => thread::sleep_ms(1),
             other => return other,
         }

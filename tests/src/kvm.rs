@@ -22,6 +22,7 @@ use crate::support::compute;
 use crate::support::enter;
 use crate::support::rdtsc;
 use crate::support::spawn;
+use crate::support::unregister_rseq;
 use crate::support::Child;
 use crate::support::Shared;
 
@@ -297,22 +298,6 @@ fn kvm_and_dune_alternate() {
 
 fn kvm_and_dune_alternate_long() {
     alternate(1_000_000);
-}
-
-/// Without this a preempted thread goes through user mode anyway, because Linux has to look at its rseq area.
-fn unregister_rseq() {
-    const UNREGISTER: i32 = 1;
-    const SIGNATURE: u32 = 0x5305_3053;
-    // SAFETY: glibc's own symbol, an offset from the thread pointer, and the call that it would make itself.
-    unsafe {
-        let offset = libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()).cast::<isize>();
-        assert!(!offset.is_null(), "this libc has no rseq");
-        let thread: usize;
-        std::arch::asm!("mov {}, fs:[0]", out(reg) thread, options(nostack, readonly));
-        let area = thread.wrapping_add_signed(*offset);
-        let result = libc::syscall(libc::SYS_rseq, area, 32, UNREGISTER, SIGNATURE);
-        assert_eq!(result, 0, "rseq: {}", std::io::Error::last_os_error());
-    }
 }
 
 /// Neither side yields: each is preempted wherever it is, KVM with its guest's MSRs in the CPU, Dune in RUN. With

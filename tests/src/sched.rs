@@ -2,6 +2,7 @@
 //! Preemption, migration, signals, other processes.
 
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use std::time::Instant;
@@ -14,12 +15,19 @@ use crate::helpers::pin_to_cpu;
 use crate::support::compute;
 use crate::support::enter;
 use crate::support::spawn;
+use crate::support::unregister_rseq;
 use crate::support::Shared;
 use crate::support::EXIT_INTERRUPT;
 use crate::support::EXIT_VMCALL;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("rseq_sections_are_aborted", rseq_sections_are_aborted),
+    Test::asserting("fences_abort_rseq_sections", fences_abort_rseq_sections).needs(&[Need::Cpus(2)]),
+    Test::asserting(
+        "registers_without_rseq_survive_moves",
+        registers_without_rseq_survive_moves,
+    )
+    .needs(&[Need::Cpus(2)]),
     Test::asserting("sigkill_ends_guest_loop_at_once", sigkill_ends_guest_loop_at_once),
     Test::asserting("stopped_guest_goes_on", stopped_guest_goes_on),
     Test::asserting("migrates_between_cpus", migrates_between_cpus)
@@ -257,15 +265,113 @@ fn restartable(area: u64) -> bool {
     aborted != 0
 }
 
-/// A critical section in which the thread is preempted goes on at its abort address, in Dune mode as outside.
-fn rseq_sections_are_aborted() {
+/// The calling thread's struct rseq.
+fn rseq_area() -> u64 {
     let thread_pointer: u64;
     // SAFETY: reads the word at the thread pointer, which holds its own address.
     unsafe { std::arch::asm!("mov {}, fs:[0]", out(reg) thread_pointer) };
     // SAFETY: glibc's constants.
     let (offset, bytes) = unsafe { (__rseq_offset, __rseq_size) };
     assert!(bytes > 0, "glibc has registered no struct rseq");
-    let area = thread_pointer.wrapping_add_signed(offset as i64);
+    thread_pointer.wrapping_add_signed(offset as i64)
+}
+
+/// Each of membarrier's fences aborts the section that the thread is in, not only the first since it was switched.
+fn fences_abort_rseq_sections() {
+    const FENCES: u64 = 12;
+    const FENCE: i32 = 1 << 7;
+    const REGISTER: i32 = 1 << 8;
+    fn membarrier(command: i32) {
+        // SAFETY: no memory is named.
+        let result = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
+        assert_eq!(result, 0, "membarrier: {}", std::io::Error::last_os_error());
+    }
+    let (begun, fenced) = (AtomicU64::new(0), AtomicU64::new(0));
+    membarrier(REGISTER);
+    set_affinity(0, 0);
+    let dune = enter();
+    let area = rseq_area();
+    let mut aborted = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            set_affinity(0, 1);
+            for round in 1..=FENCES {
+                while begun.load(SeqCst) != round {
+                    std::hint::spin_loop();
+                }
+                // Well inside the section.
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_millis(3) {}
+                membarrier(FENCE);
+                fenced.store(round, SeqCst);
+            }
+        });
+        for round in 1..=FENCES {
+            begun.store(round, SeqCst);
+            aborted += u64::from(restartable(area));
+            while fenced.load(SeqCst) != round {
+                std::hint::spin_loop();
+            }
+        }
+    });
+    assert!(Dune::is_active());
+    assert_eq!(aborted, FENCES, "sections that were aborted");
+    dune.leave();
+}
+
+/// A thread of which Linux keeps no struct rseq (musl's, say) is moved between CPUs while it computes in its SSE registers:
+/// none of them goes back to what a CPU had of it before.
+fn registers_without_rseq_survive_moves() {
+    const ROUNDS: u64 = 200;
+    const STEPS: u64 = 20_000;
+    let stop = AtomicBool::new(false);
+    // SAFETY: no arguments.
+    let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
+    unregister_rseq();
+    let dune = enter();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Nobody else uses the registers of CPU 0.
+            set_affinity(0, 1);
+            for cpu in [0, 1].into_iter().cycle() {
+                if stop.load(SeqCst) {
+                    return;
+                }
+                set_affinity(tid, cpu);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        let mut sum = 0u64;
+        for round in 0..ROUNDS {
+            // SAFETY: computes in registers.
+            unsafe {
+                std::arch::asm!(
+                    "movq xmm14, {sum}",
+                    "movq xmm15, {one}",
+                    "2:",
+                    "paddq xmm14, xmm15",
+                    "dec rcx",
+                    "jnz 2b",
+                    "movq {sum}, xmm14",
+                    sum = inout(reg) sum,
+                    one = in(reg) 1u64,
+                    inout("rcx") STEPS => _,
+                    out("xmm14") _,
+                    out("xmm15") _,
+                    options(nomem, nostack),
+                );
+            }
+            assert_eq!(sum, (round + 1) * STEPS, "round {round}");
+        }
+        stop.store(true, SeqCst);
+    });
+    assert!(Dune::is_active());
+    dune.leave();
+}
+
+/// A critical section in which the thread is preempted goes on at its abort address, in Dune mode as outside.
+fn rseq_sections_are_aborted() {
+    let area = rseq_area();
     set_affinity(0, 0);
     let neighbour = spawn(|| loop {
         std::hint::spin_loop();

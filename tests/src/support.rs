@@ -503,6 +503,22 @@ pub fn eventually(condition: impl Fn() -> bool) -> bool {
     true
 }
 
+/// Without this a preempted thread goes through user mode anyway, because Linux has to look at its rseq area.
+pub fn unregister_rseq() {
+    const UNREGISTER: i32 = 1;
+    const SIGNATURE: u32 = 0x5305_3053;
+    // SAFETY: glibc's own symbol, an offset from the thread pointer, and the call that it would make itself.
+    unsafe {
+        let offset = libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()).cast::<isize>();
+        assert!(!offset.is_null(), "this libc has no rseq");
+        let thread: usize;
+        std::arch::asm!("mov {}, fs:[0]", out(reg) thread, options(nostack, readonly));
+        let area = thread.wrapping_add_signed(*offset);
+        let result = libc::syscall(libc::SYS_rseq, area, 32, UNREGISTER, SIGNATURE);
+        assert_eq!(result, 0, "rseq: {}", std::io::Error::last_os_error());
+    }
+}
+
 /// A control group of the test's own, which goes when it is empty.
 pub struct Cgroup(String);
 

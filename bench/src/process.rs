@@ -11,6 +11,8 @@ use libdune::Dune;
 
 use crate::measure::timed;
 use crate::measure::System;
+use crate::pages::Memory;
+use crate::pages::PAGE;
 
 /// First argument of a program that ends at once, and of one that enters before.
 pub const NOTHING: &str = "do-nothing";
@@ -23,29 +25,10 @@ const REST: Duration = Duration::from_millis(20);
 /// A page in use beside the place where Linux maps next. What a thread maps there has page tables for company, as in a
 /// program that has done something before; where a layout happens to give it tables of its own, which are made and given
 /// back each time, a thread costs 10,000 instructions more.
-struct Neighbour(*mut libc::c_void);
-
-impl Neighbour {
-    const BYTES: usize = 4096;
-
-    fn new() -> Self {
-        // SAFETY: A new mapping that replaces nothing, and a word in it.
-        unsafe {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let page = libc::mmap(core::ptr::null_mut(), Self::BYTES, protection, flags, -1, 0);
-            assert_ne!(page, libc::MAP_FAILED);
-            page.cast::<u64>().write_volatile(1);
-            Self(page)
-        }
-    }
-}
-
-impl Drop for Neighbour {
-    fn drop(&mut self) {
-        // SAFETY: Nobody else has it.
-        unsafe { libc::munmap(self.0, Self::BYTES) };
-    }
+fn neighbour() -> Memory {
+    let page = Memory::new(PAGE);
+    page.write(0, 1);
+    page
 }
 
 pub fn measure(system: &System<'_>) {
@@ -55,7 +38,7 @@ pub fn measure(system: &System<'_>) {
     let mut neighbours = Vec::new();
     let settle = || {
         std::thread::sleep(REST);
-        neighbours.push(Neighbour::new());
+        neighbours.push(neighbour());
     };
     system.repeated_after("thread", 50, settle, |_| {
         let mut is_active = !is_dune;

@@ -64,10 +64,12 @@ impl IrqOff {
         self.here.interrupts as u64
     }
 
-    /// The same, or 0 always where the kernel counts none.
+    /// Whether the kernel counts them: otherwise [`Self::interrupts`] is another number each time.
+    pub(crate) const COUNTS_INTERRUPTS: bool = bindings::DUNE_INTERRUPTS_ARE_COUNTED != 0;
+
+    /// The same as [`Self::interrupts`], or 0 always where the kernel counts none.
     pub(crate) fn counted_interrupts(&self) -> u64 {
-        // SAFETY: A constant.
-        if unsafe { bindings::dune_interrupts_are_counted } {
+        if Self::COUNTS_INTERRUPTS {
             self.interrupts()
         } else {
             0

@@ -307,12 +307,6 @@ static __always_inline unsigned int dune_interrupt_count(void)
 #endif
 }
 
-#if defined(DUNE_HAS_IRQ_COUNTS) || defined(DUNE_HAS_IRQ_STAT)
-const bool dune_interrupts_are_counted = true;
-#else
-const bool dune_interrupts_are_counted;
-#endif
-
 struct dune_here dune_irq_disable(void)
 {
 	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);

@@ -70,8 +70,12 @@ struct dune_here {
 	unsigned long interrupts;
 };
 struct dune_here dune_irq_disable(void);
-/* Whether that number stays where no interrupt came. */
-extern const bool dune_interrupts_are_counted;
+/* 1: that number stays where no interrupt came. */
+#if defined(DUNE_HAS_IRQ_COUNTS) || defined(DUNE_HAS_IRQ_STAT)
+enum { DUNE_INTERRUPTS_ARE_COUNTED = 1 };
+#else
+enum { DUNE_INTERRUPTS_ARE_COUNTED = 0 };
+#endif
 void dune_window_end(void);
 void dune_irq_enable(void);
 void dune_preempt_disable(void);

@@ -188,8 +188,9 @@ impl Vcpu {
             return Window::Unusable;
         }
         if info.is_external_interrupt() {
-            // For kernels that count no interrupts.
-            self.rseq_aborted_at.0 = !0;
+            if !IrqOff::COUNTS_INTERRUPTS {
+                self.rseq_aborted_at.0 = !0;
+            }
             thread::note_quiescent(&irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();

@@ -27,6 +27,8 @@ use crate::support::compute;
 use crate::support::enter;
 use crate::support::eventually;
 use crate::support::perf_event;
+use crate::support::rseq_area;
+use crate::support::set_affinity;
 use crate::support::spawn;
 use crate::support::spawn_spinning;
 use crate::support::Cgroup;
@@ -900,33 +902,18 @@ fn dead_threads_and_owners_are_told() {
     .assert_success();
 }
 
-extern "C" {
-    /// glibc: where the thread's struct rseq lies, from the thread pointer.
-    static __rseq_offset: isize;
-}
-
 /// The number of the CPU in struct rseq follows a guest that is moved while it makes no call.
 fn rseq_tells_the_cpu() {
     let dune = enter();
-    let thread_pointer: u64;
-    // SAFETY: reads the word at the thread pointer, which holds its own address; glibc's constant.
-    let cpu_id = unsafe {
-        std::arch::asm!("mov {}, fs:[0]", out(reg) thread_pointer);
-        &*(thread_pointer.wrapping_add_signed(__rseq_offset as i64) as *const [AtomicU32; 2])
-    };
+    // SAFETY: struct rseq begins with two numbers of the CPU.
+    let cpu_id = unsafe { &*(rseq_area() as *const [AtomicU32; 2]) };
     let cpu_id = &cpu_id[1];
     // SAFETY: calls without arguments.
     let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
     let shared = Shared::new();
     let mover = spawn(|| {
         for round in 0..40u64 {
-            let cpu = (round % 2) as usize;
-            // SAFETY: a set of CPUs.
-            unsafe {
-                let mut set: libc::cpu_set_t = std::mem::zeroed();
-                libc::CPU_SET(cpu, &mut set);
-                assert_eq!(libc::sched_setaffinity(tid, size_of_val(&set), &set), 0);
-            }
+            set_affinity(tid, (round % 2) as usize);
             shared.word(0).store(round + 1, SeqCst);
             assert!(eventually(|| shared.word(1).load(SeqCst) == round + 1), "round {round}");
         }

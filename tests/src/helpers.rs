@@ -58,12 +58,17 @@ pub fn module_counters() -> io::Result<BTreeMap<String, u64>> {
 
 /// Binds the calling thread to one CPU.
 pub fn pin_to_cpu(cpu: usize) -> io::Result<()> {
+    bind_to_cpu(0, cpu)
+}
+
+/// Binds a thread of any process, 0: the calling one, to one CPU.
+pub fn bind_to_cpu(thread: i32, cpu: usize) -> io::Result<()> {
     // SAFETY: cpu_set_t is plain data, all zeroes is the empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: CPU_SET checks its index against the size of the set.
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: the kernel reads as many bytes as the set has.
-    let result = unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set) };
+    let result = unsafe { libc::sched_setaffinity(thread, std::mem::size_of_val(&set), &set) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }

@@ -134,6 +134,7 @@ fn unload_while_running_is_busy() {
     assert!(helpers::module_is_loaded());
     shared.word(1).store(1, SeqCst);
     child.wait().assert_success();
+    assert_eq!(shared.word(0).load(SeqCst), 2);
 
     // The fd alone keeps it, too.
     let file = fs::File::options().read(true).write(true).open("/dev/dune").unwrap();

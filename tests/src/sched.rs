@@ -14,6 +14,8 @@ use crate::framework::Test;
 use crate::helpers::pin_to_cpu;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::rseq_area;
+use crate::support::set_affinity;
 use crate::support::spawn;
 use crate::support::unregister_rseq;
 use crate::support::Shared;
@@ -94,16 +96,6 @@ fn stopped_guest_goes_on() {
     }
     shared.word(1).store(1, SeqCst);
     child.wait().assert_success();
-}
-
-fn set_affinity(thread: i32, cpu: usize) {
-    // SAFETY: cpu_set_t is plain data; the call reads as many bytes as the set has.
-    let result = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(thread, size_of_val(&set), &set)
-    };
-    assert_eq!(result, 0, "sched_setaffinity: {}", std::io::Error::last_os_error());
 }
 
 fn migrates_between_cpus() {
@@ -217,12 +209,6 @@ fn guest_time_is_user_time() {
     );
 }
 
-extern "C" {
-    /// glibc: where the thread's struct rseq lies, from the thread pointer.
-    static __rseq_offset: isize;
-    static __rseq_size: u32;
-}
-
 /// One run of a restartable sequence that takes some 4 M instructions; whether it was aborted.
 fn restartable(area: u64) -> bool {
     #[repr(align(32))]
@@ -263,17 +249,6 @@ fn restartable(area: u64) -> bool {
         );
     }
     aborted != 0
-}
-
-/// The calling thread's struct rseq.
-fn rseq_area() -> u64 {
-    let thread_pointer: u64;
-    // SAFETY: reads the word at the thread pointer, which holds its own address.
-    unsafe { std::arch::asm!("mov {}, fs:[0]", out(reg) thread_pointer) };
-    // SAFETY: glibc's constants.
-    let (offset, bytes) = unsafe { (__rseq_offset, __rseq_size) };
-    assert!(bytes > 0, "glibc has registered no struct rseq");
-    thread_pointer.wrapping_add_signed(offset as i64)
 }
 
 /// Each of membarrier's fences aborts the section that the thread is in, not only the first since it was switched.

@@ -22,6 +22,8 @@ use libdune::Thread;
 use libdune::TrapFrame;
 use libdune::Vector;
 
+use crate::helpers::bind_to_cpu;
+
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 /// Bytes of a slot.
@@ -503,20 +505,37 @@ pub fn eventually(condition: impl Fn() -> bool) -> bool {
     true
 }
 
+extern "C" {
+    /// glibc: where the thread's struct rseq lies, from the thread pointer.
+    static __rseq_offset: isize;
+    static __rseq_size: u32;
+}
+
+/// Address of the calling thread's struct rseq.
+#[track_caller]
+pub fn rseq_area() -> u64 {
+    let thread_pointer: u64;
+    // SAFETY: reads the word at the thread pointer, which holds its own address.
+    unsafe { std::arch::asm!("mov {}, fs:[0]", out(reg) thread_pointer, options(nostack, readonly)) };
+    // SAFETY: glibc's constants.
+    let (offset, bytes) = unsafe { (__rseq_offset, __rseq_size) };
+    assert!(bytes > 0, "glibc has registered no struct rseq");
+    thread_pointer.wrapping_add_signed(offset as i64)
+}
+
 /// Without this a preempted thread goes through user mode anyway, because Linux has to look at its rseq area.
 pub fn unregister_rseq() {
     const UNREGISTER: i32 = 1;
     const SIGNATURE: u32 = 0x5305_3053;
-    // SAFETY: glibc's own symbol, an offset from the thread pointer, and the call that it would make itself.
-    unsafe {
-        let offset = libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()).cast::<isize>();
-        assert!(!offset.is_null(), "this libc has no rseq");
-        let thread: usize;
-        std::arch::asm!("mov {}, fs:[0]", out(reg) thread, options(nostack, readonly));
-        let area = thread.wrapping_add_signed(*offset);
-        let result = libc::syscall(libc::SYS_rseq, area, 32, UNREGISTER, SIGNATURE);
-        assert_eq!(result, 0, "rseq: {}", std::io::Error::last_os_error());
-    }
+    // SAFETY: the call that glibc would make itself.
+    let result = unsafe { libc::syscall(libc::SYS_rseq, rseq_area(), 32, UNREGISTER, SIGNATURE) };
+    assert_eq!(result, 0, "rseq: {}", std::io::Error::last_os_error());
+}
+
+/// Lets a thread of any process, 0: the calling one, run on one CPU only.
+#[track_caller]
+pub fn set_affinity(thread: i32, cpu: usize) {
+    bind_to_cpu(thread, cpu).unwrap_or_else(|error| panic!("sched_setaffinity: {error}"));
 }
 
 /// A control group of the test's own, which goes when it is empty.
@@ -586,7 +605,8 @@ pub fn spawn(body: impl FnOnce()) -> Child {
     }
 }
 
-/// A child that runs at CPL0 until word 1 of `shared` is set, and leaves then; it has entered when this returns.
+/// A child that runs at CPL0 until word 1 of `shared` is set, and leaves then. Word 0 is 1 when it has entered, as it has when
+/// this returns, and 2 when it has left.
 #[track_caller]
 pub fn spawn_spinning(shared: &Shared) -> Child {
     let child = spawn(|| {
@@ -597,6 +617,7 @@ pub fn spawn_spinning(shared: &Shared) -> Child {
         }
         assert!(Dune::is_active());
         dune.leave();
+        shared.word(0).store(2, SeqCst);
     });
     assert!(eventually(|| shared.word(0).load(SeqCst) == 1));
     child

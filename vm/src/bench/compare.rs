@@ -191,6 +191,13 @@ mod tests {
         results
     }
 
+    /// One row of Dune's, changed.
+    fn one(bench: &str, value: u64, change: impl FnOnce(&mut Row)) -> Results {
+        let mut results = results("a", &[(bench, "dune", value)]);
+        change(&mut results.rows[0]);
+        results
+    }
+
     #[test]
     fn three_percent_on_the_same_kernel() {
         let old = results("a", &[("getpid", "linux", 200), ("getpid", "dune", 1000)]);
@@ -201,11 +208,7 @@ mod tests {
 
     #[test]
     fn of_two_ways_in_turns_the_least_is_judged() {
-        let with = |least, median| {
-            let mut results = results("a", &[("invalidate_1", "dune", median)]);
-            results.rows[0].min = least;
-            results
-        };
+        let with = |least, median| one("invalidate_1", median, |row| row.min = least);
         let old = with(4208, 4232);
         assert!(against_baseline(&old, &with(4208, 4790)));
         assert!(!against_baseline(&old, &with(4350, 4350)));
@@ -231,9 +234,9 @@ mod tests {
     #[test]
     fn interrupts_are_no_growth() {
         let with = |value, exits, interrupts| {
-            let mut results = results("a", &[("scan", "dune", value)]);
-            (results.rows[0].vm_exits, results.rows[0].interrupts) = (Some(exits), Some(interrupts));
-            results
+            one("scan", value, |row| {
+                (row.vm_exits, row.interrupts) = (Some(exits), Some(interrupts));
+            })
         };
         let old = with(4000, 0, 0);
         assert!(against_baseline(&old, &with(6100, 2, 2)));

@@ -45,7 +45,7 @@ pub const TESTS: &[Test] = &[
         Suite::Programs,
         python_threads_subprocess_and_signals,
     ),
-    program("gcc_compiles_a_file", Suite::Programs, gcc_compiles_a_file),
+    program("gcc_compiles_a_file", Suite::ProgramsLong, gcc_compiles_a_file),
     program("gdb_shows_the_guest", Suite::ProgramsLong, gdb_shows_the_guest),
     program(
         "gdb_names_the_guilty_function",

@@ -82,9 +82,20 @@ global_asm!(
     "add edi, 4",
     "dec esi",
     "jnz 2b",
+    // Once more, for the answer, which goes behind the ticks.
+    "xor eax, eax",
+    "cmp ebp, 1",
+    "jne 7f",
+    "mov eax, 0x7fffffff",
+    "vmcall",
+    "7: cmp ebp, 2",
+    "jne 8f",
+    "xor ecx, ecx",
+    "cpuid",
+    "8: mov [edi], eax",
     // For ever: each OUT goes to user space.
-    "7: out 0x10, al",
-    "jmp 7b",
+    "9: out 0x10, al",
+    "jmp 9b",
     "dune_bench_kvm_guest_end:",
     ".code64",
     ".popsection",
@@ -95,6 +106,9 @@ extern "C" {
     static dune_bench_kvm_guest: u8;
     static dune_bench_kvm_guest_end: u8;
 }
+
+/// What a hypercall that KVM does not know gives: -KVM_ENOSYS.
+const UNKNOWN_HYPERCALL: u32 = -1000i32 as u32;
 
 pub fn measure(system: &System<'_>) -> Result<(), Error> {
     if !system.wants(&["getpid", "bare_exit", "ept_violation"]) {
@@ -128,6 +142,8 @@ struct Guest {
     vcpu: VcpuFd,
     _vm: VmFd,
     memory: Memory,
+    /// What CPUID's leaf 0 tells the guest.
+    highest_leaf: u32,
 }
 
 impl Guest {
@@ -150,7 +166,10 @@ impl Guest {
         // SAFETY: The memory outlives the machine.
         unsafe { vm.set_user_memory_region(region)? };
         let vcpu = vm.create_vcpu(0)?;
-        vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let first = cpuid.as_slice().iter().find(|entry| entry.function == 0);
+        let highest_leaf = first.ok_or("KVM tells no CPUID leaf 0")?.eax;
+        vcpu.set_cpuid2(&cpuid)?;
         let mut sregs = vcpu.get_sregs()?;
         let flat = |kind| kvm_segment {
             limit: 0xffff_ffff,
@@ -174,7 +193,12 @@ impl Guest {
         }
         sregs.cr0 |= 1;
         vcpu.set_sregs(&sregs)?;
-        Ok(Self { vcpu, _vm: vm, memory })
+        Ok(Self {
+            vcpu,
+            _vm: vm,
+            memory,
+            highest_leaf,
+        })
     }
 
     /// Does `operation` again and again; the ticks of each time.
@@ -190,12 +214,20 @@ impl Guest {
         self.vcpu.set_regs(&regs)?;
         self.run_to_out()?;
         // SAFETY: The guest wrote them and does not run.
-        let results = unsafe { slice::from_raw_parts(self.memory.at(RESULTS).cast::<u32>(), COUNT) };
-        let ticks: Vec<u64> = results[WARM_UP..].iter().map(|ticks| u64::from(*ticks)).collect();
-        if operation == 3 && self.memory.read(PAGES_AT + (COUNT - 1) * STEP) != 1 {
-            return Err("the guest's write is not there".into());
+        let results = unsafe { slice::from_raw_parts(self.memory.at(RESULTS).cast::<u32>(), COUNT + 1) };
+        let (ticks, answer) = (&results[WARM_UP..COUNT], results[COUNT]);
+        let expected = match operation {
+            1 => UNKNOWN_HYPERCALL,
+            2 => self.highest_leaf,
+            _ => 0,
+        };
+        if answer != expected {
+            return Err(format!("operation {operation} gave the guest {answer:#x}, not {expected:#x}").into());
         }
-        Ok(ticks)
+        if operation == 3 && (0..COUNT).any(|page| self.memory.read(PAGES_AT + page * STEP) != 1) {
+            return Err("a guest's write is not there".into());
+        }
+        Ok(ticks.iter().map(|ticks| u64::from(*ticks)).collect())
     }
 
     fn run_to_out(&mut self) -> Result<(), Error> {

@@ -72,8 +72,6 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.errand.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         None => {}
-        Some((process::NOTHING, _)) => return ExitCode::SUCCESS,
-        Some((process::ENTER, _)) => return ExitCode::from(u8::from(Dune::enter().is_err())),
         Some((footprint::WAIT, arguments)) => return ExitCode::from(u8::from(!footprint::wait(arguments))),
         Some((other, _)) => {
             eprintln!("dune-bench: {other}?");

@@ -14,9 +14,8 @@ use crate::measure::System;
 use crate::pages::Memory;
 use crate::pages::PAGE;
 
-/// First argument of a program that ends at once, and of one that enters before.
-pub const NOTHING: &str = "do-nothing";
-pub const ENTER: &str = "do-enter";
+/// A small program that ends at once; with an argument it enters before.
+const NOTHING: &str = "dune-nothing";
 
 /// Until RCU has given back what the end of a thread left to it, the kernel's stack first of all: without it the next one
 /// costs 8,000 instructions more, and whether it comes in time is a matter of the clock's phase.
@@ -93,12 +92,14 @@ fn signal(system: &System<'_>) {
 
 /// What a program costs that does nothing, and one that enters Dune mode; and entering and leaving again and again.
 pub fn measure_programs(linux: &System<'_>, dune: &System<'_>) {
-    let program = |argument: &str| {
-        let status = Command::new("/proc/self/exe").arg(argument).status();
-        assert!(status.expect("the program starts").success(), "{argument}");
+    let program = std::env::current_exe().map(|own| own.with_file_name(NOTHING));
+    let program = program.expect("this program has a place");
+    let run = |arguments: &[&str]| {
+        let status = Command::new(&program).args(arguments).status();
+        assert!(status.expect("the program starts").success(), "{NOTHING} {arguments:?}");
     };
-    linux.repeated("process", 10, |_| timed(|| program(NOTHING)));
-    dune.repeated("process", 10, |_| timed(|| program(ENTER)));
+    linux.repeated("process", 10, |_| timed(|| run(&[])));
+    dune.repeated("process", 10, |_| timed(|| run(&["enter"])));
     if dune.wants(&["enter", "leave"]) {
         let (mut enter, mut leave) = (Vec::new(), Vec::new());
         for _ in 0..30 {

@@ -24,6 +24,7 @@ pub const PROGRAMS: &[&str] = &[
     "wordcount",
     "dune-tests",
     "dune-bench",
+    "dune-nothing",
 ];
 
 /// The program that the module starts where KVM is; goes into `/usr/libexec`.

@@ -61,6 +61,11 @@ const TIGER_LAKE: &str = "tigerlake";
 /// that of the emulated one. And Linux' own warning where it mitigates ITS in a module.
 const TIGER_LAKE_APPEND: &str = "clearcpuid=ht,pku,xsaves,xsavec tsc_early_khz=50000 indirect_target_selection=off";
 
+/// MiB of a machine.
+const MEMORY: u32 = 2048;
+/// Enough for what the debug kernel runs, which looks at all that there is again and again.
+const LITTLE_MEMORY: u32 = 1024;
+
 const SHORT: &str = "dune-tests run --suite short";
 const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";
 /// Without the long suite: on the debug kernel kmemleak looks for what is left over.
@@ -161,6 +166,7 @@ pub fn rows(long: bool) -> Vec<Row> {
     });
     rows.push(Row {
         kernel: "debug",
+        memory_mib: LITTLE_MEMORY,
         ..green("debug-kernel", HASWELL, DEBUG)
     });
     rows.push(Row {
@@ -396,7 +402,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         cpus: 1,
         gpa_bits: None,
         variant: None,
-        memory_mib: 2048,
+        memory_mib: MEMORY,
         append: "",
         load: true,
         command,
@@ -426,6 +432,7 @@ fn full_product() -> Vec<Row> {
                         kernel,
                         cpus,
                         gpa_bits: Some(bits),
+                        memory_mib: if command == SLICE { LITTLE_MEMORY } else { MEMORY },
                         timeout_s: 14_400,
                         ..green(
                             &format!("long-{short_name}-{cpus}cpu-{bits}bit-{kernel}"),

@@ -305,7 +305,7 @@ fn bash_pipes_jobs_and_traps() {
         set -m; sleep 0.1 & jobs | sed 's/Running *//'; fg >/dev/null; echo $?
         { sleep 10 & kill -STOP $!; kill -CONT $!; kill -TERM $!; wait $!; echo $?; } 2>/dev/null
         cat <(echo one; echo two) | sort -r
-        for ((i = 1; i <= 2000; i++)); do echo $i; done | while read -r n; do echo $((n * 2)); done | tail -n 1
+        for ((i = 1; i <= 2600; i++)); do echo $i; done | while read -r n; do echo $((n * 2)); done | tail -n 1
         exec 3>file; echo written >&3; exec 3>&-; cat file
         ulimit -n; umask; type cd
         exit 7

@@ -149,17 +149,71 @@ impl Shared {
     /// # Errors
     ///
     /// [`PagingError::MapSlot`] where that GPA or GiB is taken, or the GPA beyond what the CPU has.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::edit::Shared;
+    /// use libdune::{Dune, Gpa, Hva};
+    ///
+    /// let shared = Shared::keep(&Dune::builder())?;
+    /// let dune = Dune::enter()?;
+    /// // A whole GiB that nobody used.
+    /// let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    /// // SAFETY: A new mapping.
+    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) } as u64;
+    /// let hva = Hva::new(start.next_multiple_of(1 << 30)).ok_or("no address of a process")?;
+    /// // The last slot that there is.
+    /// let gpa = Gpa::new((1 << dune.info().gpa_bits) - (1 << 30)).ok_or("no GPA")?;
+    /// shared.claim(hva, gpa)?;
+    /// assert_eq!(shared.gpa(hva)?, gpa);
+    /// assert_eq!(shared.hva(gpa), Some(hva));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn claim(&self, hva: Hva, gpa: Gpa) -> core::result::Result<(), PagingError> {
         self.process().memory.claim(hva, gpa)
     }
 
     /// Calls `f` before a thread that cannot go on ends the process, outside Dune mode and on a stack of libdune's.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::edit::{LastWords, Shared};
+    /// use libdune::Dune;
+    ///
+    /// fn last_words(words: &LastWords) {
+    ///     eprintln!("vCPU {} ends at {:#x}, its page table at {:#x}", words.vcpu, words.rip, words.cr3);
+    /// }
+    ///
+    /// Shared::keep(&Dune::builder())?.set_last_words(last_words);
+    /// # Ok::<(), libdune::Error>(())
+    /// ```
     pub fn set_last_words(&self, f: fn(&LastWords)) {
         host_loop::set_last_words(f);
     }
 }
 
 /// Forgets the handle of a page table, which stays until [`Shared::give_back`].
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::edit::{forget, Shared};
+/// use libdune::Dune;
+///
+/// let shared = Shared::keep(&Dune::builder())?;
+/// assert!(Shared::find().is_some());
+/// let dune = Dune::enter()?;
+/// let table = forget(dune.address_space().duplicate()?);
+/// // Any number that says which table it is will do, for a program in C for one.
+/// let number = table.root_table() as u64;
+/// let found = shared.table_at(number).ok_or("no table")?;
+/// assert_eq!(found.root(), table.root());
+/// // SAFETY: Nobody uses it any more.
+/// unsafe { shared.give_back(found) };
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn forget(table: PageTable) -> AddressSpace<'static> {
     let space = table.borrowed();
     mem::forget(table);

@@ -70,12 +70,24 @@ const SURROUNDINGS: u64 = 128 << 20;
 /// # Examples
 ///
 /// ```no_run
-/// use libdune::Dune;
+/// use libdune::{Builder, Dune};
 ///
-/// let dune = Dune::builder().threads(false).enter()?;
+/// let options: Builder = Dune::builder().threads(false).children(false);
+/// // What is the default: CPL3 has no way to have CPL0 use its pages by accident.
+/// let dune = options.protection_from_cpl3(true).enter()?;
 /// let inside = std::thread::spawn(Dune::is_active).join();
 /// assert_eq!(inside.ok(), Some(false));
 /// assert!(Dune::is_active());
+/// // SAFETY: The child ends at once, and the status is the caller's.
+/// unsafe {
+///     let child = libc::fork();
+///     if child == 0 {
+///         libc::_exit(i32::from(Dune::is_active()));
+///     }
+///     let mut status = 1;
+///     assert_eq!(libc::waitpid(child, &mut status, 0), child);
+///     assert_eq!(status, 0);
+/// }
 /// # Ok::<(), libdune::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -154,6 +166,8 @@ impl Builder {
 /// unsafe { core::arch::asm!("ud2") };
 /// // No exception left Dune mode (basic exit reason 0).
 /// assert_eq!(dune.counters().exits[0], before.exits[0]);
+/// assert!(dune.clear_exception_handler(Vector::UD).is_some());
+/// assert!(dune.vcpu() < dune.info().max_vcpus);
 ///
 /// dune.leave();
 /// assert!(!Dune::is_active());

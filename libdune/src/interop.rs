@@ -25,6 +25,17 @@ use crate::trap::Vector;
 use crate::user::PageFault;
 
 /// An address of the `x86_64` crate that there is no address of libdune's kind for.
+///
+/// # Examples
+///
+/// ```
+/// use libdune::x86_64::VirtAddr;
+/// use libdune::{AddressError, Hva};
+///
+/// let error: Option<AddressError> = Hva::try_from(VirtAddr::new(0xffff_8000_0000_0000)).err();
+/// // User space ends before the other half.
+/// assert_eq!(error.map(|error| error.end), Some(1 << 47));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{address:#x} is no {kind}: those end at {end:#x}")]
 pub struct AddressError {

@@ -88,6 +88,21 @@ pub use pages::Pages;
 const LEAST_STACK: u64 = 2048;
 
 /// Why a compartment could not be made.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::compartment::{Compartment, CompartmentError};
+/// use libdune::{Dune, PagingError};
+///
+/// let dune = Dune::enter()?;
+/// match Compartment::new(&dune.thread(), 64 << 10) {
+///     Ok(compartment) => drop(compartment),
+///     Err(CompartmentError::Paging(PagingError::OutOfTables)) => println!("later, when others have ended"),
+///     Err(error) => return Err(error.into()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompartmentError {
@@ -100,6 +115,21 @@ pub enum CompartmentError {
 }
 
 /// Why there is no result.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::compartment::{Compartment, Ended};
+/// use libdune::Dune;
+///
+/// let dune = Dune::enter()?;
+/// let mut compartment = Compartment::new(&dune.thread(), 64 << 10)?;
+/// let large = [7u8; 128 << 10];
+/// // SAFETY: There is nothing to drop.
+/// let ended = unsafe { compartment.run(&dune.thread(), move || large[0]) };
+/// assert!(matches!(ended, Err(Ended::StackTooSmall { needed }) if needed >= 128 << 10));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Ended {
@@ -232,6 +262,29 @@ impl Compartment {
     /// # Errors
     ///
     /// As [`Compartment::give`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::compartment::{Compartment, Ended, Pages};
+    /// use libdune::{Dune, Permissions};
+    ///
+    /// let dune = Dune::enter()?;
+    /// let thread = dune.thread();
+    /// let page = Pages::new(4096)?;
+    /// let first = page.address() as *const u8;
+    /// let mut compartment = Compartment::new(&thread, 64 << 10)?;
+    /// compartment.give(&page, Permissions::READ)?;
+    /// // SAFETY: There is nothing to drop.
+    /// assert!(matches!(unsafe { compartment.run(&thread, move || *first) }, Ok(0)));
+    /// compartment.take(&page)?;
+    /// compartment.wipe_stack();
+    /// // SAFETY: As above.
+    /// let ended = unsafe { compartment.run(&thread, move || *first) };
+    /// // Bit 0 of the error code: nothing is mapped there.
+    /// assert!(matches!(ended, Err(Ended::Fault(fault)) if fault.error_code & 1 == 0));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn take(&self, memory: &[u8]) -> Result<(), PagingError> {
         let (start, bytes) = range(memory)?;
         self.table.unmap(start, bytes)?.flush();

@@ -97,6 +97,25 @@ impl Thread<'_> {
     /// # Errors
     ///
     /// See [`BounceError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::hook::{Bounce, BounceError};
+    /// use libdune::{Dune, Permissions};
+    ///
+    /// let dune = Dune::enter()?;
+    /// let thread = dune.thread();
+    /// let (bytes, mut buffer) = ([7u8; 100], [0; 100]);
+    /// let start = bytes.as_ptr() as u64;
+    /// let bounce: Bounce<'_> = thread.bounce(start, 100, Permissions::READ, &mut buffer)?;
+    /// // Where Linux sees it, too.
+    /// assert!(!bounce.is_copied() && bounce.address() == start);
+    /// let not_canonical = 1 << 63;
+    /// let error = thread.bounce(not_canonical, 1, Permissions::READ, &mut buffer).err();
+    /// assert_eq!(error, Some(BounceError::NotAllowed(not_canonical)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn bounce<'t>(
         &'t self,
         start: u64,
@@ -158,6 +177,40 @@ impl Bounce<'_> {
     /// # Errors
     ///
     /// [`BounceError::NotAllowed`] where the page table does not allow it any more, and for more bytes than there are.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::io::Read;
+    ///
+    /// use libdune::hook::{Hooks, SystemCall, Verdict};
+    /// use libdune::{Dune, Permissions, Thread};
+    ///
+    /// /// read(2) of at most 512 bytes, for callers whose memory is elsewhere than Linux looks for it.
+    /// fn read(call: &mut SystemCall, thread: &Thread<'_>) -> Verdict {
+    ///     let [fd, start, bytes, ..] = call.arguments();
+    ///     if call.number() as i64 != libc::SYS_read {
+    ///         return Verdict::Allow;
+    ///     }
+    ///     let mut buffer = [0; 512];
+    ///     let bytes = bytes.min(512) as usize;
+    ///     let Ok(bounce) = thread.bounce(start, bytes, Permissions::WRITE, &mut buffer) else {
+    ///         return Verdict::deny(libc::EFAULT);
+    ///     };
+    ///     // SAFETY: Linux writes to memory that the caller named, or to the buffer.
+    ///     match unsafe { libc::read(fd as i32, bounce.address() as *mut libc::c_void, bytes) } {
+    ///         written @ 0.. if bounce.finish(written as usize).is_ok() => Verdict::Answer(written as i64),
+    ///         _ => Verdict::deny(libc::EIO),
+    ///     }
+    /// }
+    ///
+    /// let dune = Dune::enter()?;
+    /// dune.thread().set_hooks(Hooks { before: Some(read), after: None });
+    /// let mut name = [0; 5];
+    /// std::fs::File::open("/proc/version")?.read_exact(&mut name)?;
+    /// assert_eq!(&name, b"Linux");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn finish(self, written: usize) -> Result<(), BounceError> {
         if written > self.bytes {
             return Err(BounceError::NotAllowed(self.start.saturating_add(self.bytes as u64)));

@@ -96,6 +96,27 @@ impl Verdict {
 pub type Before = fn(&mut SystemCall, &Thread<'_>) -> Verdict;
 
 /// Sees what Linux answered to a call, a result or a negative error number, and says what the caller gets.
+///
+/// # Examples
+///
+/// ```no_run
+/// use libdune::hook::{After, Hooks};
+/// use libdune::Dune;
+///
+/// /// Has EAGAIN in place of EINTR.
+/// const ANOTHER_NAME: After = |call, result, _| match result {
+///     result if result == -i64::from(libc::EINTR) => {
+///         println!("call {} was interrupted", call.number());
+///         -i64::from(libc::EAGAIN)
+///     }
+///     result => result,
+/// };
+///
+/// let dune = Dune::enter()?;
+/// dune.thread().set_hooks(Hooks { before: None, after: Some(ANOTHER_NAME) });
+/// assert_ne!(std::process::id(), 0);
+/// # Ok::<(), libdune::Error>(())
+/// ```
 pub type After = fn(&SystemCall, i64, &Thread<'_>) -> i64;
 
 /// Hooks of a thread or of the process.
@@ -180,6 +201,35 @@ impl SystemCall {
     }
 
     /// Has another call made in its place.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    ///
+    /// use libdune::hook::{Before, Hooks, SystemCall, Verdict};
+    /// use libdune::{Dune, Thread};
+    ///
+    /// static FROM: AtomicU64 = AtomicU64::new(0);
+    ///
+    /// /// Threads are told the number of their process.
+    /// fn one_number(call: &mut SystemCall, _: &Thread<'_>) -> Verdict {
+    ///     if call.number() as i64 == libc::SYS_gettid {
+    ///         FROM.store(call.return_address(), Ordering::Relaxed);
+    ///         call.set_number(libc::SYS_getpid as u64);
+    ///     }
+    ///     Verdict::Allow
+    /// }
+    ///
+    /// let dune = Dune::enter()?;
+    /// let before: Before = one_number;
+    /// dune.thread().set_process_hooks(Hooks { before: Some(before), after: None });
+    /// // SAFETY: A call without arguments.
+    /// let number = std::thread::spawn(|| unsafe { libc::syscall(libc::SYS_gettid) }).join();
+    /// assert_eq!(number.ok(), Some(i64::from(std::process::id())));
+    /// assert_ne!(FROM.load(Ordering::Relaxed), 0);
+    /// # Ok::<(), libdune::Error>(())
+    /// ```
     pub fn set_number(&mut self, number: u64) {
         self.rewrite()[0] = number;
     }

@@ -35,6 +35,24 @@ use crate::sys;
 pub const WHOLE: u64 = 1 << 58;
 
 /// An entry of a page table.
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::edit::{Missing, RawEntry, Shared};
+/// use libdune::{Dune, Gva};
+///
+/// let page = Box::new(Page([7; 4096]));
+/// let shared = Shared::keep(&Dune::builder())?;
+/// let dune = Dune::enter()?;
+/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+/// let space = shared.address_space();
+/// let entry: RawEntry<'_> = space.entry(start, 1, Missing::Make)?;
+/// assert_eq!((entry.level, entry.bytes()), (1, 4096));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct RawEntry<'t> {
     /// 1: of a 4 KiB page, 2: 2 MiB, 3: 1 GiB, 4: 512 GiB.
@@ -72,6 +90,31 @@ impl AddressSpace<'_> {
     /// # Errors
     ///
     /// See [`PagingError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::edit::Shared;
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// let shared = Shared::keep(&Dune::builder())?;
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.new_page_table()?;
+    /// assert!(!table.root_table().is_null());
+    /// assert!(table.fill(start)?);
+    /// let mut bytes = 0;
+    /// table.for_each_entry(start, start, |_, entry| {
+    ///     bytes += entry.bytes();
+    ///     true
+    /// });
+    /// // One leaf for all of the GiB, where the CPU has such.
+    /// assert!(bytes >= 2 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn fill(&self, gva: Gva) -> Result<bool, PagingError> {
         fill(self.memory(), self.root(), gva)
     }
@@ -112,6 +155,26 @@ impl AddressSpace<'_> {
     }
 
     /// Bytes from an address where [`AddressSpace::entry`] found nothing to where there may be something again.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::edit::{Missing, Shared};
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// let shared = Shared::keep(&Dune::builder())?;
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// let large = start.align_down(2 << 20);
+    /// table.unmap(large, 2 << 20)?.flush();
+    /// assert!(table.entry(large, 1, Missing::Tell).is_err());
+    /// assert_eq!(table.gap(large), 2 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn gap(&self, gva: Gva) -> u64 {
         let _using = self.memory().begin();
         match self.raw_tree().find(gva) {
@@ -169,6 +232,32 @@ impl AddressSpace<'_> {
     /// # Errors
     ///
     /// What making tables can give.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::edit::{Shared, WHOLE};
+    /// use libdune::{Dune, Gva, Permissions};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// let shared = Shared::keep(&Dune::builder())?;
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// // Splits what is mapped there down to 4 KiB.
+    /// table.protect(start, 4096, Permissions::READ)?.flush();
+    ///
+    /// let large = start.align_down(2 << 20);
+    /// let gpa = shared.gpa(large.identity().ok_or("no address of a process")?)?;
+    /// // Present, writable, large.
+    /// let leaf = gpa.as_u64() | 1 | 1 << 1 | 1 << 7 | WHOLE;
+    /// assert_eq!(table.replace_table(large, 2, leaf)?, 0);
+    /// let mapping = table.look_up(start).ok_or("not mapped")?;
+    /// assert_eq!(mapping.page_bytes, 2 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn replace_table(&self, gva: Gva, level: u32, value: u64) -> Result<u64, PagingError> {
         let entry = self.entry(gva, level, Missing::Make)?;
         let old = Entry(entry.word.swap(value, AcqRel));
@@ -198,6 +287,28 @@ impl AddressSpace<'_> {
     /// # Errors
     ///
     /// See [`PagingError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::edit::Shared;
+    /// use libdune::{Dune, Gva, Permissions};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// // CPL0 goes on with pages that CPL3 may use.
+    /// let options = Dune::builder().protection_from_cpl3(false);
+    /// let shared = Shared::keep(&options)?;
+    /// let dune = options.enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// table.fill(start)?;
+    /// table.give_to_user(&[])?;
+    /// let mapping = table.look_up(start).ok_or("not mapped")?;
+    /// assert!(mapping.permissions.contains(Permissions::USER));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn give_to_user(&self, but: &[Gva]) -> Result<(), PagingError> {
         const GIB: u64 = 1 << 30;
         let arena = self.memory().start();

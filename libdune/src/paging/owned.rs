@@ -28,10 +28,10 @@ use crate::process::Process;
 /// # Examples
 ///
 /// ```no_run
-/// use libdune::Dune;
+/// use libdune::{Dune, PageTable};
 ///
 /// let dune = Dune::enter()?;
-/// let table = dune.address_space().duplicate()?;
+/// let table: PageTable = dune.address_space().duplicate()?;
 /// // Each thread has its own CR3, and starts with its maker's.
 /// let is_loaded = std::thread::scope(|scope| {
 ///     let thread = scope.spawn(|| {

@@ -63,6 +63,9 @@ pub(crate) struct Header {
 /// let pool = libdune::FramePool::new()?;
 /// let frame = pool.allocate()?;
 /// assert!(frame.is_aligned(4096));
+/// // SAFETY: No page table ever mapped it.
+/// unsafe { pool.free(frame) };
+/// assert_eq!(pool.used(), 0);
 /// # Ok::<(), libdune::PagingError>(())
 /// ```
 #[derive(Debug)]

@@ -75,11 +75,11 @@ pub struct UsedPage {
 /// ```no_run
 /// # #[repr(align(4096))]
 /// # struct Page([u8; 4096]);
-/// use libdune::{Dune, Gva, Permissions};
+/// use libdune::{AddressSpace, Dune, Gva, Permissions};
 ///
 /// let pages: Vec<Page> = (0..4).map(|_| Page([7; 4096])).collect();
 /// let dune = Dune::enter()?;
-/// let space = dune.address_space();
+/// let space: AddressSpace<'_> = dune.address_space();
 /// let start = Gva::of(pages.as_ptr()).ok_or("not canonical")?;
 ///
 /// space.protect(start, 4 * 4096, Permissions::READ)?.flush();
@@ -294,6 +294,26 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// Those [of changes](AddressSpace#errors-of-changes).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let mut page = Box::new(Page([7; 4096]));
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// page.0[0] = 8;
+    /// let table = dune.address_space().duplicate()?;
+    /// table.unmap(start, 4096)?.flush();
+    /// assert_eq!(table.look_up(start), None);
+    /// // The other table has it still.
+    /// assert_ne!(table.root(), dune.address_space().root());
+    /// assert!(dune.address_space().look_up(start).is_some());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn unmap(&self, start: Gva, bytes: u64) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, retired| tree.unmap(start, bytes, retired))
     }
@@ -303,6 +323,23 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// Those [of changes](AddressSpace#errors-of-changes).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, Gva, Permissions};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// table.set_user(start, 4096, true)?.flush();
+    /// let mapping = table.look_up(start).ok_or("not mapped")?;
+    /// assert!(mapping.permissions.contains(Permissions::USER));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_user(&self, start: Gva, bytes: u64, user: bool) -> Result<Flush<'_>, PagingError> {
         self.change(start, bytes, |tree, _| tree.set_user(start, bytes, user))
     }
@@ -314,6 +351,25 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::NoProtectionKeys`] where the CPU or Linux has none, [`PagingError::NoSuchKey`] above 15, else
     /// those [of changes](AddressSpace#errors-of-changes).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, Gva, PagingError};
+    ///
+    /// let page = Box::new(Page([7; 4096]));
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// match table.set_protection_key(start, 4096, 1) {
+    ///     Ok(flush) => flush.flush(),
+    ///     Err(PagingError::NoProtectionKeys) => println!("this CPU has none"),
+    ///     Err(error) => return Err(error.into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_protection_key(&self, start: Gva, bytes: u64, key: u8) -> Result<Flush<'_>, PagingError> {
         if !self.process().has_keys {
             return Err(PagingError::NoProtectionKeys);
@@ -380,6 +436,31 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// Those [of changes](AddressSpace#errors-of-changes), but pages that are mapped to nothing are passed over.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::paging::{Used, UsedPage};
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let mut pages: Vec<Page> = (0..8).map(|_| Page([0; 4096])).collect();
+    /// let dune = Dune::enter()?;
+    /// let (space, start) = (dune.address_space(), Gva::of(pages.as_ptr()).ok_or("not canonical")?);
+    /// space.clear_accessed_dirty(start, 8 * 4096)?.flush();
+    ///
+    /// unsafe { (&raw mut pages[5].0[0]).write_volatile(1) };
+    ///
+    /// // Again and again the same.
+    /// for _ in 0..2 {
+    ///     let mut used: Vec<UsedPage> = Vec::new();
+    ///     space.read_used(start, 8 * 4096, Used::Accessed, |page| used.push(page))?;
+    ///     assert_eq!(used.len(), 1);
+    ///     assert!(used[0].is_dirty && used[0].start > start);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn read_used(
         &self,
         start: Gva,
@@ -444,6 +525,31 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::OtherPool`], [`PagingError::Foreign`] of a table that libdune did not load, else those
     /// [of changes](AddressSpace#errors-of-changes).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # #[repr(align(4096))]
+    /// # struct Page([u8; 4096]);
+    /// use libdune::{Dune, Gva, FramePool};
+    ///
+    /// let mut page = Box::new(Page([7; 4096]));
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+    /// let pool = FramePool::new()?;
+    /// let table = dune.address_space().duplicate()?;
+    /// table.copy_on_write(start, 4096, &pool)?.flush();
+    ///
+    /// let byte = &raw mut page.0[0];
+    /// // SAFETY: The table maps what the default one does, but for the copy.
+    /// unsafe {
+    ///     dune.load(&table);
+    ///     byte.write_volatile(8);
+    ///     dune.load(&dune.address_space());
+    ///     assert_eq!(byte.read_volatile(), 7);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn copy_on_write(&self, start: Gva, bytes: u64, pool: &FramePool) -> Result<Flush<'_>, PagingError> {
         let number = self.number().ok_or(PagingError::Foreign)?;
         self.process().expect_copies();
@@ -463,6 +569,26 @@ impl<'d> AddressSpace<'d> {
     ///
     /// [`PagingError::Busy`] where a change that was interrupted (by the calling handler, for one) does not end, else those
     /// [of changes](AddressSpace#errors-of-changes).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::{Dune, Gva, Permissions};
+    ///
+    /// const LARGE: u64 = 2 << 20;
+    /// let memory = vec![7u8; 3 * LARGE as usize];
+    /// let dune = Dune::enter()?;
+    /// let space = dune.address_space();
+    /// let start = Gva::of(memory.as_ptr()).and_then(|start| start.checked_add(LARGE)).ok_or("not canonical")?;
+    /// let start = start.align_down(LARGE);
+    /// // Two tables more: leaves of 2 MiB, and of 4 KiB.
+    /// space.protect(start, 4096, Permissions::READ)?.flush();
+    /// space.protect(start, 4096, Permissions::ALL)?.flush();
+    /// assert_eq!(space.look_up(start).map(|mapping| mapping.page_bytes), Some(4096));
+    /// assert_eq!(space.merge(start, LARGE)?, 1);
+    /// assert_eq!(space.look_up(start).map(|mapping| mapping.page_bytes), Some(LARGE));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn merge(&self, start: Gva, bytes: u64) -> Result<u64, PagingError> {
         super::tree::check_range(start, bytes)?;
         self.process()
@@ -521,6 +647,23 @@ impl<'d> AddressSpace<'d> {
     /// # Errors
     ///
     /// [`PagingError::Corrupt`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let dune = Dune::enter()?;
+    /// let (table, sealed) = (dune.new_page_table()?, dune.new_page_table()?);
+    /// sealed.seal()?;
+    /// // A whole GiB that nobody used.
+    /// let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    /// // SAFETY: A new mapping.
+    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) } as u64;
+    /// let start = Gva::new(start.next_multiple_of(1 << 30)).ok_or("not canonical")?;
+    /// assert!(table.fill(start)? && !sealed.fill(start)?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn seal(&self) -> Result<(), PagingError> {
         let _using = self.process().memory.begin();
         self.tree().seal()

@@ -184,6 +184,26 @@ pub(crate) unsafe fn switch(process: &Process, area: u64, here: &Here, number: u
 /// space.protect(start, 4096, Permissions::ALL)?.ignore();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::paging::Flush;
+/// use libdune::{Dune, Gva, Permissions};
+///
+/// let page = Box::new(Page([7; 4096]));
+/// let dune = Dune::enter()?;
+/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+/// let space = dune.address_space();
+/// let flush: Flush<'_> = space.protect(start, 4096, Permissions::READ)?;
+/// // There is no other Dune thread.
+/// flush.flush_local();
+/// // More access than before: who has the old translation faults, and gets the new one.
+/// space.protect(start, 4096, Permissions::ALL)?.ignore();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use = "TLBs may still hold the old translation: call flush() or ignore()"]
 pub struct Flush<'t> {
     process: *const Process,

@@ -65,6 +65,24 @@ impl Retired {
 }
 
 /// What an address is mapped to.
+///
+/// # Examples
+///
+/// ```no_run
+/// # #[repr(align(4096))]
+/// # struct Page([u8; 4096]);
+/// use libdune::paging::Mapping;
+/// use libdune::{Dune, Gva};
+///
+/// let page = Box::new(Page([7; 4096]));
+/// let dune = Dune::enter()?;
+/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
+/// // Touched, so that it is mapped.
+/// assert_eq!(std::hint::black_box(&page).0[0], 7);
+/// let mapping: Mapping = dune.address_space().look_up(start).ok_or("not mapped")?;
+/// assert!(mapping.accessed && !mapping.copied_on_write && mapping.key == 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// GPA of the address itself.

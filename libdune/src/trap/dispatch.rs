@@ -80,6 +80,7 @@ pub enum Outcome {
 /// ```no_run
 /// use std::sync::atomic::{AtomicU64, Ordering};
 ///
+/// use libdune::trap::Handler;
 /// use libdune::{Dune, Gva, Outcome, Permissions, Thread, TrapFrame, Vector};
 ///
 /// static LAST: AtomicU64 = AtomicU64::new(0);
@@ -102,7 +103,8 @@ pub enum Outcome {
 /// # struct Page([u8; 4096]);
 /// let mut page = Box::new(Page([0; 4096]));
 /// let dune = Dune::enter()?;
-/// dune.set_exception_handler(Vector::PF, page_fault);
+/// let before: Option<Handler> = dune.set_exception_handler(Vector::PF, page_fault);
+/// assert!(before.is_none());
 /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
 /// dune.address_space().protect(start, 4096, Permissions::NONE)?.flush();
 /// let byte = &raw mut page.0[100];
@@ -119,7 +121,7 @@ pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 /// # Examples
 ///
 /// ```no_run
-/// use libdune::{Dune, Thread};
+/// use libdune::{Dune, Gva, LoadedSpace, Thread, Vector};
 ///
 /// /// Somewhere deep in a library that knows nothing of who entered.
 /// fn forget_translations() -> bool {
@@ -129,6 +131,18 @@ pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 /// assert!(!forget_translations());
 /// let dune = Dune::enter()?;
 /// assert!(forget_translations());
+///
+/// let thread = dune.thread();
+/// assert_eq!(thread.vcpu(), dune.vcpu());
+/// assert_eq!(thread.clear_exception_handler(Vector::UD), None);
+/// // The page table in CR3, kept as long as this.
+/// let space: LoadedSpace<'_> = thread.current_address_space();
+/// assert!(space.is_loaded());
+/// // SAFETY: No other table is loaded meanwhile.
+/// assert_eq!(unsafe { thread.loaded_space() }.root(), space.root());
+/// // One page of it.
+/// let place = 0u8;
+/// Gva::of(&raw const place).into_iter().for_each(|page| thread.flush_page(page));
 /// # Ok::<(), libdune::Error>(())
 /// ```
 #[repr(transparent)]

@@ -34,6 +34,10 @@ pub(crate) use pop_registers;
 /// fn invalid_opcode(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
 ///     frame.rax = u64::from(frame.vector().0);
 ///     frame.rip += 2;
+///     // Not of code that is not trusted, nor of another handler.
+///     if frame.is_cpl3() || frame.level() > 0 {
+///         return Outcome::Unhandled;
+///     }
 ///     Outcome::Resume
 /// }
 ///
@@ -150,6 +154,7 @@ impl TrapFrame {
 ///
 /// assert_eq!(Vector::PF, Vector(14));
 /// assert_eq!(Vector::PF.to_string(), "#PF (page fault) 14");
+/// assert_eq!(Vector::PF.name(), "#PF (page fault)");
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vector(pub u8);

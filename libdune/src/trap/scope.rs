@@ -226,6 +226,37 @@ pub(super) fn handle(frame: &mut TrapFrame, block: &Block) -> Outcome {
 }
 
 /// Extended state of interrupted code (SDM, "Managing State Using the XSAVE Feature Set"); changes are what it goes on with.
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::sync::atomic::{AtomicU32, Ordering};
+///
+/// use libdune::{Dune, ExtendedState, Outcome, Thread, TrapFrame, Vector};
+///
+/// static MXCSR: AtomicU32 = AtomicU32::new(0);
+///
+/// fn invalid_opcode(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
+///     frame.rip += 2;
+///     let Some(state) = thread.extended_state(frame) else {
+///         return Outcome::Unhandled;
+///     };
+///     let state: ExtendedState<'_> = state;
+///     // FXSAVE's 512 bytes are there anyhow; XSAVE's header is behind them.
+///     if state.as_bytes().len() < if state.has_xsave() { 576 } else { 512 } {
+///         return Outcome::Unhandled;
+///     }
+///     MXCSR.store(state.mxcsr(), Ordering::Relaxed);
+///     Outcome::Resume
+/// }
+///
+/// let dune = Dune::enter()?;
+/// dune.set_exception_handler(Vector::UD, invalid_opcode);
+/// unsafe { core::arch::asm!("ud2") };
+/// // All exceptions masked, as every program starts.
+/// assert_eq!(MXCSR.load(Ordering::Relaxed) & 0x1f80, 0x1f80);
+/// # Ok::<(), libdune::Error>(())
+/// ```
 pub struct ExtendedState<'f> {
     area: *mut u8,
     bytes: usize,

@@ -122,6 +122,7 @@ struct Line([u8; 64]);
 ///     UserExit::PageFault(fault) => {
 ///         assert_eq!(fault.address, context.registers().rip);
 ///         assert!(fault.is_execute() && fault.is_present() && !fault.host_refused());
+///         assert!(!fault.is_write());
 ///     }
 ///     exit => return Err(format!("{exit:?}").into()),
 /// }
@@ -179,6 +180,37 @@ impl UserContext {
     }
 
     /// Has it go on in 32-bit mode, or in 64-bit mode, as a new context does.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::user::{UserContext, UserExit, UserRegisters};
+    /// use libdune::{Dune, Gva, Permissions};
+    ///
+    /// # let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+    /// # let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT;
+    /// # let page = unsafe { libc::mmap(core::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+    /// // A page below 4 GiB: mov eax, 20; int 0x80
+    /// // SAFETY: A page of the program's own.
+    /// unsafe { page.cast::<[u8; 7]>().write(*b"\xb8\x14\0\0\0\xcd\x80") };
+    ///
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::new(page as u64).ok_or("not canonical")?;
+    /// let for_cpl3 = Permissions::USER | Permissions::EXECUTE;
+    /// dune.address_space().protect(start, 4096, for_cpl3)?.flush();
+    ///
+    /// let mut plugin = UserContext::new(&dune.thread());
+    /// plugin.set_32bit(true);
+    /// plugin.registers_mut().rip = start.as_u64();
+    /// match plugin.run(&dune.thread()) {
+    ///     UserExit::Int80 => {
+    ///         let registers: &UserRegisters = plugin.registers();
+    ///         assert!(plugin.is_32bit() && registers.rax == 20);
+    ///     }
+    ///     exit => return Err(format!("{exit:?}").into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_32bit(&mut self, is_32bit: bool) {
         self.frame.cs = if is_32bit { USER_CS_32 } else { percpu::USER_CS.into() };
     }

@@ -22,7 +22,7 @@ use crate::trap::Thread;
 /// ```no_run
 /// # #[repr(align(4096))]
 /// # struct Page([u8; 4096]);
-/// use libdune::user::UserSlice;
+/// use libdune::user::{UserFault, UserSlice};
 /// use libdune::{Dune, Gva, Permissions};
 ///
 /// let page = Box::new(Page([b'x'; 4096]));
@@ -37,7 +37,10 @@ use crate::trap::Thread;
 /// let slice = UserSlice::writable(&thread, start.as_u64(), 5)?;
 /// slice.write(b"hello")?;
 /// assert_eq!(slice.to_vec()?, b"hello");
-/// assert!(UserSlice::readable(&thread, start.as_u64() + 4090, 7).is_err());
+/// assert!(!slice.is_empty() && slice.len() == 5);
+/// // The page behind is not.
+/// let fault: Option<UserFault> = UserSlice::readable(&thread, start.as_u64() + 4090, 7).err();
+/// assert!(fault.is_some_and(|fault| !fault.is_write && fault.address == start.as_u64() + 4096));
 /// # dune.address_space().protect(start, 4096, Permissions::ALL)?.flush();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

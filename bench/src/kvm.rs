@@ -82,7 +82,7 @@ global_asm!(
     "add edi, 4",
     "dec esi",
     "jnz 2b",
-    // Once more, for the answer, which goes behind the ticks.
+    // Once more, untimed, for the answer, which goes behind the ticks; 0 where there is none.
     "xor eax, eax",
     "cmp ebp, 1",
     "jne 7f",

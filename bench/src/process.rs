@@ -93,7 +93,7 @@ fn signal(system: &System<'_>) {
 /// What a program costs that does nothing, and one that enters Dune mode; and entering and leaving again and again.
 pub fn measure_programs(linux: &System<'_>, dune: &System<'_>) {
     let program = std::env::current_exe().map(|own| own.with_file_name(NOTHING));
-    let program = program.expect("this program has a place");
+    let program = program.expect("the path of this program is known");
     let run = |arguments: &[&str]| {
         let status = Command::new(&program).args(arguments).status();
         assert!(status.expect("the program starts").success(), "{NOTHING} {arguments:?}");

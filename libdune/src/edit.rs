@@ -161,8 +161,9 @@ impl Shared {
     /// // A whole GiB that nobody used.
     /// let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
     /// // SAFETY: A new mapping.
-    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) } as u64;
-    /// let hva = Hva::new(start.next_multiple_of(1 << 30)).ok_or("no address of a process")?;
+    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) };
+    /// assert_ne!(start, libc::MAP_FAILED);
+    /// let hva = Hva::new((start as u64).next_multiple_of(1 << 30)).ok_or("no address of a process")?;
     /// // The last slot that there is.
     /// let gpa = Gpa::new((1 << dune.info().gpa_bits) - (1 << 30)).ok_or("no GPA")?;
     /// shared.claim(hva, gpa)?;

@@ -73,7 +73,7 @@ const SURROUNDINGS: u64 = 128 << 20;
 /// use libdune::{Builder, Dune};
 ///
 /// let options: Builder = Dune::builder().threads(false).children(false);
-/// // What is the default: CPL3 has no way to have CPL0 use its pages by accident.
+/// // The default: CPL0 does not use CPL3's pages by accident.
 /// let dune = options.protection_from_cpl3(true).enter()?;
 /// let inside = std::thread::spawn(Dune::is_active).join();
 /// assert_eq!(inside.ok(), Some(false));

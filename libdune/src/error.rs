@@ -6,6 +6,17 @@ use crate::paging::PagingError;
 use crate::sys::Errno;
 
 /// Result of what can fail with an [`Error`].
+///
+/// # Examples
+///
+/// ```no_run
+/// fn number_inside() -> libdune::Result<u32> {
+///     let dune = libdune::Dune::enter()?;
+///     Ok(dune.vcpu())
+/// }
+///
+/// assert!(number_inside().is_ok());
+/// ```
 pub type Result<T> = core::result::Result<T, Error>;
 
 /// Why a thread could not enter Dune mode. The message says what to do.

@@ -436,7 +436,7 @@ fn second_invalidation_waits_for_the_flush() {
     static BEFORE: AtomicU64 = AtomicU64::new(0);
     const ROUNDS: u64 = 8;
     const DELAY: Duration = Duration::from_millis(20);
-    /// Looks seldom: on the guest's CPU each look costs the guest some 100 µs of the emulated machine's.
+    /// Looks seldom: on the guest's CPU each look costs the guest some 100 µs of emulated time.
     fn wait_for(word: &AtomicU64, value: u64) {
         while word.load(SeqCst) < value {
             std::thread::sleep(Duration::from_millis(1));

@@ -98,7 +98,7 @@ const LEAST_STACK: u64 = 2048;
 /// let dune = Dune::enter()?;
 /// match Compartment::new(&dune.thread(), 64 << 10) {
 ///     Ok(compartment) => drop(compartment),
-///     Err(CompartmentError::Paging(PagingError::OutOfTables)) => println!("later, when others have ended"),
+///     Err(CompartmentError::Paging(PagingError::OutOfTables)) => println!("try again when other compartments are gone"),
 ///     Err(error) => return Err(error.into()),
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -275,14 +275,16 @@ impl Compartment {
     /// let first = page.address() as *const u8;
     /// let mut compartment = Compartment::new(&thread, 64 << 10)?;
     /// compartment.give(&page, Permissions::READ)?;
-    /// // SAFETY: There is nothing to drop.
-    /// assert!(matches!(unsafe { compartment.run(&thread, move || *first) }, Ok(0)));
+    /// // SAFETY: There is nothing to drop, and the page is the program's.
+    /// let read = unsafe { compartment.run(&thread, move || first.read_volatile()) };
+    /// assert!(matches!(read, Ok(0)));
     /// compartment.take(&page)?;
-    /// compartment.wipe_stack();
     /// // SAFETY: As above.
-    /// let ended = unsafe { compartment.run(&thread, move || *first) };
-    /// // Bit 0 of the error code: nothing is mapped there.
-    /// assert!(matches!(ended, Err(Ended::Fault(fault)) if fault.error_code & 1 == 0));
+    /// let ended = unsafe { compartment.run(&thread, move || first.read_volatile()) };
+    /// let Err(Ended::Fault(fault)) = ended else {
+    ///     return Err("another end".into());
+    /// };
+    /// assert!(fault.page_fault().is_some_and(|fault| !fault.is_present() && !fault.is_write()));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn take(&self, memory: &[u8]) -> Result<(), PagingError> {
@@ -292,6 +294,23 @@ impl Compartment {
     }
 
     /// Forgets what closures left on the stack, so that the next one finds nothing of theirs.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::compartment::Compartment;
+    /// use libdune::Dune;
+    ///
+    /// let dune = Dune::enter()?;
+    /// let mut compartment = Compartment::new(&dune.thread(), 64 << 10)?;
+    /// for request in [[1u8; 100], [2; 100]] {
+    ///     // SAFETY: There is nothing to drop.
+    ///     let sum = unsafe { compartment.run(&dune.thread(), move || request.iter().map(|byte| u32::from(*byte)).sum::<u32>()) };
+    ///     assert_eq!(sum?, u32::from(request[0]) * 100);
+    ///     compartment.wipe_stack();
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn wipe_stack(&mut self) {
         self.stack.fill(0);
     }
@@ -379,6 +398,21 @@ impl Compartment {
     /// # Safety
     ///
     /// As [`Compartment::run`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::compartment::Compartment;
+    /// use libdune::Dune;
+    ///
+    /// let dune = Dune::enter()?;
+    /// let compartment = Compartment::new(&dune.thread(), 64 << 10)?;
+    /// // SAFETY: There is nothing to drop.
+    /// let thread = unsafe { compartment.spawn(|| 6 * 7) }?;
+    /// let (_compartment, answer) = thread.join().map_err(|_| "the thread panicked")?;
+    /// assert_eq!(answer?, 42);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub unsafe fn spawn<F, T>(mut self, closure: F) -> io::Result<JoinHandle<(Self, Result<T, Ended>)>>
     where
         F: FnOnce() -> T + Send + 'static,

@@ -198,9 +198,11 @@ impl Bounce<'_> {
     ///         return Verdict::deny(libc::EFAULT);
     ///     };
     ///     // SAFETY: Linux writes to memory that the caller named, or to the buffer.
-    ///     match unsafe { libc::read(fd as i32, bounce.address() as *mut libc::c_void, bytes) } {
-    ///         written @ 0.. if bounce.finish(written as usize).is_ok() => Verdict::Answer(written as i64),
-    ///         _ => Verdict::deny(libc::EIO),
+    ///     let written = unsafe { libc::syscall(libc::SYS_read, fd, bounce.address(), bytes) };
+    ///     match written {
+    ///         0.. if bounce.finish(written as usize).is_ok() => Verdict::Answer(written),
+    ///         0.. => Verdict::deny(libc::EFAULT),
+    ///         _ => Verdict::deny(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
     ///     }
     /// }
     ///

@@ -100,21 +100,25 @@ pub type Before = fn(&mut SystemCall, &Thread<'_>) -> Verdict;
 /// # Examples
 ///
 /// ```no_run
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
 /// use libdune::hook::{After, Hooks};
 /// use libdune::Dune;
 ///
-/// /// Has EAGAIN in place of EINTR.
-/// const ANOTHER_NAME: After = |call, result, _| match result {
-///     result if result == -i64::from(libc::EINTR) => {
-///         println!("call {} was interrupted", call.number());
-///         -i64::from(libc::EAGAIN)
+/// static WRITTEN: AtomicU64 = AtomicU64::new(0);
+///
+/// /// Counts the bytes that the thread writes.
+/// const COUNT: After = |call, result, _| {
+///     if call.number() as i64 == libc::SYS_write && result > 0 {
+///         WRITTEN.fetch_add(result as u64, Ordering::Relaxed);
 ///     }
-///     result => result,
+///     result
 /// };
 ///
 /// let dune = Dune::enter()?;
-/// dune.thread().set_hooks(Hooks { before: None, after: Some(ANOTHER_NAME) });
-/// assert_ne!(std::process::id(), 0);
+/// dune.thread().set_hooks(Hooks { before: None, after: Some(COUNT) });
+/// eprintln!("hello");
+/// assert_eq!(WRITTEN.load(Ordering::Relaxed), 6);
 /// # Ok::<(), libdune::Error>(())
 /// ```
 pub type After = fn(&SystemCall, i64, &Thread<'_>) -> i64;
@@ -221,11 +225,12 @@ impl SystemCall {
     ///     Verdict::Allow
     /// }
     ///
+    /// const ONE_NUMBER: Before = one_number;
     /// let dune = Dune::enter()?;
-    /// let before: Before = one_number;
-    /// dune.thread().set_process_hooks(Hooks { before: Some(before), after: None });
+    /// let hooks = dune.thread().set_process_hooks(Hooks { before: Some(ONE_NUMBER), after: None });
     /// // SAFETY: A call without arguments.
     /// let number = std::thread::spawn(|| unsafe { libc::syscall(libc::SYS_gettid) }).join();
+    /// dune.thread().set_process_hooks(hooks);
     /// assert_eq!(number.ok(), Some(i64::from(std::process::id())));
     /// assert_ne!(FROM.load(Ordering::Relaxed), 0);
     /// # Ok::<(), libdune::Error>(())

@@ -96,11 +96,9 @@ impl AddressSpace<'_> {
     /// ```no_run
     /// # #[repr(align(4096))]
     /// # struct Page([u8; 4096]);
-    /// use libdune::edit::Shared;
     /// use libdune::{Dune, Gva};
     ///
     /// let page = Box::new(Page([7; 4096]));
-    /// let shared = Shared::keep(&Dune::builder())?;
     /// let dune = Dune::enter()?;
     /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
     /// let table = dune.new_page_table()?;
@@ -161,11 +159,10 @@ impl AddressSpace<'_> {
     /// ```no_run
     /// # #[repr(align(4096))]
     /// # struct Page([u8; 4096]);
-    /// use libdune::edit::{Missing, Shared};
+    /// use libdune::edit::Missing;
     /// use libdune::{Dune, Gva};
     ///
     /// let page = Box::new(Page([7; 4096]));
-    /// let shared = Shared::keep(&Dune::builder())?;
     /// let dune = Dune::enter()?;
     /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
     /// let table = dune.address_space().duplicate()?;

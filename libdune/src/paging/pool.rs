@@ -62,7 +62,7 @@ pub(crate) struct Header {
 /// ```
 /// let pool = libdune::FramePool::new()?;
 /// let frame = pool.allocate()?;
-/// assert!(frame.is_aligned(4096));
+/// assert!(frame.is_aligned(4096) && frame > pool.start());
 /// // SAFETY: No page table ever mapped it.
 /// unsafe { pool.free(frame) };
 /// assert_eq!(pool.used(), 0);

@@ -305,7 +305,8 @@ impl<'d> AddressSpace<'d> {
     /// let mut page = Box::new(Page([7; 4096]));
     /// let dune = Dune::enter()?;
     /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
-    /// page.0[0] = 8;
+    /// // Touched, so that it is mapped.
+    /// std::hint::black_box(&mut page).0[0] = 8;
     /// let table = dune.address_space().duplicate()?;
     /// table.unmap(start, 4096)?.flush();
     /// assert_eq!(table.look_up(start), None);
@@ -450,14 +451,15 @@ impl<'d> AddressSpace<'d> {
     /// let (space, start) = (dune.address_space(), Gva::of(pages.as_ptr()).ok_or("not canonical")?);
     /// space.clear_accessed_dirty(start, 8 * 4096)?.flush();
     ///
-    /// unsafe { (&raw mut pages[5].0[0]).write_volatile(1) };
+    /// std::hint::black_box(&mut pages)[5].0[0] = 1;
     ///
     /// // Again and again the same.
     /// for _ in 0..2 {
     ///     let mut used: Vec<UsedPage> = Vec::new();
-    ///     space.read_used(start, 8 * 4096, Used::Accessed, |page| used.push(page))?;
+    ///     space.read_used(start, 8 * 4096, Used::Dirty, |page| used.push(page))?;
     ///     assert_eq!(used.len(), 1);
-    ///     assert!(used[0].is_dirty && used[0].start > start);
+    ///     assert!(used[0].is_dirty);
+    ///     assert_eq!(Some(used[0].start), start.checked_add(5 * 4096));
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -531,7 +533,7 @@ impl<'d> AddressSpace<'d> {
     /// ```no_run
     /// # #[repr(align(4096))]
     /// # struct Page([u8; 4096]);
-    /// use libdune::{Dune, Gva, FramePool};
+    /// use libdune::{Dune, FramePool, Gva};
     ///
     /// let mut page = Box::new(Page([7; 4096]));
     /// let dune = Dune::enter()?;
@@ -659,8 +661,9 @@ impl<'d> AddressSpace<'d> {
     /// // A whole GiB that nobody used.
     /// let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
     /// // SAFETY: A new mapping.
-    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) } as u64;
-    /// let start = Gva::new(start.next_multiple_of(1 << 30)).ok_or("not canonical")?;
+    /// let start = unsafe { libc::mmap(core::ptr::null_mut(), 2 << 30, protection, flags, -1, 0) };
+    /// assert_ne!(start, libc::MAP_FAILED);
+    /// let start = Gva::new((start as u64).next_multiple_of(1 << 30)).ok_or("not canonical")?;
     /// assert!(table.fill(start)? && !sealed.fill(start)?);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

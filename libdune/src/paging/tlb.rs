@@ -173,34 +173,18 @@ pub(crate) unsafe fn switch(process: &Process, area: u64, here: &Here, number: u
 /// ```no_run
 /// # #[repr(align(4096))]
 /// # struct Page([u8; 4096]);
+/// use libdune::paging::Flush;
 /// use libdune::{Dune, Gva, Permissions};
 ///
 /// let page = Box::new(Page([0; 4096]));
 /// let dune = Dune::enter()?;
 /// let (space, start) = (dune.address_space(), Gva::of(&raw const *page).ok_or("not canonical")?);
 /// // Threads may have the page as writable in their TLBs.
-/// space.protect(start, 4096, Permissions::READ)?.flush();
-/// // Who has it as read-only takes a page fault at worst.
-/// space.protect(start, 4096, Permissions::ALL)?.ignore();
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-///
-/// # Examples
-///
-/// ```no_run
-/// # #[repr(align(4096))]
-/// # struct Page([u8; 4096]);
-/// use libdune::paging::Flush;
-/// use libdune::{Dune, Gva, Permissions};
-///
-/// let page = Box::new(Page([7; 4096]));
-/// let dune = Dune::enter()?;
-/// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
-/// let space = dune.address_space();
 /// let flush: Flush<'_> = space.protect(start, 4096, Permissions::READ)?;
-/// // There is no other Dune thread.
-/// flush.flush_local();
-/// // More access than before: who has the old translation faults, and gets the new one.
+/// flush.flush();
+/// // No other thread has used it since: this one need only look after itself.
+/// space.protect(start, 4096, Permissions::NONE)?.flush_local();
+/// // Who has it as read-only takes a page fault at worst.
 /// space.protect(start, 4096, Permissions::ALL)?.ignore();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -142,7 +142,9 @@ pub type Handler = fn(&mut TrapFrame, &Thread<'_>) -> Outcome;
 /// assert_eq!(unsafe { thread.loaded_space() }.root(), space.root());
 /// // One page of it.
 /// let place = 0u8;
-/// Gva::of(&raw const place).into_iter().for_each(|page| thread.flush_page(page));
+/// if let Some(page) = Gva::of(&raw const place) {
+///     thread.flush_page(page);
+/// }
 /// # Ok::<(), libdune::Error>(())
 /// ```
 #[repr(transparent)]

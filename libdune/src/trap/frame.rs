@@ -32,12 +32,12 @@ pub(crate) use pop_registers;
 ///
 /// /// Has UD2 mean: its vector in RAX.
 /// fn invalid_opcode(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
-///     frame.rax = u64::from(frame.vector().0);
-///     frame.rip += 2;
-///     // Not of code that is not trusted, nor of another handler.
+///     // Not for untrusted code, nor inside another handler.
 ///     if frame.is_cpl3() || frame.level() > 0 {
 ///         return Outcome::Unhandled;
 ///     }
+///     frame.rax = u64::from(frame.vector().0);
+///     frame.rip += 2;
 ///     Outcome::Resume
 /// }
 ///

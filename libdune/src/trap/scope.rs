@@ -230,24 +230,29 @@ pub(super) fn handle(frame: &mut TrapFrame, block: &Block) -> Outcome {
 /// # Examples
 ///
 /// ```no_run
-/// use std::sync::atomic::{AtomicU32, Ordering};
+/// use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 ///
 /// use libdune::{Dune, ExtendedState, Outcome, Thread, TrapFrame, Vector};
 ///
 /// static MXCSR: AtomicU32 = AtomicU32::new(0);
 ///
+/// static XSTATE_BV: AtomicU64 = AtomicU64::new(0);
+///
 /// fn invalid_opcode(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
-///     frame.rip += 2;
 ///     let Some(state) = thread.extended_state(frame) else {
 ///         return Outcome::Unhandled;
 ///     };
-///     let state: ExtendedState<'_> = state;
-///     // FXSAVE's 512 bytes are there anyhow; XSAVE's header is behind them.
-///     if state.as_bytes().len() < if state.has_xsave() { 576 } else { 512 } {
-///         return Outcome::Unhandled;
-///     }
-///     MXCSR.store(state.mxcsr(), Ordering::Relaxed);
+///     note(&state);
+///     frame.rip += 2;
 ///     Outcome::Resume
+/// }
+///
+/// fn note(state: &ExtendedState<'_>) {
+///     MXCSR.store(state.mxcsr(), Ordering::Relaxed);
+///     // XSAVE's header is behind the 512 bytes that FXSAVE has, too.
+///     if let (true, Some(Ok(word))) = (state.has_xsave(), state.as_bytes().get(512..520).map(TryInto::try_into)) {
+///         XSTATE_BV.store(u64::from_le_bytes(word), Ordering::Relaxed);
+///     }
 /// }
 ///
 /// let dune = Dune::enter()?;

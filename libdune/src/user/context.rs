@@ -112,6 +112,7 @@ struct Line([u8; 64]);
 ///
 /// ```no_run
 /// use libdune::user::{UserContext, UserExit};
+/// use libdune::x86_64::structures::idt::PageFaultErrorCode;
 /// use libdune::Dune;
 ///
 /// let dune = Dune::enter()?;
@@ -123,6 +124,7 @@ struct Line([u8; 64]);
 ///         assert_eq!(fault.address, context.registers().rip);
 ///         assert!(fault.is_execute() && fault.is_present() && !fault.host_refused());
 ///         assert!(!fault.is_write());
+///         assert!(fault.code().contains(PageFaultErrorCode::INSTRUCTION_FETCH));
 ///     }
 ///     exit => return Err(format!("{exit:?}").into()),
 /// }
@@ -190,8 +192,9 @@ impl UserContext {
     /// # let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
     /// # let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT;
     /// # let page = unsafe { libc::mmap(core::ptr::null_mut(), 4096, protection, flags, -1, 0) };
-    /// // A page below 4 GiB: mov eax, 20; int 0x80
-    /// // SAFETY: A page of the program's own.
+    /// # assert_ne!(page, libc::MAP_FAILED);
+    /// // mov eax, 20; int 0x80
+    /// // SAFETY: `page` is a page of the program's own, below 4 GiB.
     /// unsafe { page.cast::<[u8; 7]>().write(*b"\xb8\x14\0\0\0\xcd\x80") };
     ///
     /// let dune = Dune::enter()?;

@@ -38,7 +38,7 @@ use crate::trap::Thread;
 /// slice.write(b"hello")?;
 /// assert_eq!(slice.to_vec()?, b"hello");
 /// assert!(!slice.is_empty() && slice.len() == 5);
-/// // The page behind is not.
+/// // The next page is not CPL3's.
 /// let fault: Option<UserFault> = UserSlice::readable(&thread, start.as_u64() + 4090, 7).err();
 /// assert!(fault.is_some_and(|fault| !fault.is_write && fault.address == start.as_u64() + 4096));
 /// # dune.address_space().protect(start, 4096, Permissions::ALL)?.flush();

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# The front door. Every target does what it needs first, from an empty machine
-# on. `make help` lists them.
+# The front door. run, test, test-long, bench, shell and kernel install and build
+# what they need first, from an empty machine on. `make help` lists all.
 
 SHELL := /bin/bash
 CARGO_TARGET_DIR ?= $(CURDIR)/target
@@ -22,7 +22,7 @@ ELAPSED = printf 'make $@: %s.%s s\n' $$((($$(date +%s%N) - start) / 1000000000)
 .PHONY: all run test test-long bench bench-lib bench-compare shell check check-docs doc load unload install \
 	uninstall setup kernel clean help programs vm-tool
 
-all: programs vm-tool ## build the module (KERNEL=test), libdune, the examples and the tools
+all: programs vm-tool ## build the module (KERNEL=test; native: for the running kernel), libdune, the examples and the tools
 	@scripts/module $(KERNEL)
 
 run: ## run the five examples: natively with VT-x, else in the emulated machine
@@ -61,7 +61,7 @@ doc: ## the documentation of the crates, in target/doc
 	@cargo doc --workspace --no-deps
 
 load: ## insert dune.ko into the running kernel (root)
-	@scripts/build dune-kvm -p dune-kvm && DUNE_MODULE=$$(scripts/module native | tail -n 1) && [ -n "$$DUNE_MODULE" ] && export DUNE_MODULE && scripts/load
+	@DUNE_MODULE=$$(scripts/install module "$(KVER)") && export DUNE_MODULE && scripts/load
 
 unload: ## remove dune.ko from the running kernel (root)
 	@scripts/unload

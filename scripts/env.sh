@@ -22,6 +22,15 @@ if [ -z "${LIBCLANG_PATH:-}" ]; then
 fi
 export LIBCLANG_PATH DUNE_CACHE
 
+# usage: find_tool FILE NAME; the file where it can be executed, else the program NAME on PATH, else FILE.
+find_tool() { [ -x "$1" ] && echo "$1" || command -v "$2" || echo "$1"; }
+KRUSTC=$(find_tool "$KRUSTC" rustc)
+KRUSTDOC=$(find_tool "$KRUSTDOC" rustdoc)
+KBINDGEN=$(find_tool "$KBINDGEN" bindgen)
+
+# Whether this is root by sudo, who has neither the cargo nor the bindgen of the user.
+is_under_sudo() { [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; }
+
 die() {
     echo "${0##*/}: $*" >&2
     exit 1

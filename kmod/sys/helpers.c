@@ -74,21 +74,35 @@ module_param_named(user_vcpus, dune_param_user_vcpus, uint, 0644);
 MODULE_PARM_DESC(user_vcpus, "Most vCPUs of all processes of one user (default 4096)");
 
 #ifdef DUNE_DEBUG_KNOBS
-/* Writes behind an allocation, on purpose: the tests check that KASAN sees it. */
-static int dune_knob_set(const char *val, const struct kernel_param *kp)
+/*
+ * A mistake on purpose: the harness' own tests check that it is seen. A write behind an allocation is KASAN's, a null
+ * pointer an oops, what is allocated and forgotten kmemleak's.
+ */
+static int dune_knob_mistake(const char *val, const struct kernel_param *kp)
 {
-	char *p = kmalloc(32, GFP_KERNEL);
 	volatile int past = 32;
+	char *volatile p = NULL;
 
-	if (!p)
-		return -ENOMEM;
-	p[past] = 1;
-	kfree(p);
+	if (sysfs_streq(val, "null")) {
+		*p = 1;
+	} else if (sysfs_streq(val, "warning")) {
+		WARN(1, "on purpose");
+	} else if (sysfs_streq(val, "out_of_bounds") || sysfs_streq(val, "leak")) {
+		p = kmalloc(32, GFP_KERNEL);
+		if (!p)
+			return -ENOMEM;
+		if (!sysfs_streq(val, "leak")) {
+			p[past] = 1;
+			kfree(p);
+		}
+	} else {
+		return -EINVAL;
+	}
 	return 0;
 }
 
-static const struct kernel_param_ops dune_knob_ops = { .set = dune_knob_set };
-module_param_cb(write_out_of_bounds, &dune_knob_ops, NULL, 0200);
+static const struct kernel_param_ops dune_knob_mistake_ops = { .set = dune_knob_mistake };
+module_param_cb(mistake, &dune_knob_mistake_ops, NULL, 0200);
 
 static unsigned int dune_fault_delay_us;
 module_param_named(fault_delay_us, dune_fault_delay_us, uint, 0600);

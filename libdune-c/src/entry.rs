@@ -64,6 +64,7 @@ fn errno(error: &Error) -> c_int {
         Error::NoDevice { .. } => libc::ENODEV,
         Error::AbiMismatch { .. } => libc::EPROTO,
         Error::OutOfVcpus { .. } => libc::ENOSPC,
+        Error::UserLimit { .. } => libc::EAGAIN,
         Error::OutOfMemory { .. } | Error::Paging(_) => libc::ENOMEM,
         Error::AlreadyInside => libc::EBUSY,
         Error::EntryFailed { .. } => libc::EIO,

@@ -81,6 +81,12 @@ pub enum Error {
         /// Most that one process may have.
         max: u32,
     },
+    /// The user has as much of Dune as one user may have.
+    #[error("{step}: EAGAIN: the user has all the Dune processes or threads that one user may have (module parameters user_spaces, user_vcpus): end some")]
+    UserLimit {
+        /// What was tried.
+        step: &'static str,
+    },
     /// No memory.
     #[error("{step}: not enough memory: free some, or raise the limit of the memory cgroup or RLIMIT_AS")]
     OutOfMemory {
@@ -124,6 +130,7 @@ impl Error {
     /// What an error number means at a step that has no better to say.
     pub(crate) fn at(step: &'static str, errno: i32) -> Self {
         match errno {
+            libc::EAGAIN => Self::UserLimit { step },
             libc::EBUSY => Self::Busy { step },
             libc::ENODEV | libc::EOPNOTSUPP => Self::NoDevice { step },
             libc::ENOMEM => Self::OutOfMemory { step },
@@ -136,13 +143,32 @@ impl Error {
 mod tests {
     use super::*;
 
+    /// The messages as docs and scripts of users may know them.
     #[test]
-    fn messages_name_the_step_and_the_remedy() {
-        let busy = Error::at("open /dev/dune", libc::EBUSY).to_string();
-        assert!(busy.contains("open /dev/dune") && busy.contains("kvm_intel"), "{busy}");
-        let group = Error::NoPermission { group: "dune".into() }.to_string();
-        assert!(group.contains("group `dune`"), "{group}");
-        let other = Error::at("mmap", libc::EPERM).to_string();
-        assert!(other.contains("mmap") && other.contains('1'), "{other}");
+    fn each_error_says_this() {
+        let step = "open /dev/dune";
+        let group = "dune".to_string();
+        let entry_failed = Error::EntryFailed {
+            reason: 0x8000_0021,
+            qualification: 2,
+            instruction_error: 0,
+        };
+        for (error, text) in [
+            (Error::NotLoaded, "/dev/dune does not exist: the module dune.ko is not loaded; load it as root with `make load` or `modprobe dune`"),
+            (Error::NoVtx, "/dev/dune does not exist, and this CPU has no VT-x (no `vmx` in /proc/cpuinfo): use an Intel CPU, or a virtual machine with nested virtualization, and enable VT-x in the firmware"),
+            (Error::NoPermission { group }, "no permission for /dev/dune: it belongs to the group `dune`; add yourself to it with `usermod -aG dune $USER` and log in again"),
+            (Error::at(step, libc::EBUSY), "open /dev/dune: EBUSY: KVM has VMX on this machine and the module could not share it: `dmesg | grep dune` says why (the helper program comes with `make install`), or stop the virtual machines and unload KVM (`modprobe -r kvm_intel`)"),
+            (Error::at(step, libc::ENODEV), "open /dev/dune: ENODEV: the CPU or its firmware does not let the module run guests; `dmesg | grep dune` says what is missing"),
+            (Error::AbiMismatch { module: 1, library: 2 }, "the module speaks ABI version 1, this library version 2: install both from the same release and load the module again"),
+            (Error::OutOfVcpus { max: 3 }, "this process has all 3 Dune threads that it can have (module parameter max_vcpus; libdune has room for 510): let one leave Dune mode"),
+            (Error::at(step, libc::EAGAIN), "open /dev/dune: EAGAIN: the user has all the Dune processes or threads that one user may have (module parameters user_spaces, user_vcpus): end some"),
+            (Error::at(step, libc::ENOMEM), "open /dev/dune: not enough memory: free some, or raise the limit of the memory cgroup or RLIMIT_AS"),
+            (PagingError::OutOfFrames.into(), "cannot build the guest's page table: all frames of the pool are in use: give some back, or drop page tables that have copies"),
+            (Error::AlreadyInside, "this thread is in Dune mode already: use the `Dune` it has"),
+            (entry_failed, "the CPU refused the first entry into the guest (reason 0x80000021, qualification 0x2, VM-instruction error 0): please report this with the CPU model and `dmesg | grep dune`"),
+            (Error::at(step, libc::EPERM), "open /dev/dune failed with errno 1: see docs/abi.md"),
+        ] {
+            assert_eq!(error.to_string(), text);
+        }
     }
 }

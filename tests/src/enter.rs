@@ -162,12 +162,34 @@ fn field<'t>(text: &'t str, word: &str) -> Option<&'t str> {
 
 fn hello_prints_what_it_sees() {
     let ended = helpers::run_program("hello", &[]).unwrap();
-    assert_eq!(ended.status, 0, "{ended:?}");
-    for word in ["pid", "cpl", "rip", "cr3"] {
-        assert!(ended.stdout.to_lowercase().contains(word), "no {word}: {ended:?}");
+    assert_eq!((ended.status, ended.stderr.as_str()), (0, ""), "{ended:?}");
+    let pid = field(&ended.stdout, "pid").unwrap_or_default();
+    assert!(pid.parse::<u32>().is_ok_and(|pid| pid > 1), "{ended:?}");
+    for line in [
+        format!("outside: pid {pid} at CPL 3"),
+        format!("inside:  pid {pid} at CPL 0"),
+        "84 / 2 = 42".into(),
+        "84 / 0 = 42, said the #DE handler".into(),
+    ] {
+        assert!(
+            ended.stdout.lines().any(|said| said == line),
+            "no line `{line}`: {ended:?}"
+        );
     }
-    assert!(ended.stdout.to_lowercase().contains("84 / 0"), "no division: {ended:?}");
-    assert_eq!(ended.stderr, "");
+    assert_eq!(
+        ended.stdout.lines().last(),
+        Some(format!("outside: pid {pid} at CPL 3").as_str())
+    );
+    let number = |word| {
+        let hex = field(&ended.stdout, word)?.trim_end_matches(',').strip_prefix("0x")?;
+        u64::from_str_radix(hex, 16).ok()
+    };
+    // Of this PIE's, and a page table in the module's slots.
+    assert!(number("rip").is_some_and(|rip| rip > 0x5000_0000_0000), "{ended:?}");
+    assert!(number("cr3").is_some_and(|cr3| cr3 >= 1 << 30), "{ended:?}");
+    let calls = ended.stdout.lines().find(|line| line.ends_with("VMCALL (18)"));
+    let calls = calls.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    assert!(calls.is_some_and(|calls| calls > 0), "{ended:?}");
 }
 
 fn pie_and_aslr() {

@@ -32,6 +32,12 @@ pub const TESTS: &[Test] = &[
     Test::new("harness_oopses_the_kernel", oopses)
         .suite(Suite::Harness)
         .run_as(User::Root),
+    Test::new("harness_warns_in_the_kernel", warns)
+        .suite(Suite::Harness)
+        .run_as(User::Root),
+    Test::new("harness_leaks_memory_of_the_kernel", leaks)
+        .suite(Suite::Harness)
+        .run_as(User::Root),
 ];
 
 fn groups() -> Vec<u32> {
@@ -76,13 +82,34 @@ fn hangs() -> Outcome {
     Outcome::Pass
 }
 
-fn oopses() -> Outcome {
-    check_ok!(fs::write("/proc/sysrq-trigger", "c"));
-    Outcome::Fail("the kernel survived".into())
+/// The module's knob for mistakes, of the test and debug kernels only.
+fn mistake(which: &str) -> Outcome {
+    check_ok!(fs::write("/sys/module/dune/parameters/mistake", which));
+    Outcome::Pass
 }
 
-/// The module's debug-only knob: KASAN must see it, and that ends the machine.
+/// Whatever survives it has not been noticed.
+fn fatal(which: &str) -> Outcome {
+    match mistake(which) {
+        Outcome::Pass => Outcome::Fail("nobody noticed".into()),
+        other => other,
+    }
+}
+
+fn oopses() -> Outcome {
+    fatal("null")
+}
+
+fn warns() -> Outcome {
+    fatal("warning")
+}
+
+/// KASAN must see it, and that ends the machine.
 fn writes_out_of_bounds() -> Outcome {
-    check_ok!(fs::write("/sys/module/dune/parameters/write_out_of_bounds", "1"));
-    Outcome::Fail("nobody noticed".into())
+    fatal("out_of_bounds")
+}
+
+/// kmemleak must see it, at the end of the machine.
+fn leaks() -> Outcome {
+    mistake("leak")
 }

@@ -51,6 +51,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("max_vcpus_is_obeyed", max_vcpus_is_obeyed)
         .run_as(User::Root)
         .suite(Suite::Short),
+    Test::asserting("out_of_vcpus_is_told", out_of_vcpus_is_told).run_as(User::Root),
 ];
 
 /// `mov eax, 0x1234; vmcall`.
@@ -338,6 +339,38 @@ fn max_vcpus_is_obeyed() {
     }
     assert_eq!(device.create_vcpu().unwrap_err(), crate::raw::Errno(libc::ENOSPC));
     drop(device);
+    drop(again);
+}
+
+/// What libdune says where the process has all its vCPUs; who was refused enters when another has left.
+fn out_of_vcpus_is_told() {
+    let again = Reload::keep();
+    remove().unwrap();
+    insert("max_vcpus=1").unwrap();
+    spawn(|| {
+        let (go, wait) = std::sync::mpsc::channel();
+        let (tell, hear) = std::sync::mpsc::channel();
+        let second = std::thread::spawn(move || {
+            for () in wait {
+                let entered = libdune::Dune::enter().map(libdune::Dune::leave);
+                tell.send(entered.map_err(|error| error.to_string())).unwrap();
+            }
+        });
+        let dune = enter();
+        go.send(()).unwrap();
+        let refused = hear.recv().unwrap();
+        dune.leave();
+        go.send(()).unwrap();
+        assert_eq!(hear.recv().unwrap(), Ok(()));
+        drop(go);
+        second.join().unwrap();
+        let text =
+            "this process has all 1 Dune threads that it can have (module parameter max_vcpus; libdune has room for \
+                    510): let one leave Dune mode";
+        assert_eq!(refused, Err(text.to_string()));
+    })
+    .wait()
+    .assert_success();
     drop(again);
 }
 

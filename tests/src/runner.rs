@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Runs each test in a process, user and process group of its own, and reports.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -73,7 +74,14 @@ pub fn run_all(tests: &[&'static Test], suites: &[Suite], with: &[String], only:
         let started = Instant::now();
         let (outcome, output) = match test.needs.iter().find_map(|need| need.unmet()) {
             Some(reason) => (Outcome::Skip(reason), String::new()),
-            None => run_one(test),
+            None => {
+                let before = in_use();
+                let (outcome, output) = run_one(test);
+                match outcome {
+                    Outcome::Pass => (nothing_left(&before), output),
+                    other => (other, output),
+                }
+            }
         };
         let milliseconds = started.elapsed().as_millis();
         match outcome {
@@ -101,6 +109,27 @@ pub fn run_all(tests: &[&'static Test], suites: &[Suite], with: &[String], only:
     }
     println!("# dune-tests end {}", std::env::var("dune_token").unwrap_or_default());
     ExitCode::from(u8::from(failed != 0))
+}
+
+/// What the module says is in use; nothing where it is not loaded.
+fn in_use() -> BTreeMap<String, u64> {
+    helpers::module_counters().unwrap_or_default()
+}
+
+/// Whether the module has no more in use than before the test, soon behind its end.
+fn nothing_left(before: &BTreeMap<String, u64>) -> Outcome {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        let mut left = in_use();
+        left.retain(|name, count| *count > before.get(name).copied().unwrap_or(0));
+        if left.is_empty() {
+            return Outcome::Pass;
+        }
+        if Instant::now() > deadline {
+            return Outcome::Fail(format!("left over in the module: {left:?}"));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Runs one test in this process and tells the outcome by the exit status.

@@ -318,12 +318,12 @@ fn runs_leave_nothing(runs: usize, allowed: u64) {
     );
 }
 
-/// A page that is left over is seen.
+/// Sees more than a page of slab per run, or two of free memory.
 fn no_leak_after_100_runs() {
     runs_leave_nothing(100, 4096);
 }
 
-/// So is a small object.
+/// Sees one page per run, and 900 bytes of slab.
 fn no_leak_after_1000_runs() {
     runs_leave_nothing(1000, 900);
 }

@@ -22,11 +22,12 @@ if [ -z "${LIBCLANG_PATH:-}" ]; then
 fi
 export LIBCLANG_PATH DUNE_CACHE
 
-# usage: find_tool FILE NAME; the file where it can be executed, else the program NAME on PATH, else FILE.
-find_tool() { [ -x "$1" ] && echo "$1" || command -v "$2" || echo "$1"; }
-KRUSTC=$(find_tool "$KRUSTC" rustc)
-KRUSTDOC=$(find_tool "$KRUSTDOC" rustdoc)
-KBINDGEN=$(find_tool "$KBINDGEN" bindgen)
+# For a kernel that setup did not build: where there is no such file, the program of that name on PATH.
+take_tools_on_path() {
+    [ -x "$KRUSTC" ] || KRUSTC=$(command -v rustc) || KRUSTC=rustc
+    [ -x "$KRUSTDOC" ] || KRUSTDOC=$(command -v rustdoc) || KRUSTDOC=rustdoc
+    [ -x "$KBINDGEN" ] || KBINDGEN=$(command -v bindgen) || KBINDGEN=bindgen
+}
 
 # Whether this is root by sudo, who has neither the cargo nor the bindgen of the user.
 is_under_sudo() { [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; }

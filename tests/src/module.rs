@@ -21,6 +21,7 @@ use crate::helpers;
 use crate::raw::Ended;
 use crate::raw::RawGuest;
 use crate::support::enter;
+use crate::support::eventually;
 use crate::support::spawn;
 use crate::support::spawn_spinning;
 use crate::support::Knob;
@@ -186,13 +187,8 @@ fn in_use() -> BTreeMap<String, u64> {
 #[track_caller]
 pub fn assert_nothing_in_use() {
     // What an exiting task still held goes a moment after it was waited for.
-    for _ in 0..200 {
-        if in_use().values().all(|value| *value == 0) {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    panic!("left over: {:?}", in_use());
+    let is_empty = || in_use().values().all(|value| *value == 0);
+    assert!(eventually(is_empty), "left over: {:?}", in_use());
 }
 
 fn load_unload_100_times() {

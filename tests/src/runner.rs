@@ -27,6 +27,7 @@ use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
+use crate::support::within;
 
 /// Exit statuses of `exec`. Success is not 0, so that a program that ends
 /// before its test has said so is not taken for a passed one.
@@ -118,17 +119,15 @@ fn in_use() -> BTreeMap<String, u64> {
 
 /// Whether the module has no more in use than before the test, soon behind its end.
 fn nothing_left(before: &BTreeMap<String, u64>) -> Outcome {
-    let deadline = Instant::now() + Duration::from_secs(2);
-    loop {
+    let left = || {
         let mut left = in_use();
         left.retain(|name, count| *count > before.get(name).copied().unwrap_or(0));
-        if left.is_empty() {
-            return Outcome::Pass;
-        }
-        if Instant::now() > deadline {
-            return Outcome::Fail(format!("left over in the module: {left:?}"));
-        }
-        thread::sleep(Duration::from_millis(5));
+        left
+    };
+    if within(Duration::from_secs(2), || left().is_empty()) {
+        Outcome::Pass
+    } else {
+        Outcome::Fail(format!("left over in the module: {:?}", left()))
     }
 }
 

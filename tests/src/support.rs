@@ -495,9 +495,14 @@ pub fn perf_event(kind: u64, rest: [u64; 7]) -> fs::File {
 
 /// Waits until it holds; false if it does not for a second.
 pub fn eventually(condition: impl Fn() -> bool) -> bool {
+    within(Duration::from_secs(1), condition)
+}
+
+/// Waits until it holds; false if it does not for that long.
+pub fn within(limit: Duration, condition: impl Fn() -> bool) -> bool {
     let start = Instant::now();
     while !condition() {
-        if start.elapsed() > Duration::from_secs(1) {
+        if start.elapsed() > limit {
             return false;
         }
         std::thread::sleep(Duration::from_millis(5));

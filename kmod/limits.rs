@@ -78,15 +78,18 @@ impl Charge {
         let may_exceed = thread::may_exceed_limits();
         let mut users = USERS.lock();
         let mut at = users.0;
-        // SAFETY: Under the lock everything in the list is alive.
-        while !at.is_null() && unsafe { (*at).uid } != uid {
-            // SAFETY: As above.
-            at = unsafe { (*at).next };
+        while !at.is_null() {
+            // SAFETY: Under the lock everything in the list is alive.
+            let user = unsafe { &*at };
+            if user.uid == uid {
+                break;
+            }
+            at = user.next;
         }
-        // SAFETY: As above.
         let has = if at.is_null() {
             0
         } else {
+            // SAFETY: As above.
             unsafe { (*at).has[kind as usize] }
         };
         if has >= kind.limit() && !may_exceed {

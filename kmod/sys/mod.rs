@@ -2,7 +2,7 @@
 
 //! What the `kernel` crate lacks, one thin wrapper per header; the only place that names bindings or a kernel version.
 
-#[allow(clippy::all, dead_code, missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks, dead_code, missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]
 #[allow(unsafe_op_in_unsafe_fn, unreachable_pub, improper_ctypes, unused_imports)]
 #[rustfmt::skip]
 pub(crate) mod bindings {

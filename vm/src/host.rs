@@ -4,6 +4,9 @@
 
 use std::fs;
 use std::io;
+use std::io::Read;
+use std::io::Seek;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -20,6 +23,7 @@ use nix::unistd::chroot;
 use nix::unistd::geteuid;
 
 use crate::image::Initramfs;
+use crate::machine;
 use crate::paths;
 
 /// Names another module than the one that is built for the running kernel, as for `scripts/load`.
@@ -81,16 +85,67 @@ pub fn files(module: &Module) -> Result<Initramfs> {
     Ok(files)
 }
 
-/// Like [`run`] as root with a freshly loaded module; returns the command's exit status and what it wrote.
+/// What came of a command, and what is to be judged with it.
+pub struct Captured {
+    pub status: i32,
+    pub output: String,
+    /// What the command was given as `dune_token`.
+    pub token: String,
+    /// What the kernel logged meanwhile, whoever caused it.
+    pub kernel_log: String,
+}
+
+/// Like [`run`] as root with a freshly loaded module.
 ///
 /// # Errors
 ///
-/// As [`run`].
-pub fn capture(command: &str, module: &Module) -> Result<(i32, String)> {
+/// As [`run`]; where the kernel's log cannot be read.
+pub fn capture(command: &str, module: &Module) -> Result<Captured> {
     let mut shell = prepare(files(module)?, command, "root", Some(&[]))?;
-    let output = shell.command.output().context("running busybox")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok((output.status.code().unwrap_or(128), text))
+    let token = machine::random_token()?;
+    let mut log = KernelLog::from_now().context("/dev/kmsg")?;
+    let output = shell
+        .command
+        .env("dune_token", &token)
+        .output()
+        .context("running busybox")?;
+    Ok(Captured {
+        status: output.status.code().unwrap_or(128),
+        output: String::from_utf8_lossy(&output.stdout).into_owned(),
+        token,
+        kernel_log: log.read().context("/dev/kmsg")?,
+    })
+}
+
+/// What the kernel logs from some moment on (`Documentation/ABI/testing/dev-kmsg`).
+struct KernelLog(fs::File);
+
+impl KernelLog {
+    fn from_now() -> io::Result<Self> {
+        let mut file = fs::File::options()
+            .read(true)
+            .custom_flags(nix::libc::O_NONBLOCK)
+            .open("/dev/kmsg")?;
+        file.seek(io::SeekFrom::End(0))?;
+        Ok(Self(file))
+    }
+
+    /// What came since, without the records' heads. Fails with EPIPE where the kernel has overwritten some of it.
+    fn read(&mut self) -> io::Result<String> {
+        let mut log = String::new();
+        let mut record = [0; 8192];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(0) => return Ok(log),
+                Ok(bytes) => {
+                    let record = String::from_utf8_lossy(&record[..bytes]);
+                    log.push_str(record.split_once(';').map_or(&record, |(_, text)| text));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(log),
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 /// Loads the module with the given parameters, if any, runs `command` as `user` among `files`, and unloads it. Returns

@@ -134,7 +134,7 @@ impl Drop for Emulator {
 }
 
 /// Makes a token that no earlier run can have left behind.
-fn random_token() -> Result<String> {
+pub fn random_token() -> Result<String> {
     let mut bytes = [0u8; 8];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())

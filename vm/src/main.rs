@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::bail;
 use anyhow::Context;
 use anyhow::Result;
 use clap::Args;
@@ -68,10 +69,16 @@ enum Action {
         #[arg(long = "lib", conflicts_with = "quick")]
         library: bool,
     },
-    /// Print the ratios of two results.json; the new one is the last run's unless given.
+    /// Print the ratios of two results.json; the new one is the last run's unless given. Status 1 where one of Dune's figures grew.
     BenchCompare { old: PathBuf, new: Option<PathBuf> },
     /// Whether a dune.ko built with DUNE_COUNT_OPS=y counts every heavy operation that its disassembly has.
     HeavySites { module: PathBuf },
+    /// The part of `test` that runs on this machine itself, where it can run Dune.
+    Native {
+        /// Another command that runs tests, as shell code.
+        #[arg(default_value = suite::NATIVE)]
+        command: String,
+    },
     /// List the machines of the matrix.
     Rows,
     /// Boot into an interactive root shell on this terminal.
@@ -158,6 +165,7 @@ fn main() -> ExitCode {
         Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
         Action::BenchCompare { old, new } => bench_compare(&old, new),
         Action::HeavySites { module } => heavy_sites(&module),
+        Action::Native { command } => native(&command),
         Action::Rows => {
             for row in matrix::rows(true) {
                 println!(
@@ -232,9 +240,20 @@ fn boot(arguments: &BootArgs) -> Result<u8> {
 }
 
 fn test(options: &Options) -> Result<u8> {
-    let sum = suite::run(options)?;
+    Ok(status(&suite::run(options)?))
+}
+
+fn native(command: &str) -> Result<u8> {
+    if let Some(reason) = host::why_not_native() {
+        bail!("not on this machine itself, because {reason}");
+    }
+    Ok(status(&suite::native(command)?))
+}
+
+/// Prints the sum; the exit status that goes with it.
+fn status(sum: &suite::Sum) -> u8 {
     println!("{}", sum.line());
-    Ok(u8::from(sum.failed != 0 || sum.passed == 0))
+    u8::from(sum.failed != 0 || sum.passed == 0)
 }
 
 fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
@@ -245,8 +264,7 @@ fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
     let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
     let (old, new) = (read(old)?, read(&new)?);
     bench::compare(&old, &new);
-    bench::against_baseline(&old, &new);
-    Ok(0)
+    Ok(u8::from(!bench::against_baseline(&old, &new)))
 }
 
 fn heavy_sites(module: &Path) -> Result<u8> {

@@ -115,7 +115,7 @@ pub fn run(options: &Options) -> Result<Sum> {
     let mut total = Sum::default();
     match host::why_not_native() {
         Some(reason) => println!("== native: not on this machine itself, because {reason}"),
-        None => total.add(part("native", native)?),
+        None => total.add(part("native", || native(NATIVE))?),
     }
     // What cargo builds and what the kernel's make does, at the same time: neither keeps two cores busy.
     let script = |name: &'static str| part(name, || command_part(name, Command::new(format!("scripts/{name}"))));
@@ -130,6 +130,7 @@ pub fn run(options: &Options) -> Result<Sum> {
             sum.add(script("test-kbuild")?);
             sum.add(script("test-external-app")?);
             sum.add(script("test-install")?);
+            sum.add(script("test-shell")?);
             Ok(sum)
         },
     )?);
@@ -210,14 +211,31 @@ fn command_part(name: &str, mut command: Command) -> Result<Sum> {
 }
 
 /// On this very machine: the short suite, and what only a real CPU has.
-fn native() -> Result<Sum> {
-    let (status, output) = host::capture("dune-tests run --suite short --suite native", &host::Module::ForTests)?;
-    let report = Report::parse(&output);
+pub const NATIVE: &str = "dune-tests run --suite short --suite native";
+
+/// A command that runs tests, on this very machine: asked for as much as an emulated one is.
+///
+/// # Errors
+///
+/// As [`host::capture`].
+pub fn native(command: &str) -> Result<Sum> {
+    let captured = host::capture(command, &host::Module::ForTests)?;
+    let report = Report::parse(&captured.output);
+    let mut faults = verdict::bad_lines(&captured.kernel_log);
+    faults.truncate(20);
+    faults.extend(told_faults(
+        &captured.output,
+        &captured.token,
+        Some(captured.status),
+        &report,
+    ));
     let (passed, failed, skipped) = report.counts();
-    let own = !report.defects().is_empty() || (status != 0 && failed == 0);
-    if own || failed != 0 {
-        print!("{output}");
-        println!("    {:?}, status {status}", report.defects());
+    let own = faults.len() > failed;
+    if !faults.is_empty() {
+        print!("{}", captured.output);
+        for fault in faults {
+            println!("    {fault}");
+        }
     }
     Ok(Sum {
         passed,
@@ -398,17 +416,24 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
 /// All that keeps a row from being green.
 fn faults(outcome: &Outcome, report: &Report) -> Vec<String> {
     let mut faults = verdict::problems(outcome);
+    faults.extend(told_faults(&outcome.output, &outcome.token, outcome.status, report));
+    faults
+}
+
+/// What is wrong by what the tests wrote and how their runner ended.
+fn told_faults(output: &str, token: &str, status: Option<i32>, report: &Report) -> Vec<String> {
+    let mut faults = Vec::new();
     for result in report.results.iter().filter(|r| r.status == Status::Failed) {
         faults.push(format!("not ok {}", result.name));
     }
     faults.extend(report.defects());
-    let closing = format!("# dune-tests end {}", outcome.token);
-    if !outcome.output.lines().any(|line| line == closing) {
+    let closing = format!("# dune-tests end {token}");
+    if !output.lines().any(|line| line == closing) {
         faults.push("the token did not come back at the end".to_string());
     }
     // With status 1 the runner says what the results already do.
     let told = i32::from(report.counts().1 != 0);
-    if let Some(status) = outcome.status.filter(|status| *status != told) {
+    if let Some(status) = status.filter(|status| *status != told) {
         faults.push(format!("the program ended with status {status}"));
     }
     faults

@@ -108,7 +108,7 @@ impl Options {
 }
 
 fn native(options: &Options) -> Result<Results> {
-    let (status, output) = host::capture(&options.command(), &host::Module::Plain)?;
+    let host::Captured { status, output, .. } = host::capture(&options.command(), &host::Module::Plain)?;
     let mut results = Results::new(Environment::native()?);
     print_head();
     for line in output.lines() {

@@ -99,7 +99,6 @@ global_asm!(
     "push rcx",
     "push rbx",
     "push rdi",
-    "mov [rbp + {slot_rsp}], rsp",
     "cmp qword ptr [rbx + {has_xsave}], 0",
     "je 42f",
     "mov rcx, [rdi + {host_fpu}]",
@@ -109,6 +108,8 @@ global_asm!(
     "mov rcx, [rdi + {fpu}]",
     "mov eax, -1",
     "mov edx, eax",
+    // From here on the thread waits for CPL3, and on the way in there are no handlers to jump out of.
+    "mov [rbp + {slot_rsp}], rsp",
     ".hidden dune_user_in",
     ".globl dune_user_in",
     "dune_user_in:",
@@ -155,6 +156,7 @@ global_asm!(
     "jmp 45b",
     // Without XSAVE.
     "46:",
+    "mov [rbp + {slot_rsp}], rsp",
     "fxrstor64 [rcx]",
     "jmp 43b",
     ".hidden dune_user_in_end",

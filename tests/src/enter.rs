@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Entering and leaving Dune mode.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs;
@@ -11,6 +12,10 @@ use std::time::Instant;
 
 use libdune::Dune;
 use libdune::Error;
+use libdune::Outcome;
+use libdune::Thread;
+use libdune::TrapFrame;
+use libdune::Vector;
 
 use crate::framework::Test;
 use crate::framework::User;
@@ -209,21 +214,44 @@ fn pie_and_aslr() {
     assert!(places.len() >= 6, "the same places again and again: {places:?}");
 }
 
+/// Exceptions that `step_over` handled in this thread.
+fn handled() -> u64 {
+    HANDLED.with(Cell::get)
+}
+
+thread_local! {
+    static HANDLED: Cell<u64> = const { Cell::new(0) };
+}
+
+fn step_over(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+    HANDLED.with(|handled| handled.set(handled.get() + 1));
+    frame.rip += 2;
+    Outcome::Resume
+}
+
+/// An exception whose frame the handler gets on the stack as it is here.
+fn take_exception() {
+    // SAFETY: `step_over` goes on behind it.
+    unsafe { std::arch::asm!("ud2") };
+}
+
 extern "C" fn on_odd_stack(depth: *mut libc::c_void) -> *mut libc::c_void {
     /// Uses 4 KiB of stack per level; the compiler must not flatten it.
     #[inline(never)]
     fn descend(depth: usize) -> u64 {
         let mut page = [depth as u64; 400];
         std::hint::black_box(&mut page);
+        take_exception();
         if depth == 0 {
             return u64::from(std::process::id());
         }
         descend(depth - 1) + std::hint::black_box(&page)[399]
     }
     let dune = enter();
+    dune.set_exception_handler(Vector::UD, step_over);
     let sum = descend(depth as usize);
-    // Exceptions astride the edge, too.
     dune.leave();
+    assert_eq!(handled(), depth as u64 + 1);
     sum as *mut libc::c_void
 }
 
@@ -279,11 +307,15 @@ fn stack_astride_a_slot_edge() {
 
 extern "C" fn enter_once() -> u64 {
     let dune = enter();
+    dune.set_exception_handler(Vector::UD, step_over);
     let inside = Dune::is_active();
-    // A call and some stack use while inside.
+    // A call, some stack use and an exception while inside.
     let name = format!("{}", std::process::id());
+    let before = handled();
+    take_exception();
+    let taken = handled() - before;
     dune.leave();
-    u64::from(inside && !name.is_empty())
+    u64::from(inside && !name.is_empty() && taken == 1)
 }
 
 /// The cheapest of some entries, in TSC ticks.

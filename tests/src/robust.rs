@@ -8,6 +8,9 @@ use dune_abi::CreateVcpu;
 use dune_abi::Info;
 use dune_abi::MapSlot;
 use dune_abi::RunPage;
+use libdune::Dune;
+use libdune::Error;
+use libdune::PagingError;
 
 use crate::framework::Need;
 use crate::framework::Suite;
@@ -21,8 +24,11 @@ use crate::raw::RawGuest;
 use crate::raw::RFLAGS_IOPL3;
 use crate::raw::TRAP;
 use crate::raw::USER_CS;
+use crate::support::enter;
 use crate::support::spawn;
+use crate::support::Map;
 use crate::support::Shared;
+use crate::support::PAGE;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("raw_guest_runs", raw_guest_runs),
@@ -39,6 +45,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("gpa_outside_every_slot_is_reported", gpa_outside_every_slot_is_reported),
     Test::asserting("bad_cr3_faults_in_the_guest", bad_cr3_faults_in_the_guest),
     Test::asserting("bad_calls_are_refused", bad_calls_are_refused),
+    Test::asserting("fd_of_another_process_is_refused", fd_of_another_process_is_refused),
     Test::asserting("bad_maps_are_refused", bad_maps_are_refused),
     Test::asserting("out_of_vcpus", out_of_vcpus),
     Test::asserting("out_of_slots", out_of_slots),
@@ -47,6 +54,11 @@ pub const TESTS: &[Test] = &[
         .suite(Suite::Debug)
         .needs(&[Need::Path("/proc/self/fail-nth")])
         .timeout_s(120),
+    Test::asserting("every_allocation_of_enter_may_fail", every_allocation_of_enter_may_fail)
+        .run_as(User::Root)
+        .suite(Suite::Long)
+        .needs(&[Need::Path("/proc/self/fail-nth")])
+        .timeout_s(600),
 ];
 
 /// `mov eax, 0x1234; vmcall`: what a healthy guest does.
@@ -643,23 +655,7 @@ pub fn bad_calls_are_refused() {
 
     // After fork the space is the parent's; the child may make its own from the fd, and nothing else.
     in_child(|| {
-        let other = std::mem::ManuallyDrop::new(Device { fd });
-        assert_eq!(other.run(vcpu).unwrap_err(), Errno(libc::EXDEV), "RUN after fork");
-        for request in [dune_abi::DUNE_DESTROY_VCPU, dune_abi::DUNE_SYNC] {
-            assert_eq!(
-                other.call(request, vcpu),
-                Err(Errno(libc::EXDEV)),
-                "{request:#x} after fork"
-            );
-        }
-        assert_eq!(other.create_vcpu().unwrap_err(), Errno(libc::EXDEV));
-        assert_eq!(other.map_slot(0).unwrap_err(), Errno(libc::EXDEV));
-        let own = other
-            .call(dune_abi::DUNE_NEW_SPACE, 0)
-            .expect("a space of the child's own");
-        let own = Device { fd: own };
-        assert_eq!(own.info().unwrap().vcpus, 0);
-        own.create_vcpu().unwrap();
+        refused_to_others(&std::mem::ManuallyDrop::new(Device { fd }), vcpu);
     });
 
     assert_eq!(guest.run(), Ended::Call(0x1234), "the guest is as it was");
@@ -670,6 +666,58 @@ pub fn bad_calls_are_refused() {
         Errno(libc::ENOENT),
         "RUN of a destroyed vCPU"
     );
+}
+
+/// What another process may do with a file of ours: make a space of its own from it, and nothing else.
+fn refused_to_others(other: &Device, vcpu: usize) {
+    assert_eq!(other.run(vcpu).unwrap_err(), Errno(libc::EXDEV), "RUN");
+    for request in [dune_abi::DUNE_DESTROY_VCPU, dune_abi::DUNE_SYNC] {
+        assert_eq!(other.call(request, vcpu), Err(Errno(libc::EXDEV)), "{request:#x}");
+    }
+    assert_eq!(other.create_vcpu().unwrap_err(), Errno(libc::EXDEV));
+    assert_eq!(other.map_slot(0).unwrap_err(), Errno(libc::EXDEV));
+    let own = other.call(dune_abi::DUNE_NEW_SPACE, 0).expect("a space of its own");
+    let own = Device { fd: own };
+    assert_eq!(own.info().unwrap().vcpus, 0);
+    own.create_vcpu().unwrap();
+}
+
+/// A file that a process got from another one, whose child it is not since the file is there (as over a socket).
+fn fd_of_another_process_is_refused() {
+    let shared = Shared::new();
+    let owner = std::process::id();
+    let stranger = spawn(|| {
+        while shared.word(0).load(SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        // SAFETY: makes new files.
+        let fd = unsafe {
+            let process = libc::syscall(libc::SYS_pidfd_open, owner, 0);
+            assert!(process >= 0, "pidfd_open: {}", std::io::Error::last_os_error());
+            libc::syscall(libc::SYS_pidfd_getfd, process, shared.word(0).load(SeqCst) - 1, 0)
+        };
+        assert!(fd >= 0, "pidfd_getfd: {}", std::io::Error::last_os_error());
+        let other = Device { fd: fd as i32 };
+        let vcpu = shared.word(1).load(SeqCst) as usize;
+        refused_to_others(&other, vcpu);
+        // SAFETY: a new mapping.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                other.fd,
+                (vcpu * PAGE) as i64,
+            )
+        };
+        assert_eq!(page, libc::MAP_FAILED, "the run page of another process' vCPU");
+    });
+    let mut guest = RawGuest::new(HEALTHY);
+    shared.word(1).store(guest.vcpu as u64, SeqCst);
+    shared.word(0).store(guest.device.fd as u64 + 1, SeqCst);
+    stranger.wait().assert_success();
+    assert_eq!(guest.run(), Ended::Call(0x1234), "the guest is as it was");
 }
 
 /// Maps of the device that are none of a vCPU's run page.
@@ -758,6 +806,11 @@ struct FailNth(std::fs::File);
 
 impl FailNth {
     fn new() -> Self {
+        Self::spare_none();
+        Self::of_this_thread()
+    }
+
+    fn spare_none() {
         // Allocations that may sleep, and single pages, are spared unless told otherwise.
         for (file, value) in [
             ("failslab/ignore-gfp-wait", "0"),
@@ -768,6 +821,9 @@ impl FailNth {
             let path = format!("/sys/kernel/debug/{file}");
             std::fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
         }
+    }
+
+    fn of_this_thread() -> Self {
         let file = std::fs::File::options()
             .read(true)
             .write(true)
@@ -890,4 +946,74 @@ fn every_allocation_may_fail() {
         nth - 1
     );
     assert!(nth > 50, "nothing was tested");
+}
+
+/// The same for `Dune::enter`: it says that memory ran out, and goes well the next time. Once inside, the program sees nothing of
+/// it: Linux tries a page fault again that found no memory.
+fn every_allocation_of_enter_may_fail() {
+    const PAGES: usize = 20;
+    /// The exit status of a child in which the failure did not come.
+    const ALL_DONE: i32 = 3;
+    FailNth::spare_none();
+    let until_all_done = |what: &str, body: &dyn Fn(&FailNth, u32) -> bool| {
+        for nth in 1..2000 {
+            let child = spawn(|| {
+                if body(&FailNth::of_this_thread(), nth) {
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(ALL_DONE) };
+                }
+            });
+            let ended = child.wait();
+            if ended.status == ALL_DONE << 8 {
+                println!("{what}: {} allocations", nth - 1);
+                return nth - 1;
+            }
+            assert!(ended.status == 0, "{what}, allocation {nth}: {ended:#x?}");
+        }
+        panic!("{what}: no end of allocations");
+    };
+    let refused = Shared::new();
+    let entering = until_all_done("entering", &|fail, nth| {
+        fail.set(nth);
+        let entered = Dune::enter();
+        let all_done = fail.clear();
+        match entered {
+            Ok(dune) => dune.leave(),
+            Err(
+                Error::OutOfMemory { .. }
+                | Error::Paging(
+                    PagingError::OutOfMemory(_)
+                    | PagingError::MapSlot {
+                        errno: libc::ENOMEM | libc::EFAULT,
+                        ..
+                    },
+                )
+                | Error::System {
+                    errno: libc::EFAULT, ..
+                },
+            ) => {
+                refused.word(0).fetch_add(1, SeqCst);
+                enter().leave();
+            }
+            Err(error) => panic!("allocation {nth}: {error}"),
+        }
+        all_done
+    });
+    println!("{} times refused", refused.word(0).load(SeqCst));
+    assert!(entering > 50 && refused.word(0).load(SeqCst) > 10, "nothing was tested");
+
+    let inside = until_all_done("page faults", &|fail, nth| {
+        let dune = enter();
+        let memory = Map::new(PAGES * PAGE);
+        memory.advise(0, memory.bytes, libc::MADV_NOHUGEPAGE);
+        fail.set(nth);
+        for page in 0..PAGES {
+            memory.write(page * PAGE, 1);
+        }
+        let all_done = fail.clear();
+        assert!((0..PAGES).all(|page| memory.read(page * PAGE) == 1), "allocation {nth}");
+        dune.leave();
+        all_done
+    });
+    assert!(inside > PAGES as u32, "nothing was tested");
 }

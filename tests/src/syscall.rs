@@ -223,18 +223,21 @@ impl Ymm {
 /// Loads 16 registers, makes the disturbance, stores them. `avx` false: the XMM halves only.
 #[inline(never)]
 pub fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
-    let mut output = *input;
+    // Clear what is to be stored, so that only the registers can bring it back.
+    let mut output = Ymm([[0; 4]; 16]);
+    if !avx {
+        for (output, input) in output.0.iter_mut().zip(&input.0) {
+            output[2..].copy_from_slice(&input[2..]);
+        }
+    }
     macro_rules! through {
         ($move:literal, $prefix:literal) => {
             // SAFETY: loads and stores stay inside the two arrays; the call has no effect.
             unsafe {
                 asm!(
-                    concat!($move, " ", $prefix, "0, [{input}]"),
-                    concat!($move, " ", $prefix, "1, [{input} + 32]"),
-                    concat!($move, " ", $prefix, "2, [{input} + 64]"),
-                    concat!($move, " ", $prefix, "7, [{input} + 224]"),
-                    concat!($move, " ", $prefix, "8, [{input} + 256]"),
-                    concat!($move, " ", $prefix, "15, [{input} + 480]"),
+                    ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+                    concat!($move, " ", $prefix, "\\n, [{input} + 32 * \\n]"),
+                    ".endr",
                     "test {disturb}, {disturb}",
                     "jz 2f",
                     "mov eax, 24",
@@ -243,32 +246,56 @@ pub fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
                     "2:",
                     "ud2",
                     "3:",
-                    concat!($move, " [{output}], ", $prefix, "0"),
-                    concat!($move, " [{output} + 32], ", $prefix, "1"),
-                    concat!($move, " [{output} + 64], ", $prefix, "2"),
-                    concat!($move, " [{output} + 224], ", $prefix, "7"),
-                    concat!($move, " [{output} + 256], ", $prefix, "8"),
-                    concat!($move, " [{output} + 480], ", $prefix, "15"),
+                    ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+                    concat!($move, " [{output} + 32 * \\n], ", $prefix, "\\n"),
+                    ".endr",
                     input = in(reg) input,
                     output = in(reg) &mut output,
                     disturb = in(reg) disturb,
                     out("rax") _, out("rcx") _, out("r11") _,
-                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm7") _, out("xmm8") _, out("xmm15") _,
+                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+                    out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                 )
             }
         };
-    }
-    // Clear what is to be stored, so that only the registers can bring it back.
-    for index in [0, 1, 2, 7, 8, 15] {
-        output.0[index] = [0; 4];
-        if !avx {
-            output.0[index][2..].copy_from_slice(&input.0[index][2..]);
-        }
     }
     if avx {
         through!("vmovups", "ymm");
     } else {
         through!("movups", "xmm");
+    }
+    output
+}
+
+/// Fills the x87 stack, makes the disturbance, empties the stack: what was pushed last comes first.
+#[inline(never)]
+fn through_x87(input: &[f64; 8], disturb: u64) -> [f64; 8] {
+    let mut output = [0.0; 8];
+    // SAFETY: as above; the x87 stack is empty before, by the ABI, and behind.
+    unsafe {
+        asm!(
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+            "fld qword ptr [{input} + 8 * \\n]",
+            ".endr",
+            "test {disturb}, {disturb}",
+            "jz 2f",
+            "mov eax, 24",
+            "syscall",
+            "jmp 3f",
+            "2:",
+            "ud2",
+            "3:",
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+            "fstp qword ptr [{output} + 8 * \\n]",
+            ".endr",
+            input = in(reg) input,
+            output = in(reg) &mut output,
+            disturb = in(reg) disturb,
+            out("rax") _, out("rcx") _, out("r11") _,
+            out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+            out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
+        );
     }
     output
 }
@@ -294,24 +321,33 @@ fn x87_control() -> u16 {
 
 /// A handler that spoils all of it.
 fn spoil_fpu(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
-    // SAFETY: registers that a function may change; the control words are what the stub has to put back.
+    // SAFETY: registers that a function may change; what it may not is what the stub has to put back.
     unsafe {
+        if std::arch::is_x86_feature_detected!("avx") {
+            asm!("vzeroall");
+        }
         asm!(
-            "pcmpeqd xmm0, xmm0", "pcmpeqd xmm1, xmm1", "pcmpeqd xmm2, xmm2", "pcmpeqd xmm7, xmm7",
-            "pcmpeqd xmm8, xmm8", "pcmpeqd xmm15, xmm15",
-            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm7") _, out("xmm8") _, out("xmm15") _,
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+            "pcmpeqd xmm\\n, xmm\\n",
+            ".endr",
+            "fninit",
+            "fldpi",
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+            out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
         );
-        asm!("fninit");
     }
     set_mxcsr(0x1f80);
     frame.rip += 2;
     Outcome::Resume
 }
 
+/// All sixteen registers (their lower halves where the CPU has no AVX), the x87 stack, and both control words.
 fn fpu_avx_and_mxcsr_survive() {
     let avx = std::arch::is_x86_feature_detected!("avx");
     println!("avx: {avx}");
     let mut input = Ymm::of_words(|word| 0x0101_0101_0101_0101 * (word as u64 + 1));
+    let mut x87: [f64; 8] = std::array::from_fn(|register| 1.0 / (register as f64 + 3.0));
     let (old_mxcsr, control) = (mxcsr(), 0x0a7fu16);
     // Round towards zero, flush to zero; x87: round up, double precision.
     set_mxcsr(0x1f80 | 3 << 13 | 1 << 15);
@@ -321,24 +357,29 @@ fn fpu_avx_and_mxcsr_survive() {
     let dune = enter();
     dune.set_exception_handler(Vector::UD, spoil_fpu);
     for round in 0..100u64 {
-        assert_eq!(
-            through_registers(&input, avx, 1),
-            input,
-            "around a system call, round {round}"
-        );
-        assert_eq!(
-            through_registers(&input, avx, 0),
-            input,
-            "around an exception, round {round}"
-        );
+        for (disturb, what) in [(1, "a system call"), (0, "an exception")] {
+            assert_eq!(
+                through_registers(&input, avx, disturb),
+                input,
+                "around {what}, round {round}"
+            );
+            let mut popped = through_x87(&x87, disturb);
+            popped.reverse();
+            assert_eq!(popped, x87, "x87 around {what}, round {round}");
+        }
         assert_eq!(mxcsr() & 0xffc0, 0x1f80 | 3 << 13 | 1 << 15, "MXCSR, round {round}");
         assert_eq!(x87_control(), control, "x87 control word, round {round}");
-        input.0[0][0] = input.0[0][0].rotate_left(1);
+        for register in &mut input.0 {
+            register[round as usize % 4] = register[round as usize % 4].rotate_left(1);
+        }
+        x87.rotate_left(1);
     }
     dune.leave();
     assert_eq!(x87_control(), control, "x87 control word outside");
     assert_eq!(mxcsr() & 0xffc0, 0x1f80 | 3 << 13 | 1 << 15, "MXCSR outside");
     set_mxcsr(old_mxcsr);
+    // SAFETY: the word that the ABI says.
+    unsafe { asm!("fldcw [{}]", in(reg) &0x037fu16) };
 }
 
 fn syscall_results_are_linux_own() {

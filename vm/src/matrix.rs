@@ -67,9 +67,11 @@ const MEMORY: u32 = 2048;
 const LITTLE_MEMORY: u32 = 1024;
 
 const SHORT: &str = "dune-tests run --suite short";
+/// And two of the long suite that each machine on the kernel `test` has to pass.
+const SHORT_AND_LOADING: &str = "dune-tests run --suite short --with load_unload_100_times,no_leak_after_1000_runs";
 const SHORT_AND_LONG: &str = "dune-tests run --suite short --suite long";
 /// Without the long suite: on the debug kernel kmemleak looks for what is left over.
-const SHORT_AND_DEBUG: &str = "dune-tests run --suite short --suite debug";
+const SHORT_AND_DEBUG: &str = "dune-tests run --suite short --suite debug --with load_unload_100_times";
 /// What a CPU with a poorer EPT may do to Dune; the whole short suite runs there in `make test-long`.
 const CORE: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
      fpu_avx_and_mxcsr_survive,divide_error_handled,page_fault_handled_without_vm_exit,nested_page_fault_three_deep,\
@@ -83,11 +85,15 @@ const CORE: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in
      control_registers_obey_the_policy,msrs_obey_the_policy,emulated_instructions_obey_privilege,\
      the_guests_own_instructions_run,every_vector_reaches_the_guest";
 /// As an ordinary user, as one who is not in the group, with the module and its scripts in their places, in namespaces.
-const NATIVE_PATH: &str =
-    "dune-vm boot --native --user tester -- hello >/dev/null && dune-vm boot --native -- 'dune-tests run \
-     --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,ept_follows_munmap,\
-     outsider_is_told_the_group,tester_is_unprivileged_and_in_the_group,outsider_is_not_in_the_group,\
-     unload_while_running_is_busy,load_unload_100_times,user_and_pid_namespaces_hold_dune_threads'";
+/// What runs in between is judged by the harness that runs there; the end is for the one outside.
+const NATIVE_PATH: &str = "dune-vm boot --native --user tester -- hello >/dev/null && dune-vm native 'dune-tests run \
+     --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,ept_follows_munmap' && \
+     dune-vm boot --native -- 'dune-tests run --only hello_enters_and_leaves,outsider_is_told_the_group,\
+     tester_is_unprivileged_and_in_the_group,outsider_is_not_in_the_group,unload_while_running_is_busy,\
+     load_unload_100_times,user_and_pid_namespaces_hold_dune_threads'";
+/// A warning on the machine itself, which the harness that runs there must see.
+const NATIVE_WARNING: &str =
+    "dune-vm native 'echo \"<6>WARNING: on purpose\" >/dev/kmsg; dune-tests run --only harness_passes'";
 /// What SMAP, which Haswell has not, means to: code at CPL3 and what copies from and to it.
 const CPL3: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
      cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
@@ -154,6 +160,17 @@ pub fn rows(long: bool) -> Vec<Row> {
         });
         rows.push(Row {
             when: When::Long,
+            kernel: "debug",
+            memory_mib: LITTLE_MEMORY,
+            timeout_s: 3600,
+            ..green(
+                "long-enter-without-memory",
+                HASWELL,
+                "dune-tests run --only every_allocation_of_enter_may_fail",
+            )
+        });
+        rows.push(Row {
+            when: When::Long,
             cpus: 2,
             debian_programs: true,
             timeout_s: 3600,
@@ -185,6 +202,12 @@ pub fn rows(long: bool) -> Vec<Row> {
         load: false,
         harness: true,
         ..green("native-path", HASWELL, NATIVE_PATH)
+    });
+    rows.push(Row {
+        load: false,
+        harness: true,
+        expect: Expect::Red(&["WARNING: on purpose", "token", "ended with status 1"]),
+        ..green("self-native-warning", HASWELL, NATIVE_WARNING)
     });
     // Programs that know nothing of Dune.
     rows.push(Row {
@@ -317,6 +340,13 @@ const MUTANTS: &[Mutant] = &[
         &["not ok kvm_guest_keeps_its_msrs"],
     ),
     (
+        "mutant-leaks-a-page",
+        HASWELL,
+        "DUNE_MUTATE=leak",
+        "dune-tests run --only no_leak_after_100_runs",
+        &["not ok no_leak_after_100_runs"],
+    ),
+    (
         "mutant-leaves-gs-base",
         // A CPU without FSGSBASE.
         SANDY_BRIDGE,
@@ -445,8 +475,8 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
     }
 }
 
-/// 2 models × 1, 2 CPUs × 36, 40 bits of guest-physical address. All 8 run the short suite on the test kernel, two
-/// opposite ones the long suite as well. On the debug kernel, which is slow, one of them runs the short suite and the debug
+/// 2 models × 1, 2 CPUs × 36, 40 bits of guest-physical address. All 8 run the short suite on the test kernel, and what
+/// loads the module and enters often, two opposite ones all of the long suite. On the debug kernel, which is slow, one of them runs the short suite and the debug
 /// kernel's own, the others the slice.
 fn full_product() -> Vec<Row> {
     let mut rows = Vec::new();
@@ -458,7 +488,7 @@ fn full_product() -> Vec<Row> {
                         ("debug", HASWELL, 2, 40) => (SHORT_AND_DEBUG, MEMORY),
                         ("debug", ..) => (SLICE, LITTLE_MEMORY),
                         (_, HASWELL, 2, 40) | (_, SANDY_BRIDGE, 1, 36) => (SHORT_AND_LONG, MEMORY),
-                        _ => (SHORT, MEMORY),
+                        _ => (SHORT_AND_LOADING, MEMORY),
                     };
                     rows.push(Row {
                         when: When::Long,
@@ -496,8 +526,8 @@ mod tests {
     }
 
     #[test]
-    fn long_is_short_and_twenty_seven_more() {
-        assert_eq!(rows(true).len(), rows(false).len() + 27);
+    fn long_is_short_and_twenty_eight_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 28);
     }
 
     #[test]

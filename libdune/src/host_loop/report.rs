@@ -166,9 +166,13 @@ pub(super) fn die_of_exit(context: &HostContext, run: &RunPage, what: &str) -> !
 /// Reports that RUN itself failed, and ends the process.
 pub(super) fn die_of_run(context: &HostContext, errno: i64) -> ! {
     let mut line = Line::new();
+    let why = match errno as i32 {
+        libc::ENODEV => "VMX was taken away from the module, `dmesg | grep dune` says why",
+        _ => "the run page or the device was damaged",
+    };
     let _ = write!(
         line,
-        "dune: fatal: DUNE_RUN failed with errno {errno}: the run page or the device was damaged, {}",
+        "dune: fatal: DUNE_RUN failed with errno {errno}: {why}, {}",
         Who(context)
     );
     line.print();

@@ -112,6 +112,9 @@ fn run_failed(context: &mut HostContext, rax: i64) -> Action {
         }
     } else if entries(context) == 0 {
         give_up(context, rax)
+    } else if errno == libc::ENOMEM as i64 {
+        // An access of the guest's found no memory. Linux, too, has it made again: the kernel frees some, or ends a process.
+        Action::Run
     } else {
         report::die_of_run(context, errno)
     }

@@ -474,6 +474,10 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
             Ok(true) => return 0,
             Ok(false) if !frame.is_cpl3() && vsyscall(frame) => return 0,
             Ok(false) => {}
+            // The access is made again, as Linux has it where a page fault finds no memory.
+            Err(PagingError::MapSlot {
+                errno: libc::ENOMEM, ..
+            }) => return 0,
             Err(error) => {
                 let reason = match error {
                     PagingError::OutOfSlots(_) => Fatal::OutOfSlots,

@@ -229,7 +229,14 @@ impl Vcpu {
                     }
                     return Ok(number);
                 }
-                Window::Exited(info) => exit::handle(self, space, &info)?,
+                Window::Exited(info) => match exit::handle(self, space, &info) {
+                    Ok(flow) => flow,
+                    Err(e) => {
+                        // It may have slept, and Linux would not find the guest's section on the way to user mode.
+                        self.abort_rseq();
+                        return Err(e);
+                    }
+                },
                 Window::Failed { instruction_error } => {
                     self.drop_injection();
                     Flow::User(abi::Exit {
@@ -260,6 +267,10 @@ impl Vcpu {
             match flow {
                 Flow::Resume => {}
                 Flow::User(exit) => {
+                    if exit.kind == abi::EXIT_TOUCH {
+                        // The access that the caller makes may sleep.
+                        self.abort_rseq();
+                    }
                     self.sync()?;
                     return Ok(self.finish(&exit));
                 }

@@ -149,7 +149,7 @@ fn open_error(step: &'static str, errno: i32) -> Error {
         libc::ENOENT | libc::ENXIO if cpu_has_vtx() => Error::NotLoaded,
         libc::ENOENT | libc::ENXIO => Error::NoVtx,
         libc::EACCES | libc::EPERM => Error::NoPermission { group: device_group() },
-        errno => Error::at(step, errno),
+        errno => Error::at_new(step, errno),
     }
 }
 

@@ -448,7 +448,7 @@ impl FirstVcpu {
             Err(Errno(libc::ENOSPC)) => Err(Error::OutOfVcpus {
                 max: process.info.max_vcpus,
             }),
-            Err(errno) => Err(Error::at("DUNE_CREATE_VCPU", errno.0)),
+            Err(errno) => Err(Error::at_new("DUNE_CREATE_VCPU", errno.0)),
         }
     }
 }

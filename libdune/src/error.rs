@@ -130,11 +130,18 @@ impl Error {
     /// What an error number means at a step that has no better to say.
     pub(crate) fn at(step: &'static str, errno: i32) -> Self {
         match errno {
-            libc::EAGAIN => Self::UserLimit { step },
             libc::EBUSY => Self::Busy { step },
             libc::ENODEV | libc::EOPNOTSUPP => Self::NoDevice { step },
             libc::ENOMEM => Self::OutOfMemory { step },
             _ => Self::System { step, errno },
+        }
+    }
+
+    /// As [`Error::at`], where the step makes a space or a vCPU.
+    pub(crate) fn at_new(step: &'static str, errno: i32) -> Self {
+        match errno {
+            libc::EAGAIN => Self::UserLimit { step },
+            errno => Self::at(step, errno),
         }
     }
 }
@@ -161,7 +168,7 @@ mod tests {
             (Error::at(step, libc::ENODEV), "open /dev/dune: ENODEV: the CPU or its firmware does not let the module run guests; `dmesg | grep dune` says what is missing"),
             (Error::AbiMismatch { module: 1, library: 2 }, "the module speaks ABI version 1, this library version 2: install both from the same release and load the module again"),
             (Error::OutOfVcpus { max: 3 }, "this process has all 3 Dune threads that it can have (module parameter max_vcpus; libdune has room for 510): let one leave Dune mode"),
-            (Error::at(step, libc::EAGAIN), "open /dev/dune: EAGAIN: the user has all the Dune processes or threads that one user may have (module parameters user_spaces, user_vcpus): end some"),
+            (Error::at_new(step, libc::EAGAIN), "open /dev/dune: EAGAIN: the user has all the Dune processes or threads that one user may have (module parameters user_spaces, user_vcpus): end some"),
             (Error::at(step, libc::ENOMEM), "open /dev/dune: not enough memory: free some, or raise the limit of the memory cgroup or RLIMIT_AS"),
             (PagingError::OutOfFrames.into(), "cannot build the guest's page table: all frames of the pool are in use: give some back, or drop page tables that have copies"),
             (Error::AlreadyInside, "this thread is in Dune mode already: use the `Dune` it has"),

@@ -474,9 +474,11 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
             Ok(true) => return 0,
             Ok(false) if !frame.is_cpl3() && vsyscall(frame) => return 0,
             Ok(false) => {}
-            // The access is made again, as Linux has it where a page fault finds no memory.
+            // The access is made again, as Linux has it where a page fault finds no memory; where one of its own does, in the
+            // middle of a call, that is EFAULT.
             Err(PagingError::MapSlot {
-                errno: libc::ENOMEM, ..
+                errno: libc::ENOMEM | libc::EFAULT,
+                ..
             }) => return 0,
             Err(error) => {
                 let reason = match error {

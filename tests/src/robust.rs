@@ -28,6 +28,7 @@ use crate::support::enter;
 use crate::support::spawn;
 use crate::support::Map;
 use crate::support::Shared;
+use crate::support::GIB;
 use crate::support::PAGE;
 
 pub const TESTS: &[Test] = &[
@@ -54,6 +55,11 @@ pub const TESTS: &[Test] = &[
         .suite(Suite::Debug)
         .needs(&[Need::Path("/proc/self/fail-nth")])
         .timeout_s(120),
+    Test::asserting("every_allocation_inside_may_fail", every_allocation_inside_may_fail)
+        .run_as(User::Root)
+        .suite(Suite::Long)
+        .needs(&[Need::Path("/proc/self/fail-nth")])
+        .timeout_s(600),
     Test::asserting("every_allocation_of_enter_may_fail", every_allocation_of_enter_may_fail)
         .run_as(User::Root)
         .suite(Suite::Long)
@@ -671,6 +677,11 @@ pub fn bad_calls_are_refused() {
 /// What another process may do with a file of ours: make a space of its own from it, and nothing else.
 fn refused_to_others(other: &Device, vcpu: usize) {
     assert_eq!(other.run(vcpu).unwrap_err(), Errno(libc::EXDEV), "RUN");
+    assert_eq!(
+        map(other.fd, PAGE, (vcpu * PAGE) as i64, READ_WRITE, libc::MAP_SHARED),
+        Err(libc::EXDEV),
+        "the run page"
+    );
     for request in [dune_abi::DUNE_DESTROY_VCPU, dune_abi::DUNE_SYNC] {
         assert_eq!(other.call(request, vcpu), Err(Errno(libc::EXDEV)), "{request:#x}");
     }
@@ -698,21 +709,11 @@ fn fd_of_another_process_is_refused() {
         };
         assert!(fd >= 0, "pidfd_getfd: {}", std::io::Error::last_os_error());
         let other = Device { fd: fd as i32 };
-        let vcpu = shared.word(1).load(SeqCst) as usize;
-        refused_to_others(&other, vcpu);
-        // SAFETY: a new mapping.
-        let page = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                PAGE,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                other.fd,
-                (vcpu * PAGE) as i64,
-            )
-        };
-        assert_eq!(page, libc::MAP_FAILED, "the run page of another process' vCPU");
+        refused_to_others(&other, shared.word(1).load(SeqCst) as usize);
     });
+    // Where Yama has a word in it, only those that a process names may take its files.
+    // SAFETY: an option of this process; without Yama it is none, which does no harm.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY) };
     let mut guest = RawGuest::new(HEALTHY);
     shared.word(1).store(guest.vcpu as u64, SeqCst);
     shared.word(0).store(guest.device.fd as u64 + 1, SeqCst);
@@ -720,26 +721,38 @@ fn fd_of_another_process_is_refused() {
     assert_eq!(guest.run(), Ended::Call(0x1234), "the guest is as it was");
 }
 
-/// Maps of the device that are none of a vCPU's run page.
+/// The errno of mapping the device, which is undone.
+fn map(fd: i32, bytes: usize, offset: i64, protection: i32, flags: i32) -> Result<(), i32> {
+    // SAFETY: a new mapping; nothing of ours is replaced.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, fd, offset) };
+    if address == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().raw_os_error().unwrap());
+    }
+    // SAFETY: just mapped.
+    unsafe { libc::munmap(address, bytes) };
+    Ok(())
+}
+
+const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Maps of the device that are none of a vCPU's run page, each by the errno of docs/abi.md.
 pub fn bad_maps_are_refused() {
     let guest = RawGuest::new(HEALTHY);
     let fd = guest.device.fd;
-    let map = |bytes: usize, offset: i64, protection, flags| {
-        // SAFETY: a new mapping; nothing of ours is replaced.
-        let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, fd, offset) };
-        if address == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().raw_os_error().unwrap());
-        }
-        // SAFETY: just mapped.
-        unsafe { libc::munmap(address, bytes) };
-        Ok(())
-    };
-    let (read_write, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-    assert_eq!(map(4096, 0, read_write, shared), Ok(()));
-    assert!(map(8192, 0, read_write, shared).is_err(), "longer than the run page");
-    assert!(map(4096, 4096, read_write, shared).is_err(), "no such vCPU");
-    assert!(map(4096, 1 << 40, read_write, shared).is_err(), "far behind all vCPUs");
-    assert!(map(4096, 0, read_write, libc::MAP_PRIVATE).is_err(), "a private copy");
+    let shared = |bytes, offset| map(fd, bytes, offset, READ_WRITE, libc::MAP_SHARED);
+    assert_eq!(shared(PAGE, 0), Ok(()));
+    assert_eq!(shared(2 * PAGE, 0), Err(libc::EINVAL), "longer than the run page");
+    assert_eq!(shared(PAGE, PAGE as i64), Err(libc::ENOENT), "no such vCPU");
+    assert_eq!(shared(PAGE, 1 << 40), Err(libc::ENOENT), "far behind all vCPUs");
+    assert_eq!(
+        map(fd, PAGE, 0, READ_WRITE, libc::MAP_PRIVATE),
+        Err(libc::EINVAL),
+        "a private copy"
+    );
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| shared(PAGE, 0)).join().unwrap();
+        assert_eq!(other, Err(libc::EPERM), "another thread's");
+    });
 }
 
 /// Runs `body` in a forked child and fails the test if that fails.
@@ -948,32 +961,32 @@ fn every_allocation_may_fail() {
     assert!(nth > 50, "nothing was tested");
 }
 
-/// The same for `Dune::enter`: it says that memory ran out, and goes well the next time. Once inside, the program sees nothing of
-/// it: Linux tries a page fault again that found no memory.
-fn every_allocation_of_enter_may_fail() {
-    const PAGES: usize = 20;
+/// Runs `body` in child after child, with another allocation failing each time, until it says that none did. How many there are.
+fn each_allocation(what: &str, body: impl Fn(&FailNth, u32) -> bool) -> u32 {
     /// The exit status of a child in which the failure did not come.
     const ALL_DONE: i32 = 3;
     FailNth::spare_none();
-    let until_all_done = |what: &str, body: &dyn Fn(&FailNth, u32) -> bool| {
-        for nth in 1..2000 {
-            let child = spawn(|| {
-                if body(&FailNth::of_this_thread(), nth) {
-                    // SAFETY: ends the child.
-                    unsafe { libc::_exit(ALL_DONE) };
-                }
-            });
-            let ended = child.wait();
-            if ended.status == ALL_DONE << 8 {
-                println!("{what}: {} allocations", nth - 1);
-                return nth - 1;
+    for nth in 1..2000 {
+        let child = spawn(|| {
+            if body(&FailNth::of_this_thread(), nth) {
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(ALL_DONE) };
             }
-            assert!(ended.status == 0, "{what}, allocation {nth}: {ended:#x?}");
+        });
+        let ended = child.wait();
+        if ended.status == ALL_DONE << 8 {
+            println!("{what}: {} allocations", nth - 1);
+            return nth - 1;
         }
-        panic!("{what}: no end of allocations");
-    };
+        assert!(ended.status == 0, "{what}, allocation {nth}: {ended:#x?}");
+    }
+    panic!("{what}: no end of allocations");
+}
+
+/// The same for `Dune::enter`: it says that memory ran out, and goes well the next time.
+fn every_allocation_of_enter_may_fail() {
     let refused = Shared::new();
-    let entering = until_all_done("entering", &|fail, nth| {
+    let entering = each_allocation("entering", |fail, nth| {
         fail.set(nth);
         let entered = Dune::enter();
         let all_done = fail.clear();
@@ -1001,10 +1014,15 @@ fn every_allocation_of_enter_may_fail() {
     });
     println!("{} times refused", refused.word(0).load(SeqCst));
     assert!(entering > 50 && refused.word(0).load(SeqCst) > 10, "nothing was tested");
+}
 
-    let inside = until_all_done("page faults", &|fail, nth| {
+/// Once inside, the program sees nothing of it: Linux makes an access again that found no memory. In a GiB of which nothing was
+/// used: it needs a slot, too.
+fn every_allocation_inside_may_fail() {
+    const PAGES: usize = 20;
+    let inside = each_allocation("page faults", |fail, nth| {
+        let memory = Map::at(5000 * GIB, PAGES * PAGE, READ_WRITE, 0);
         let dune = enter();
-        let memory = Map::new(PAGES * PAGE);
         memory.advise(0, memory.bytes, libc::MADV_NOHUGEPAGE);
         fail.set(nth);
         for page in 0..PAGES {

@@ -13,7 +13,7 @@ JOBS=${JOBS:-$(nproc)}
 # source (rust-src) beside it.  User space takes the first cargo on PATH.
 KRUSTC=${KRUSTC:-/usr/bin/rustc}
 KRUSTDOC=${KRUSTDOC:-/usr/bin/rustdoc}
-KCLIPPY=${KCLIPPY:-/usr/bin/clippy-driver}
+KCLIPPY=${KCLIPPY:-${KRUSTC%/*}/clippy-driver}
 KBINDGEN=${KBINDGEN:-$DUNE_CACHE/tools/bin/bindgen}
 
 # The newest LLVM that has libclang (a directory may hold libclang-cpp only).

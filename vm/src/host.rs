@@ -101,7 +101,7 @@ pub struct Captured {
 ///
 /// As [`run`]; where the kernel's log cannot be read.
 pub fn capture(command: &str, module: &Module) -> Result<Captured> {
-    let mut shell = prepare(files(module)?, command, "root", Some(&[]))?;
+    let mut shell = prepare(files(module)?, command, "root", &["own"])?;
     let token = machine::random_token()?;
     let mut log = KernelLog::from_now().context("/dev/kmsg")?;
     let output = shell
@@ -117,6 +117,9 @@ pub fn capture(command: &str, module: &Module) -> Result<Captured> {
     })
 }
 
+/// In a log that is not whole.
+pub const OVERWRITTEN: &str = "(here the kernel has overwritten its log: a larger log_buf_len= keeps it)";
+
 /// What the kernel logs from some moment on (`Documentation/ABI/testing/dev-kmsg`).
 struct KernelLog(fs::File);
 
@@ -130,7 +133,7 @@ impl KernelLog {
         Ok(Self(file))
     }
 
-    /// What came since, without the records' heads. Fails with EPIPE where the kernel has overwritten some of it.
+    /// What came since, without the records' heads; a line of [`OVERWRITTEN`] where the kernel has lost some of it.
     fn read(&mut self) -> io::Result<String> {
         let mut log = String::new();
         let mut record = [0; 8192];
@@ -142,20 +145,28 @@ impl KernelLog {
                     log.push_str(record.split_once(';').map_or(&record, |(_, text)| text));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(log),
+                // The next read goes on behind the gap.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => log.push_str(&format!("{OVERWRITTEN}\n")),
                 Err(error) => return Err(error),
             }
         }
     }
 }
 
-/// Loads the module with the given parameters, if any, runs `command` as `user` among `files`, and unloads it. Returns
-/// the command's exit status.
+/// Loads the module with the given parameters, if any, runs `command` as `user` among `files`, and unloads it. Without
+/// parameters a module serves that is loaded already. Returns the command's exit status.
 ///
 /// # Errors
 ///
 /// Where the files cannot be written or the command not be started.
 pub fn run(files: Initramfs, command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<i32> {
-    let mut shell = prepare(files, command, user, module_parameters)?;
+    let mut module = vec![match module_parameters {
+        None => "no",
+        Some([]) => "any",
+        Some(_) => "own",
+    }];
+    module.extend(module_parameters.unwrap_or_default().iter().map(String::as_str));
+    let mut shell = prepare(files, command, user, &module)?;
     let status = shell.command.status().context("running busybox")?;
     Ok(status.code().unwrap_or(128))
 }
@@ -166,7 +177,8 @@ struct Prepared {
     _root: tempfile::TempDir,
 }
 
-fn prepare(mut files: Initramfs, command: &str, user: &str, module_parameters: Option<&[String]>) -> Result<Prepared> {
+/// `module`: what `vm/guest/native` is to do with it.
+fn prepare(mut files: Initramfs, command: &str, user: &str, module: &[&str]) -> Result<Prepared> {
     files.add_text("dune/command", &format!("#!/bin/sh\n{{ {command}\n}} 2>&1\n"), 0o755);
     files.add_file("dune/native", &paths::root().join("vm/guest/native"))?;
     let root = tempfile::Builder::new().prefix("dune-vm.native.").tempdir()?;
@@ -174,11 +186,7 @@ fn prepare(mut files: Initramfs, command: &str, user: &str, module_parameters: O
     fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     files.unpack(root.path())?;
     let mut shell = Command::new("/bin/busybox");
-    shell.args(["sh", "/dune/native", user]);
-    match module_parameters {
-        Some(parameters) => shell.args(parameters),
-        None => shell.arg("no"),
-    };
+    shell.args(["sh", "/dune/native", user]).args(module);
     let directory = root.path().to_path_buf();
     // SAFETY: System calls only, in the child.
     unsafe { shell.pre_exec(move || enter_root(&directory).map_err(io::Error::from)) };

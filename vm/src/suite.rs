@@ -223,6 +223,9 @@ pub fn native(command: &str) -> Result<Sum> {
     let report = Report::parse(&captured.output);
     let mut faults = verdict::bad_lines(&captured.kernel_log);
     faults.truncate(20);
+    if captured.kernel_log.contains(host::OVERWRITTEN) {
+        faults.push(format!("the kernel's log is not whole {}", host::OVERWRITTEN));
+    }
     faults.extend(told_faults(
         &captured.output,
         &captured.token,

@@ -44,8 +44,8 @@ bench: ## what the operations cost, beside Linux' and KVM's: a table, target/ben
 bench-lib: ## what libdune is there for (traps, CPL3, hooks, page tables), each beside Linux' own ways, in one table
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && $(RELEASE)/dune-vm bench --lib
 
-bench-compare: ## ratios of two runs: make bench-compare OLD=results.json [NEW=results.json]
-	@$(RELEASE)/dune-vm bench-compare $(OLD) $(NEW)
+bench-compare: ## ratios of two runs: make bench-compare OLD=results.json [NEW=results.json] [SAME=1: fails where they differ]
+	@$(RELEASE)/dune-vm bench-compare $(if $(SAME),--same) $(OLD) $(NEW)
 
 shell: ## an interactive root shell in the emulated machine, module loaded
 	@scripts/setup --quiet && $(MAKE) --no-print-directory programs vm-tool && \

@@ -70,7 +70,13 @@ enum Action {
         library: bool,
     },
     /// Print the ratios of two results.json; the new one is the last run's unless given. Status 1 where one of Dune's figures grew.
-    BenchCompare { old: PathBuf, new: Option<PathBuf> },
+    BenchCompare {
+        old: PathBuf,
+        new: Option<PathBuf>,
+        /// Status 1 where any figure differs: by one below 10,000, by more than 1 % above.
+        #[arg(long)]
+        same: bool,
+    },
     /// Whether a dune.ko built with DUNE_COUNT_OPS=y counts every heavy operation that its disassembly has.
     HeavySites { module: PathBuf },
     /// The part of `test` that runs on this machine itself, where it can run Dune.
@@ -163,7 +169,7 @@ fn main() -> ExitCode {
             jobs,
         }),
         Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
-        Action::BenchCompare { old, new } => bench_compare(&old, new),
+        Action::BenchCompare { old, new, same } => bench_compare(&old, new, same),
         Action::HeavySites { module } => heavy_sites(&module),
         Action::Native { command } => native(&command),
         Action::Rows => {
@@ -256,14 +262,18 @@ fn status(sum: &suite::Sum) -> u8 {
     u8::from(sum.failed != 0 || sum.passed == 0)
 }
 
-fn bench_compare(old: &Path, new: Option<PathBuf>) -> Result<u8> {
+fn bench_compare(old: &Path, new: Option<PathBuf>, same: bool) -> Result<u8> {
     let read = |path: &Path| -> Result<Results> {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         serde_json::from_str(&text).with_context(|| path.display().to_string())
     };
     let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
     let (old, new) = (read(old)?, read(&new)?);
-    bench::compare(&old, &new);
+    let differing = bench::compare(&old, &new);
+    if same {
+        println!("{differing} figures differ");
+        return Ok(u8::from(differing != 0));
+    }
     Ok(u8::from(!bench::against_baseline(&old, &new)))
 }
 

@@ -31,12 +31,15 @@ fn pairs<'a>(old: &'a Results, new: &'a Results) -> impl Iterator<Item = (&'a Ro
     })
 }
 
-/// Prints the ratios of two runs.
-pub fn compare(old: &Results, new: &Results) {
+/// Prints the ratios of two runs. How many figures differ, or are in one of them only.
+pub fn compare(old: &Results, new: &Results) -> usize {
     println!(
         "{:<24} {:<24} {:<20} {:>12} {:>12} {:>8}",
         "bench", "system", "machine", "old", "new", "new/old"
     );
+    let measured = |results: &Results| results.rows.iter().filter(|row| !row.recorded).count();
+    let both = pairs(old, new).count();
+    let mut differing = measured(old) + measured(new) - 2 * both;
     for (before, after) in pairs(old, new) {
         let ratio = after.value as f64 / before.value.max(1) as f64;
         let changed = if before.value < EXACT_BELOW {
@@ -44,6 +47,7 @@ pub fn compare(old: &Results, new: &Results) {
         } else {
             (ratio - 1.0).abs() > 0.01
         };
+        differing += usize::from(changed);
         println!(
             "{:<24} {:<24} {:<20} {:>12} {:>12} {:>8.3}{}",
             after.bench,
@@ -61,6 +65,7 @@ pub fn compare(old: &Results, new: &Results) {
             old.environment, new.environment
         );
     }
+    differing
 }
 
 /// What stands for Linux where a row has none of its own.

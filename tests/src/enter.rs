@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Entering and leaving Dune mode.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs;
@@ -12,9 +11,6 @@ use std::time::Instant;
 
 use libdune::Dune;
 use libdune::Error;
-use libdune::Outcome;
-use libdune::Thread;
-use libdune::TrapFrame;
 use libdune::Vector;
 
 use crate::framework::Test;
@@ -25,6 +21,8 @@ use crate::support::cs;
 use crate::support::enter;
 use crate::support::rdtsc;
 use crate::support::spawn;
+use crate::support::step_over;
+use crate::support::stepped_over;
 use crate::support::Map;
 use crate::support::Shared;
 use crate::support::EXIT_VMCALL;
@@ -214,21 +212,6 @@ fn pie_and_aslr() {
     assert!(places.len() >= 6, "the same places again and again: {places:?}");
 }
 
-/// Exceptions that `step_over` handled in this thread.
-fn handled() -> u64 {
-    HANDLED.with(Cell::get)
-}
-
-thread_local! {
-    static HANDLED: Cell<u64> = const { Cell::new(0) };
-}
-
-fn step_over(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
-    HANDLED.with(|handled| handled.set(handled.get() + 1));
-    frame.rip += 2;
-    Outcome::Resume
-}
-
 /// An exception whose frame the handler gets on the stack as it is here.
 fn take_exception() {
     // SAFETY: `step_over` goes on behind it.
@@ -251,7 +234,7 @@ extern "C" fn on_odd_stack(depth: *mut libc::c_void) -> *mut libc::c_void {
     dune.set_exception_handler(Vector::UD, step_over);
     let sum = descend(depth as usize);
     dune.leave();
-    assert_eq!(handled(), depth as u64 + 1);
+    assert_eq!(stepped_over(), depth as u64 + 1);
     sum as *mut libc::c_void
 }
 
@@ -311,9 +294,9 @@ extern "C" fn enter_once() -> u64 {
     let inside = Dune::is_active();
     // A call, some stack use and an exception while inside.
     let name = format!("{}", std::process::id());
-    let before = handled();
+    let before = stepped_over();
     take_exception();
-    let taken = handled() - before;
+    let taken = stepped_over() - before;
     dune.leave();
     u64::from(inside && !name.is_empty() && taken == 1)
 }

@@ -269,8 +269,9 @@ fn free_per_cpu() -> u64 {
     pages.map(|count| 4 * count.trim().parse::<u64>().unwrap()).sum()
 }
 
-/// Enters `runs` times in as many processes, which leave Dune mode or end in it; fails the test where the kernel keeps half a page per run, or 900 bytes of slab
-/// or vmalloc, each time that it is tried. What is lost is lost each time; what others took meanwhile is not.
+/// Enters `runs` times in as many processes, which leave Dune mode or end in it; fails the test where the kernel keeps
+/// half a page per run, or 900 bytes of slab or vmalloc, each time that it is tried. What is lost is lost each time;
+/// what others took meanwhile is not.
 fn runs_leave_nothing(runs: usize, times: usize, leaves: bool) {
     let run = |count: usize| {
         for _ in 0..count {

@@ -660,9 +660,9 @@ pub fn bad_calls_are_refused() {
     .unwrap();
 
     // After fork the space is the parent's; the child may make its own from the fd, and nothing else.
-    in_child(|| {
-        refused_to_others(&std::mem::ManuallyDrop::new(Device { fd }), vcpu);
-    });
+    spawn(|| refused_to_others(&std::mem::ManuallyDrop::new(Device { fd }), vcpu))
+        .wait()
+        .assert_success();
 
     assert_eq!(guest.run(), Ended::Call(0x1234), "the guest is as it was");
     let vcpu = guest.vcpu;
@@ -753,25 +753,6 @@ pub fn bad_maps_are_refused() {
         let other = scope.spawn(|| shared(PAGE, 0)).join().unwrap();
         assert_eq!(other, Err(libc::EPERM), "another thread's");
     });
-}
-
-/// Runs `body` in a forked child and fails the test if that fails.
-fn in_child(body: impl FnOnce()) {
-    // SAFETY: the child only runs `body` and ends.
-    match unsafe { libc::fork() } {
-        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
-        0 => {
-            let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err();
-            // SAFETY: ends the child without running what is the parent's.
-            unsafe { libc::_exit(failed.into()) }
-        }
-        child => {
-            let mut status = 0;
-            // SAFETY: our child.
-            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-            assert_eq!(status, 0, "the child failed (wait status {status:#x})");
-        }
-    }
 }
 
 /// `max_vcpus`: one more than a space may have is refused, and a freed one can be had again.

@@ -12,9 +12,6 @@ use std::time::Duration;
 use std::time::Instant;
 
 use libdune::Dune;
-use libdune::Outcome;
-use libdune::Thread;
-use libdune::TrapFrame;
 use libdune::Vector;
 
 use crate::framework::Test;
@@ -26,6 +23,8 @@ use crate::support::queue_signal;
 use crate::support::set_handler;
 use crate::support::set_timer;
 use crate::support::spawn;
+use crate::support::step_over;
+use crate::support::stepped_over;
 use crate::support::timer;
 use crate::support::Map;
 use crate::support::Shared;
@@ -522,18 +521,10 @@ fn no_signal_is_lost_before_a_call() {
     dune.leave();
 }
 
-static SKIPPED: AtomicU64 = AtomicU64::new(0);
-
-fn skip(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
-    SKIPPED.fetch_add(1, Relaxed);
-    frame.rip += 2;
-    Outcome::Resume
-}
-
 fn signals_in_the_middle_of_exceptions() {
     reset();
     let dune = enter();
-    dune.set_exception_handler(Vector::UD, skip);
+    dune.set_exception_handler(Vector::UD, step_over);
     set_handler(libc::SIGALRM, note, 0, &[]);
     timer(libc::ITIMER_REAL, 1511);
     let mut expected = 0u64;
@@ -563,7 +554,7 @@ fn signals_in_the_middle_of_exceptions() {
         }
     }
     timer(libc::ITIMER_REAL, 0);
-    assert_eq!(SKIPPED.load(Relaxed), expected);
+    assert_eq!(stepped_over(), expected);
     assert_eq!(OUTSIDE.load(Relaxed), 0);
     assert!(Dune::is_active());
     dune.leave();

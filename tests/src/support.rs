@@ -3,6 +3,7 @@
 //! What behaviour tests share: memory to play with, accesses that may fault, children, exits.
 
 use std::arch::global_asm;
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::io::Read;
@@ -48,6 +49,22 @@ pub fn cs() -> u16 {
     // SAFETY: reads a register.
     unsafe { std::arch::asm!("mov {0:x}, cs", out(reg) cs, options(nomem, nostack, preserves_flags)) };
     cs
+}
+
+/// Exceptions that [`step_over`] handled in this thread.
+pub fn stepped_over() -> u64 {
+    STEPPED_OVER.with(Cell::get)
+}
+
+thread_local! {
+    static STEPPED_OVER: Cell<u64> = const { Cell::new(0) };
+}
+
+/// A handler that goes on behind an instruction of 2 bytes, UD2 for one.
+pub fn step_over(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+    STEPPED_OVER.with(|count| count.set(count.get() + 1));
+    frame.rip += 2;
+    Outcome::Resume
 }
 
 /// Exits between two readings that the program caused: interrupts come whenever they come.

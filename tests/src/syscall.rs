@@ -220,6 +220,20 @@ impl Ymm {
     }
 }
 
+/// Assembly: sched_yield(2) where the operand `disturb` is not 0, else UD2.
+macro_rules! disturbance {
+    () => {
+        "test {disturb}, {disturb}
+         jz 2f
+         mov eax, 24
+         syscall
+         jmp 3f
+         2:
+         ud2
+         3:"
+    };
+}
+
 /// Loads 16 registers, makes the disturbance, stores them. `avx` false: the XMM halves only.
 #[inline(never)]
 pub fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
@@ -238,14 +252,7 @@ pub fn through_registers(input: &Ymm, avx: bool, disturb: u64) -> Ymm {
                     ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
                     concat!($move, " ", $prefix, "\\n, [{input} + 32 * \\n]"),
                     ".endr",
-                    "test {disturb}, {disturb}",
-                    "jz 2f",
-                    "mov eax, 24",
-                    "syscall",
-                    "jmp 3f",
-                    "2:",
-                    "ud2",
-                    "3:",
+                    disturbance!(),
                     ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
                     concat!($move, " [{output} + 32 * \\n], ", $prefix, "\\n"),
                     ".endr",
@@ -278,14 +285,7 @@ fn through_x87(input: &[f64; 8], disturb: u64) -> [f64; 8] {
             ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
             "fld qword ptr [{input} + 8 * \\n]",
             ".endr",
-            "test {disturb}, {disturb}",
-            "jz 2f",
-            "mov eax, 24",
-            "syscall",
-            "jmp 3f",
-            "2:",
-            "ud2",
-            "3:",
+            disturbance!(),
             ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
             "fstp qword ptr [{output} + 8 * \\n]",
             ".endr",

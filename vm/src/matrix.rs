@@ -294,6 +294,7 @@ pub fn rows(long: bool) -> Vec<Row> {
     rows
 }
 
+/// Name of the row, CPU model, what the module is built with, command, what the harness must complain of.
 type Mutant = (
     &'static str,
     &'static str,
@@ -365,44 +366,42 @@ const MUTANTS: &[Mutant] = &[
     ),
 ];
 
-type SelfTest = (&'static str, u64, &'static str, &'static [&'static str]);
+/// Name of the row, when it runs, kernel, command, what the harness must complain of.
+type Mistake = (&'static str, When, &'static str, &'static str, &'static [&'static str]);
 
-const MISTAKES: &[(&str, When, &str, &str, &[&str])] = &[
+/// What is to be seen of a kernel that panics on a line with `$what` in it.
+macro_rules! panics_on {
+    ($what:literal) => {
+        &[
+            "the guest's kernel panicked",
+            $what,
+            "1 results were planned, 0 arrived",
+            "token",
+        ]
+    };
+}
+
+const MISTAKES: &[Mistake] = &[
     (
         "self-oops",
         When::Always,
         "test",
         "dune-tests run --only harness_oopses_the_kernel",
-        &[
-            "the guest's kernel panicked",
-            "Oops: ",
-            "1 results were planned, 0 arrived",
-            "token",
-        ],
+        panics_on!("Oops: "),
     ),
     (
         "self-warning",
         When::Always,
         "test",
         "dune-tests run --only harness_warns_in_the_kernel",
-        &[
-            "the guest's kernel panicked",
-            "WARNING: ",
-            "1 results were planned, 0 arrived",
-            "token",
-        ],
+        panics_on!("WARNING: "),
     ),
     (
         "self-kasan",
         When::Long,
         "debug",
         "dune-tests run --only harness_writes_out_of_bounds",
-        &[
-            "the guest's kernel panicked",
-            "KASAN: ",
-            "1 results were planned, 0 arrived",
-            "token",
-        ],
+        panics_on!("KASAN: "),
     ),
     (
         "self-kmemleak",
@@ -412,6 +411,9 @@ const MISTAKES: &[(&str, When, &str, &str, &[&str])] = &[
         &["unreferenced object"],
     ),
 ];
+
+/// Name of the row, seconds that the machine has, command, what the harness must complain of.
+type SelfTest = (&'static str, u64, &'static str, &'static [&'static str]);
 
 const SELF_TESTS: &[SelfTest] = &[
     (
@@ -477,9 +479,9 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
     }
 }
 
-/// 2 models × 1, 2 CPUs × 36, 40 bits of guest-physical address. All 8 run the short suite on the test kernel, and what
-/// loads the module and enters often, two opposite ones all of the long suite. On the debug kernel, which is slow, one of them runs the short suite and the debug
-/// kernel's own, the others the slice.
+/// 2 models × 1, 2 CPUs × 36, 40 bits of guest-physical address. All 8 run the short suite on the test kernel, and
+/// what loads the module and enters often, two opposite ones all of the long suite. On the debug kernel, which is
+/// slow, one of them runs the short suite and the debug kernel's own, the others the slice.
 fn full_product() -> Vec<Row> {
     let mut rows = Vec::new();
     for kernel in ["debug", "test"] {

@@ -9,7 +9,9 @@ use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 
+use libdune::Dune;
 use linux_raw_sys::general;
 use linux_raw_sys::general::uffd_msg;
 use linux_raw_sys::general::uffdio_api;
@@ -30,6 +32,9 @@ use crate::support::assert_refused;
 use crate::support::enter;
 use crate::support::install_probe;
 use crate::support::load;
+use crate::support::restartable;
+use crate::support::rseq_area;
+use crate::support::set_affinity;
 use crate::support::spawn;
 use crate::support::store;
 use crate::support::Cgroup;
@@ -37,6 +42,8 @@ use crate::support::Map;
 use crate::support::PAGE;
 
 const LARGE: usize = 2 << 20;
+/// linux/userfaultfd.h; linux-raw-sys leaves it out.
+const UFFDIO_WRITEPROTECT_MODE_WP: u32 = 1;
 const PAGEMAP: &str = "/proc/self/pagemap";
 const PAGE_IDLE: &str = "/sys/kernel/mm/page_idle/bitmap";
 
@@ -65,6 +72,12 @@ pub const TESTS: &[Test] = &[
         .needs(&[Need::Path("/proc/sys/vm/compact_memory")]),
     Test::asserting("writes_from_outside_are_seen", writes_from_outside_are_seen),
     Test::asserting("userfaultfd_serves_a_dune_thread", userfaultfd_serves_a_dune_thread),
+    Test::asserting(
+        "rseq_sections_that_wait_for_a_page_are_aborted",
+        rseq_sections_that_wait_for_a_page_are_aborted,
+    )
+    .run_as(User::Root)
+    .needs(&[Need::Cpus(2)]),
     Test::asserting("ept_pages_are_charged", ept_pages_are_charged)
         .run_as(User::Root)
         .needs(&[Need::Path("/sys/fs/cgroup/cgroup.controllers")]),
@@ -454,14 +467,7 @@ fn written_pages_are_told_from_others() {
     let uffd = Userfaultfd::new(general::UFFD_FEATURE_WP_ASYNC | general::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
     uffd.register(&map, general::UFFDIO_REGISTER_MODE_WP);
     for round in 0..4 {
-        let mut protect = uffdio_writeprotect {
-            range: uffdio_range {
-                start: map.address() as u64,
-                len: map.bytes as u64,
-            },
-            mode: 1,
-        };
-        uffd.request(UFFDIO_WRITEPROTECT, (&raw mut protect).cast());
+        uffd.protect(map.address() as u64, map.bytes, UFFDIO_WRITEPROTECT_MODE_WP);
         for page in 0..PAGES {
             map.read(page * PAGE);
             if page % 8 == round {
@@ -618,12 +624,16 @@ fn writes_from_outside_are_seen() {
     dune.leave();
 }
 
-/// A userfaultfd that handles faults of user mode only, as an ordinary user may.
 struct Userfaultfd(OwnedFd);
 
 impl Userfaultfd {
+    /// For faults of user mode only, as an ordinary user may have it.
     fn new(features: u32) -> Self {
-        let flags = libc::O_CLOEXEC | general::UFFD_USER_MODE_ONLY as i32;
+        Self::with_flags(general::UFFD_USER_MODE_ONLY, features)
+    }
+
+    fn with_flags(flags: u32, features: u32) -> Self {
+        let flags = libc::O_CLOEXEC | flags as i32;
         // SAFETY: a new fd.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
         assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
@@ -655,6 +665,45 @@ impl Userfaultfd {
         };
         self.request(UFFDIO_REGISTER, (&raw mut register).cast());
     }
+
+    /// Waits for a page fault: the page's address, and whether it is a write to a protected page.
+    fn next_fault(&self) -> (u64, bool) {
+        let bytes = size_of::<uffd_msg>();
+        // SAFETY: one message, all zeroes are one; all that was asked for are page faults.
+        let fault = unsafe {
+            let mut message: uffd_msg = core::mem::zeroed();
+            let fd = self.0.as_raw_fd();
+            assert_eq!(libc::read(fd, (&raw mut message).cast(), bytes), bytes as isize);
+            message.arg.pagefault
+        };
+        let protected = fault.flags & u64::from(general::UFFD_PAGEFAULT_FLAG_WP) != 0;
+        (fault.address & !0xfff, protected)
+    }
+
+    /// Puts a page there that is full of its address.
+    fn fill(&self, address: u64, mode: u32) {
+        let page = [address; PAGE / 8];
+        let mut copy = uffdio_copy {
+            dst: address,
+            src: page.as_ptr() as u64,
+            len: PAGE as u64,
+            mode: mode.into(),
+            copy: 0,
+        };
+        self.request(UFFDIO_COPY, (&raw mut copy).cast());
+    }
+
+    /// Protects `bytes` from `start` against writes ([`UFFDIO_WRITEPROTECT_MODE_WP`]), or no longer (0).
+    fn protect(&self, start: u64, bytes: usize, mode: u32) {
+        let mut change = uffdio_writeprotect {
+            range: uffdio_range {
+                start,
+                len: bytes as u64,
+            },
+            mode: mode.into(),
+        };
+        self.request(UFFDIO_WRITEPROTECT, (&raw mut change).cast());
+    }
 }
 
 /// Missing pages are filled, and writes to protected ones let through, by a thread that is told of each.
@@ -666,44 +715,16 @@ fn userfaultfd_serves_a_dune_thread() {
         &map,
         general::UFFDIO_REGISTER_MODE_MISSING | general::UFFDIO_REGISTER_MODE_WP,
     );
-    let fd = uffd.0.as_raw_fd();
     let server = std::thread::spawn(move || {
         let (mut missing, mut protected) = (0u32, 0u32);
         while protected < PAGES as u32 {
-            let bytes = size_of::<uffd_msg>();
-            // SAFETY: one message, all zeroes are one; all that was asked for are page faults.
-            let fault = unsafe {
-                let mut message: uffd_msg = core::mem::zeroed();
-                assert_eq!(libc::read(fd, (&raw mut message).cast(), bytes), bytes as isize);
-                message.arg.pagefault
-            };
-            let address = fault.address & !0xfff;
-            if fault.flags & u64::from(general::UFFD_PAGEFAULT_FLAG_WP) != 0 {
+            let (address, is_protected) = uffd.next_fault();
+            if is_protected {
                 protected += 1;
-                let mut change = uffdio_writeprotect {
-                    range: uffdio_range {
-                        start: address,
-                        len: PAGE as u64,
-                    },
-                    mode: 0,
-                };
-                // SAFETY: as above.
-                assert_eq!(
-                    unsafe { libc::ioctl(fd, UFFDIO_WRITEPROTECT.into(), &raw mut change) },
-                    0
-                );
+                uffd.protect(address, PAGE, 0);
             } else {
                 missing += 1;
-                let page = [address; PAGE / 8];
-                let mut copy = uffdio_copy {
-                    dst: address,
-                    src: page.as_ptr() as u64,
-                    len: PAGE as u64,
-                    mode: general::UFFDIO_COPY_MODE_WP.into(),
-                    copy: 0,
-                };
-                // SAFETY: as above.
-                assert_eq!(unsafe { libc::ioctl(fd, UFFDIO_COPY.into(), &raw mut copy) }, 0);
+                uffd.fill(address, general::UFFDIO_COPY_MODE_WP);
             }
         }
         (missing, protected)
@@ -722,6 +743,40 @@ fn userfaultfd_serves_a_dune_thread() {
     }
     dune.leave();
     assert_eq!(server.join().unwrap(), (PAGES as u32, PAGES as u32));
+}
+
+/// A critical section that waits for a page, and is moved to another CPU meanwhile, goes on at its abort address. It
+/// waits in the host loop where only faults of user mode are served, in RUN itself otherwise.
+fn rseq_sections_that_wait_for_a_page_are_aborted() {
+    const PAGES: usize = 16;
+    // SAFETY: has no effect.
+    let thread = unsafe { libc::gettid() };
+    for flags in [general::UFFD_USER_MODE_ONLY, 0] {
+        let uffd = Userfaultfd::with_flags(flags, 0);
+        let map = Map::new(PAGES * PAGE);
+        uffd.register(&map, general::UFFDIO_REGISTER_MODE_MISSING);
+        set_affinity(thread, 0);
+        let server = std::thread::spawn(move || {
+            for fault in 1..=PAGES {
+                let (address, _) = uffd.next_fault();
+                set_affinity(thread, fault % 2);
+                uffd.fill(address, 0);
+            }
+        });
+        let dune = enter();
+        let area = rseq_area();
+        let aborted = |page| restartable(area, 1, ptr::with_exposed_provenance(map.page(page)));
+        let waited = (0..PAGES).filter(|page| aborted(*page)).count();
+        assert!(Dune::is_active());
+        let again = (0..PAGES).filter(|page| aborted(*page)).count();
+        dune.leave();
+        server.join().unwrap();
+        assert_eq!(waited, PAGES, "sections that waited, and were aborted (flags {flags})");
+        assert!(
+            again < PAGES / 2,
+            "{again} of {PAGES} were aborted when their pages were there"
+        );
+    }
 }
 
 fn ept_pages_are_charged() {

@@ -14,6 +14,7 @@ use crate::framework::Test;
 use crate::helpers::pin_to_cpu;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::restartable;
 use crate::support::rseq_area;
 use crate::support::set_affinity;
 use crate::support::spawn;
@@ -38,6 +39,9 @@ pub const TESTS: &[Test] = &[
     Test::asserting("preempted_by_busy_neighbour", preempted_by_busy_neighbour).timeout_s(60),
     Test::asserting("guest_time_is_user_time", guest_time_is_user_time),
 ];
+
+/// Turns of a restartable sequence that takes some 4 M instructions.
+const SECTION_TURNS: u32 = 2_000_000;
 
 /// A loop without a system call, an exception or an exit of its own.
 fn spin_for_ever() -> ! {
@@ -209,48 +213,6 @@ fn guest_time_is_user_time() {
     );
 }
 
-/// One run of a restartable sequence that takes some 4 M instructions; whether it was aborted.
-fn restartable(area: u64) -> bool {
-    #[repr(align(32))]
-    struct Section([u64; 4]);
-    let mut section = Section([0; 4]);
-    let aborted: u64;
-    // SAFETY: struct rseq is this thread's; the section only counts down.
-    unsafe {
-        std::arch::asm!(
-            "jmp 9f",
-            // Linux wants the signature of glibc's registration before the abort address.
-            ".long 0x53053053",
-            "5:",
-            "mov {aborted:e}, 1",
-            "jmp 6f",
-            "9:",
-            "lea {scratch}, [rip + 3f]",
-            "mov [{section} + 8], {scratch}",
-            "lea rcx, [rip + 4f]",
-            "sub rcx, {scratch}",
-            "mov [{section} + 16], rcx",
-            "lea {scratch}, [rip + 5b]",
-            "mov [{section} + 24], {scratch}",
-            "mov ecx, 2000000",
-            "mov [{area} + 8], {section}",
-            "3:",
-            "dec ecx",
-            "jnz 3b",
-            "4:",
-            "xor {aborted:e}, {aborted:e}",
-            "6:",
-            "mov qword ptr [{area} + 8], 0",
-            area = in(reg) area,
-            section = in(reg) section.0.as_mut_ptr(),
-            scratch = out(reg) _,
-            aborted = out(reg) aborted,
-            out("rcx") _,
-        );
-    }
-    aborted != 0
-}
-
 /// Each of membarrier's fences aborts the section that the thread is in, not only the first since it was switched.
 fn fences_abort_rseq_sections() {
     const FENCES: u64 = 12;
@@ -283,7 +245,7 @@ fn fences_abort_rseq_sections() {
         });
         for round in 1..=FENCES {
             begun.store(round, SeqCst);
-            aborted += u64::from(restartable(area));
+            aborted += u64::from(restartable(area, SECTION_TURNS, &0));
             while fenced.load(SeqCst) != round {
                 std::hint::spin_loop();
             }
@@ -352,13 +314,13 @@ fn rseq_sections_are_aborted() {
         std::hint::spin_loop();
     });
     let dune = enter();
-    let aborted = (0..60).filter(|_| restartable(area)).count();
+    let aborted = (0..60).filter(|_| restartable(area, SECTION_TURNS, &0)).count();
     println!("{aborted} of 60 sections were aborted");
     assert!(aborted > 0);
     assert!(Dune::is_active());
     // Without a neighbour, and not signalled, sections end.
     drop(neighbour);
-    let whole = (0..20).filter(|_| !restartable(area)).count();
+    let whole = (0..20).filter(|_| !restartable(area, SECTION_TURNS, &0)).count();
     assert!(whole > 0, "every section was aborted");
     dune.leave();
 }

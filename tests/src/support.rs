@@ -545,6 +545,51 @@ pub fn rseq_area() -> u64 {
     thread_pointer.wrapping_add_signed(offset as i64)
 }
 
+/// One run of a restartable sequence of the calling thread, whose struct rseq is at `area`: reads `word`, then takes
+/// `turns` turns of a loop. Whether it was aborted.
+pub fn restartable(area: u64, turns: u32, word: *const u64) -> bool {
+    #[repr(align(32))]
+    struct Section([u64; 4]);
+    let mut section = Section([0; 4]);
+    let aborted: u64;
+    // SAFETY: struct rseq is this thread's; the section only reads what the caller says and counts down.
+    unsafe {
+        std::arch::asm!(
+            "jmp 9f",
+            // Linux wants the signature of glibc's registration before the abort address.
+            ".long 0x53053053",
+            "5:",
+            "mov {aborted:e}, 1",
+            "jmp 6f",
+            "9:",
+            "lea {scratch}, [rip + 3f]",
+            "mov [{section} + 8], {scratch}",
+            "lea {aborted}, [rip + 4f]",
+            "sub {aborted}, {scratch}",
+            "mov [{section} + 16], {aborted}",
+            "lea {scratch}, [rip + 5b]",
+            "mov [{section} + 24], {scratch}",
+            "mov [{area} + 8], {section}",
+            "3:",
+            "mov {scratch}, [{word}]",
+            "2:",
+            "dec ecx",
+            "jnz 2b",
+            "4:",
+            "xor {aborted:e}, {aborted:e}",
+            "6:",
+            "mov qword ptr [{area} + 8], 0",
+            area = in(reg) area,
+            section = in(reg) section.0.as_mut_ptr(),
+            word = in(reg) word,
+            scratch = out(reg) _,
+            aborted = out(reg) aborted,
+            inout("ecx") turns => _,
+        );
+    }
+    aborted != 0
+}
+
 /// Without this a preempted thread goes through user mode anyway, because Linux has to look at its rseq area.
 pub fn unregister_rseq() {
     const UNREGISTER: i32 = 1;

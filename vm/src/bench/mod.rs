@@ -42,6 +42,10 @@ const USUAL: (&str, &str, &str) = (
     "corei7_haswell_4770",
     "nokaslr norandmaps randomize_kstack_offset=off",
 );
+/// Memory of a machine on which the short rows run.
+const SHORT_MIB: u32 = 1024;
+/// The same for all rows: one of them drops a GiB.
+const LONG_MIB: u32 = 2048;
 const TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// What to measure.
@@ -127,7 +131,8 @@ fn emulated(options: &Options) -> Result<Results> {
     println!("{cpu_model}, kernel {kernel}, {append}");
     print_head();
     let all = |results: &mut Results, line: &str| take(results, line, "");
-    boot(&PLAIN, &module, &options.command(), &mut results, &all)?;
+    let memory_mib = if options.is_short() { SHORT_MIB } else { LONG_MIB };
+    boot(&PLAIN, memory_mib, &module, &options.command(), &mut results, &all)?;
     if options.is_short() {
         return Ok(results);
     }
@@ -137,6 +142,7 @@ fn emulated(options: &Options) -> Result<Results> {
     let silent = |results: &mut Results, line: &str| collect(results, line, "").map(|_| ());
     boot(
         &PLAIN,
+        SHORT_MIB,
         &counting,
         &(options.command() + " --system dune --quick"),
         &mut counted,
@@ -151,13 +157,14 @@ fn emulated(options: &Options) -> Result<Results> {
     print_head();
     let module = paths::module(kernel, None)?;
     let usual = |results: &mut Results, line: &str| take(results, line, cpu_model);
-    boot(&USUAL, &module, &options.command(), &mut results, &usual)?;
+    boot(&USUAL, LONG_MIB, &module, &options.command(), &mut results, &usual)?;
     Ok(results)
 }
 
 /// Boots and gives each line to `line` as it comes.
 fn boot(
     (kernel, cpu_model, append): &(&str, &'static str, &str),
+    memory_mib: u32,
     module: &std::path::Path,
     command: &str,
     results: &mut Results,
@@ -170,7 +177,7 @@ fn boot(
         kernel_tree,
         cpu_model: cpu_model.to_string(),
         cpus: 1,
-        memory_mib: 1024,
+        memory_mib,
         ips: machine::default_ips(kernel),
         append: append.to_string(),
         module_parameters: Some(Vec::new()),

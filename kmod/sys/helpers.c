@@ -49,6 +49,9 @@
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
 #include <asm/intel_pt.h>
 #endif
+#if __has_include(<linux/rseq_entry.h>)
+#include <linux/rseq_entry.h>
+#endif
 
 #include "compat.h"
 #include "helpers.h"
@@ -711,6 +714,14 @@ bool dune_rseq_is_due(void)
 	return test_thread_flag(TIF_RSEQ);
 #else
 	return false;
+#endif
+}
+
+/* For version 2 of struct rseq Linux looks for a critical section of those only whom an interrupt took out of user mode. */
+void dune_rseq_note_irq(void)
+{
+#ifdef DUNE_HAS_TIF_RSEQ
+	rseq_note_user_irq_entry();
 #endif
 }
 

@@ -161,6 +161,7 @@ bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 u64 dune_rseq(u32 *signature);
 bool dune_rseq_is_due(void);
+void dune_rseq_note_irq(void);
 bool dune_rseq_is_true(void);
 bool dune_signal_pending(void);
 bool dune_work_pending(void);

@@ -265,6 +265,13 @@ pub(crate) fn note_quiescent(_: &super::cpu::IrqOff) {
     unsafe { bindings::dune_rcu_note() };
 }
 
+/// Tells Linux that an interrupt took the thread out of the guest, as one takes it out of user mode: a restartable sequence of
+/// version 2 is aborted for such only.
+pub(crate) fn note_rseq_interrupted(_: &super::cpu::IrqOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::dune_rseq_note_irq() };
+}
+
 pub(crate) fn guest_timing_exit(_: &super::cpu::IrqOff) {
     // SAFETY: Interrupts are off.
     unsafe { bindings::dune_guest_timing_exit() };

@@ -192,6 +192,7 @@ impl Vcpu {
                 self.rseq_aborted_at.0 = !0;
             }
             thread::note_quiescent(&irq);
+            thread::note_rseq_interrupted(&irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();
             drop(fpu);

@@ -556,8 +556,7 @@ pub fn restartable(area: u64, turns: u32, word: *const u64) -> bool {
     unsafe {
         std::arch::asm!(
             "jmp 9f",
-            // Linux wants the signature of glibc's registration before the abort address.
-            ".long 0x53053053",
+            ".long {signature}",
             "5:",
             "mov {aborted:e}, 1",
             "jmp 6f",
@@ -579,6 +578,7 @@ pub fn restartable(area: u64, turns: u32, word: *const u64) -> bool {
             "xor {aborted:e}, {aborted:e}",
             "6:",
             "mov qword ptr [{area} + 8], 0",
+            signature = const RSEQ_SIGNATURE,
             area = in(reg) area,
             section = in(reg) section.0.as_mut_ptr(),
             word = in(reg) word,
@@ -593,11 +593,35 @@ pub fn restartable(area: u64, turns: u32, word: *const u64) -> bool {
 /// Without this a preempted thread goes through user mode anyway, because Linux has to look at its rseq area.
 pub fn unregister_rseq() {
     const UNREGISTER: i32 = 1;
-    const SIGNATURE: u32 = 0x5305_3053;
     // SAFETY: the call that glibc would make itself.
-    let result = unsafe { libc::syscall(libc::SYS_rseq, rseq_area(), 32, UNREGISTER, SIGNATURE) };
-    assert_eq!(result, 0, "rseq: {}", std::io::Error::last_os_error());
+    let result = unsafe { libc::syscall(libc::SYS_rseq, rseq_area(), 32, UNREGISTER, RSEQ_SIGNATURE) };
+    assert_eq!(result, 0, "rseq: {}", io::Error::last_os_error());
 }
+
+/// Registers another struct rseq than glibc's for the calling thread, so long that Linux takes it for version 2: it looks
+/// for a critical section only where an interrupt took the thread out of user mode, or another CPU's number is due. Its
+/// address, for good; `None` where Linux has no such version.
+pub fn register_rseq_2() -> Option<u64> {
+    const AT_RSEQ_FEATURE_SIZE: u64 = 27;
+    const AT_RSEQ_ALIGN: u64 = 28;
+    const VERSION_1: usize = 32;
+    // SAFETY: reads the auxiliary vector.
+    let [size, align] = [AT_RSEQ_FEATURE_SIZE, AT_RSEQ_ALIGN].map(|kind| unsafe { libc::getauxval(kind) } as usize);
+    if size <= VERSION_1 {
+        return None;
+    }
+    unregister_rseq();
+    let layout = std::alloc::Layout::from_size_align(size, align).unwrap().pad_to_align();
+    // SAFETY: more than 0 bytes.
+    let area = unsafe { std::alloc::alloc_zeroed(layout) };
+    // SAFETY: ours for good, of the size and alignment that Linux wants.
+    let result = unsafe { libc::syscall(libc::SYS_rseq, area, layout.size(), 0, RSEQ_SIGNATURE) };
+    assert_eq!(result, 0, "rseq: {}", io::Error::last_os_error());
+    Some(area as u64)
+}
+
+/// Linux wants it before each abort address: glibc's.
+const RSEQ_SIGNATURE: u32 = 0x5305_3053;
 
 /// Lets a thread of any process, 0: the calling one, run on one CPU only.
 #[track_caller]

@@ -35,6 +35,8 @@ const THREADS: usize = 16;
 const TOGETHER: usize = 32;
 /// Processes that come and go one after the other.
 const COME_AND_GO: usize = 1000;
+/// How often, until nothing is left of them.
+const TRIES: usize = 5;
 /// That fill Linux' caches before.
 const WARM_UP: usize = 100;
 
@@ -203,9 +205,16 @@ fn left_by(enters: bool) -> u64 {
     };
     run(WARM_UP);
     let counters = module_counters();
-    let before = free_bytes();
-    run(COME_AND_GO);
-    let left = before - free_bytes();
+    // What is lost is lost each time; what Linux' own caches grow by (natively, too: half a MiB) is not.
+    let mut left = i64::MAX;
+    for _ in 0..TRIES {
+        let before = free_bytes();
+        run(COME_AND_GO);
+        left = left.min(before - free_bytes());
+        if left <= 0 {
+            break;
+        }
+    }
     assert_eq!(module_counters(), counters, "nothing is left of them");
     if is_emulated() {
         assert!(left < COME_AND_GO as i64 * 100, "{left} bytes are gone");

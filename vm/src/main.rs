@@ -330,6 +330,7 @@ fn prepare(arguments: &MachineArgs) -> Result<(Machine, Initramfs)> {
         } else {
             None
         },
+        repeatable: false,
     };
     Ok((machine, files))
 }

@@ -400,6 +400,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
             row.append
         ),
         module_parameters: row.load.then(|| parameters.into_iter().collect()),
+        repeatable: false,
     };
     let job = Job {
         command,

@@ -181,6 +181,7 @@ fn boot(
         ips: machine::default_ips(kernel),
         append: append.to_string(),
         module_parameters: Some(Vec::new()),
+        repeatable: true,
     };
     let job = Job {
         command: command.to_string(),

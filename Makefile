@@ -75,7 +75,7 @@ uninstall: ## remove what install installed
 setup: ## install the packages and tools that are missing (apt-get; root or sudo)
 	@scripts/setup
 
-kernel: ## build the reference kernel (KERNEL=test|debug|bench|newest) into the cache
+kernel: ## build the reference kernel (KERNEL=test|debug|bench|pkeys|newest) into the cache
 	@scripts/setup --quiet && scripts/kernel $(KERNEL)
 
 clean: ## remove what was built in the tree (kernels stay in the cache)

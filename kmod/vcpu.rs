@@ -52,6 +52,8 @@ struct Next {
     any: bool,
     rip: Option<u64>,
     injection: Option<Injection>,
+    /// PKRU, where code at CPL3 had it ([`Vcpu::put_pkru_away`]).
+    pkru: Option<u32>,
     /// ENTRY_INTERRUPTION_INFO may be valid in the VMCS although nothing is to be injected (an entry failed).
     clear_injection: bool,
 }

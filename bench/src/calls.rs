@@ -3,10 +3,16 @@
 //! System calls and bare exits, with the checks that nothing is answered behind Linux' back.
 
 use core::arch::asm;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc;
+use std::thread;
+
+use libdune::Dune;
 
 use crate::measure::timed;
 use crate::measure::System;
-use crate::process::end_of_child;
+use crate::tasks::end_of_child;
 
 /// Repetitions of a call.
 const CALLS: usize = 10_000;
@@ -16,12 +22,13 @@ pub fn measure(system: &System<'_>) {
         check_filter();
         check_child();
         check_tracer();
+        check_notified();
         check_count();
     }
     system.repeated("getpid", CALLS, |_| timed(getpid));
     if system.dune.is_some() {
         system.repeated("getpid_vmcall", CALLS, |_| timed(getpid_by_vmcall));
-        system.repeated("bare_exit", CALLS, |_| timed(cpuid));
+        bare_exit(system);
         assert_eq!(getpid_by_vmcall(), u64::from(std::process::id()));
     }
     assert_eq!(getpid(), u64::from(std::process::id()));
@@ -48,13 +55,44 @@ fn getpid_by_vmcall() -> u64 {
     result
 }
 
+/// The highest leaf of CPUID, which exits in Dune mode.
 #[inline(always)]
-fn cpuid() {
+pub fn cpuid() -> u32 {
+    let highest;
     // SAFETY: RBX, which the compiler keeps for itself, is saved.
     unsafe {
-        asm!("mov {0}, rbx", "cpuid", "mov rbx, {0}", out(reg) _, inout("eax") 0 => _, inout("ecx") 0 => _, out("edx") _,
-             options(nomem, nostack, preserves_flags));
+        asm!("mov {0}, rbx", "cpuid", "mov rbx, {0}", out(reg) _, inout("eax") 0 => highest, inout("ecx") 0 => _,
+             out("edx") _, options(nomem, nostack, preserves_flags));
     }
+    highest
+}
+
+/// What CPUID says outside Dune mode.
+static HIGHEST_LEAF: AtomicU32 = AtomicU32::new(0);
+
+/// To be called outside Dune mode, before what is measured inside.
+pub fn look_at_cpu() {
+    assert!(!Dune::is_active());
+    HIGHEST_LEAF.store(cpuid(), Relaxed);
+}
+
+/// Each CPUID is one exit for CPUID, with the CPU's answer.
+fn bare_exit(system: &System<'_>) {
+    /// Basic exit reason (SDM vol. 3, appendix C).
+    const CPUID: usize = 10;
+    let Some(dune) = system.dune else { return };
+    let expected = HIGHEST_LEAF.load(Relaxed);
+    assert_ne!(expected, 0, "what CPUID says natively");
+    let exits = || dune.counters().exits[CPUID];
+    let (before, mut made) = (exits(), 0);
+    system.repeated("bare_exit", CALLS, |_| {
+        made += 1;
+        let mut answer = 0;
+        let ticks = timed(|| answer = cpuid());
+        assert_eq!(answer, expected, "CPUID's highest leaf");
+        ticks
+    });
+    assert_eq!(exits() - before, made, "exits of CPUID");
 }
 
 /// Runs `body` in a child; it must come to its end.
@@ -135,6 +173,56 @@ fn check_tracer() {
         "stops at, and answers of, traced calls"
     );
 }
+
+/// Linux counts the calls itself: each is told to a listener of seccomp's, no more and no fewer, and goes on.
+fn check_notified() {
+    const CALLS: u64 = 100;
+    let (send, receive) = mpsc::channel();
+    let pid = u64::from(std::process::id());
+    let caller = thread::spawn(move || {
+        let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
+        let listener = filter(libc::SYS_getpid, libc::SECCOMP_RET_USER_NOTIF, flags);
+        assert!(listener >= 0, "a listener of seccomp's");
+        send.send(listener as i32).expect("the other thread waits");
+        (0..CALLS).filter(|_| getpid() == pid).count() as u64
+    });
+    let listener = receive.recv().expect("the thread tells its listener");
+    let mut told = 0;
+    loop {
+        let mut poll = libc::pollfd {
+            fd: listener,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: Structures of Linux' own; the fd is the listener.
+        unsafe {
+            assert_eq!(libc::poll(&mut poll, 1, -1), 1);
+            if poll.revents & libc::POLLIN == 0 {
+                // Nobody has the filter any more.
+                break;
+            }
+            let mut ask: libc::seccomp_notif = core::mem::zeroed();
+            assert_eq!(libc::ioctl(listener, NOTIF_RECV, &raw mut ask), 0);
+            told += u64::from(ask.data.nr == libc::SYS_getpid as i32);
+            let mut answer: libc::seccomp_notif_resp = core::mem::zeroed();
+            answer.id = ask.id;
+            answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32;
+            assert_eq!(libc::ioctl(listener, NOTIF_SEND, &raw mut answer), 0);
+        }
+    }
+    let answered = caller.join().expect("the calls were let go on");
+    // SAFETY: Ours.
+    unsafe { libc::close(listener) };
+    assert_eq!(
+        (told, answered),
+        (CALLS, CALLS),
+        "calls that Linux told of, and their answers"
+    );
+}
+
+/// `SECCOMP_IOCTL_NOTIF_RECV` and `..._SEND` (linux/seccomp.h).
+pub const NOTIF_RECV: libc::c_ulong = 0xc050_2100;
+pub const NOTIF_SEND: libc::c_ulong = 0xc018_2101;
 
 /// Linux' own count of the calls, where the kernel has tracepoints for them.
 fn check_count() {

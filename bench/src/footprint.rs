@@ -21,7 +21,7 @@ use libdune::Dune;
 
 use crate::measure::is_emulated;
 use crate::measure::System;
-use crate::process::end_of_child;
+use crate::tasks::end_of_child;
 
 /// First argument of a program that waits; then whether it enters (1) or not (0), and how many threads it has beside the
 /// first.
@@ -125,20 +125,21 @@ fn free_bytes() -> i64 {
     1024 * line_of("/proc/meminfo", "MemFree:") + PAGE * kept
 }
 
-pub fn measure(linux: &System<'_>, dune: &System<'_>) {
-    if dune.wants(&["memory_process", "memory_vcpu"]) {
-        waiting(dune);
+/// Of one system: natively only what is left behind.
+pub fn measure(system: &System<'_>) {
+    let enters = system.name != "linux";
+    if enters && system.wants(&["memory_process", "memory_vcpu"]) {
+        waiting(system);
     }
-    if !dune.selection.quick {
-        if dune.wants(&["memory_process_free"]) {
-            let [without, with] = [false, true].map(together);
-            dune.tell("memory_process_free", BYTES, rounded(with - without), TOGETHER);
-        }
-        if dune.wants(&["memory_left"]) {
-            for (system, enters) in [(linux, false), (dune, true)] {
-                system.tell("memory_left", BYTES, left_by(enters), COME_AND_GO);
-            }
-        }
+    if system.selection.quick {
+        return;
+    }
+    if enters && system.wants(&["memory_process_free"]) {
+        let [without, with] = [false, true].map(together);
+        system.tell("memory_process_free", BYTES, rounded(with - without), TOGETHER);
+    }
+    if system.wants(&["memory_left"]) {
+        system.tell("memory_left", BYTES, left_by(enters), COME_AND_GO);
     }
 }
 

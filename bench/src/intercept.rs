@@ -3,6 +3,8 @@
 //! System calls that the program answers itself, or passes on: a hook at CPL0, and code at CPL3.
 
 use core::arch::global_asm;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 use dune_examples::ticks;
 use libdune::hook::Hooks;
@@ -41,6 +43,14 @@ fn answer_getppid(call: &mut SystemCall, _: &Thread<'_>) -> Verdict {
     Verdict::Allow
 }
 
+static HOOKED: AtomicU64 = AtomicU64::new(0);
+
+/// Lets all calls go, and counts them.
+fn count_and_allow(_: &mut SystemCall, _: &Thread<'_>) -> Verdict {
+    HOOKED.store(HOOKED.load(Relaxed) + 1, Relaxed);
+    Verdict::Allow
+}
+
 fn at_cpl0(system: &System<'_>, dune: &Dune) {
     let parent = calls::call(libc::SYS_getppid);
     dune.thread().set_hooks(Hooks {
@@ -53,7 +63,22 @@ fn at_cpl0(system: &System<'_>, dune: &Dune) {
         assert_eq!(answer, ANSWER);
         ticks
     });
-    system.repeated("getpid_hooked", CALLS, |_| timed(calls::getpid));
+    dune.thread().set_hooks(Hooks {
+        before: Some(count_and_allow),
+        after: None,
+    });
+    let pid = u64::from(std::process::id());
+    system.repeated("getpid_hooked", CALLS, |_| {
+        let before = HOOKED.load(Relaxed);
+        let mut answer = 0;
+        let ticks = timed(|| answer = calls::getpid());
+        assert_eq!(
+            (HOOKED.load(Relaxed) - before, answer),
+            (1, pid),
+            "hooks of a call, Linux' answer"
+        );
+        ticks
+    });
     dune.thread().set_hooks(Hooks::default());
     assert_eq!(calls::call(libc::SYS_getppid), parent, "Linux' own answer again");
 }

@@ -23,7 +23,7 @@ type Error = Box<dyn std::error::Error>;
 const CODE: usize = 0x8000;
 /// Where the guest puts the ticks of each operation, 32 bits each.
 const RESULTS: usize = 0x10_0000;
-/// Pages that the host has and the guest's EPT has not.
+/// Pages that the guest's EPT has not, whether the host has them or not.
 const PAGES_AT: usize = 0x20_0000;
 const COUNT: usize = 1000;
 /// Pages that are far enough from each other that one fault does not bring the next.
@@ -33,7 +33,8 @@ const BYTES: usize = PAGES_AT + (COUNT + 1) * STEP;
 /// Done before the operations count.
 const WARM_UP: usize = 16;
 
-// In 32-bit mode without paging. EBP = operation, ESI = how often, EDI = where the results go, EBX = page to write.
+// In 32-bit mode without paging. EBP = operation, ESI = how often, EDI = where the results go, EBX = page to write,
+// ECX = bytes to the next one.
 global_asm!(
     ".pushsection .rodata.dune_bench_kvm, \"a\", @progbits",
     ".globl dune_bench_kvm_guest, dune_bench_kvm_guest_end",
@@ -77,7 +78,7 @@ global_asm!(
     "mov byte ptr [ebx], 1",
     "rdtsc",
     "sub eax, [edi]",
-    "add ebx, {step}",
+    "add ebx, ecx",
     "6: mov [edi], eax",
     "add edi, 4",
     "dec esi",
@@ -99,7 +100,6 @@ global_asm!(
     "dune_bench_kvm_guest_end:",
     ".code64",
     ".popsection",
-    step = const STEP,
 );
 
 extern "C" {
@@ -111,21 +111,27 @@ extern "C" {
 const UNKNOWN_HYPERCALL: u32 = -1000i32 as u32;
 
 pub fn measure(system: &System<'_>) -> Result<(), Error> {
-    if !system.wants(&["getpid", "bare_exit", "ept_violation"]) {
+    if !system.wants(&["getpid", "bare_exit", "ept_violation", "page_fault"]) {
         return Ok(());
     }
     let kvm = Kvm::new()?;
     let empty = {
-        let mut ticks = Guest::new(&kvm)?.run(0)?;
+        let mut ticks = Guest::new(&kvm, Pages::There)?.run(0)?;
         ticks.sort_unstable();
         ticks[ticks.len() / 2]
     };
-    for (bench, operation) in [("getpid", 1), ("bare_exit", 2), ("ept_violation", 3)] {
-        let mut ticks = Guest::new(&kvm)?.run(operation)?;
+    for (bench, operation, pages) in [
+        ("getpid", 1, Pages::There),
+        ("bare_exit", 2, Pages::There),
+        ("ept_violation", 3, Pages::There),
+        // First touch: the host makes the page, the EPT gets it.
+        ("page_fault", 3, Pages::New),
+    ] {
+        let mut ticks = Guest::new(&kvm, pages)?.run(operation)?;
         ticks.iter_mut().for_each(|ticks| *ticks = ticks.saturating_sub(empty));
         system.given(bench, &mut ticks);
     }
-    let mut guest = Guest::new(&kvm)?;
+    let mut guest = Guest::new(&kvm, Pages::There)?;
     guest.run(0)?;
     let mut round_trips = Vec::with_capacity(COUNT);
     for _ in 0..COUNT {
@@ -137,18 +143,43 @@ pub fn measure(system: &System<'_>) -> Result<(), Error> {
     Ok(())
 }
 
+/// What the host has of the pages that the guest touches.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// All; far enough from each other that one fault does not bring the next.
+    There,
+    /// None; one behind the other, as the other systems' are.
+    New,
+}
+
+impl Pages {
+    fn step(self) -> usize {
+        match self {
+            Self::There => STEP,
+            Self::New => PAGE,
+        }
+    }
+}
+
 struct Guest {
     // Field order is teardown order.
     vcpu: VcpuFd,
     _vm: VmFd,
     memory: Memory,
+    pages: Pages,
     /// What CPUID's leaf 0 tells the guest.
     highest_leaf: u32,
 }
 
 impl Guest {
-    fn new(kvm: &Kvm) -> Result<Self, Error> {
-        let memory = Memory::new(BYTES).small().populated();
+    fn new(kvm: &Kvm, pages: Pages) -> Result<Self, Error> {
+        let memory = Memory::new(BYTES).small();
+        let memory = match pages {
+            Pages::There => memory.populated(),
+            Pages::New => memory,
+        };
+        // Where the ticks go is there in any case.
+        memory.write(RESULTS, 0);
         // SAFETY: Between the two symbols lies the code, which fits.
         unsafe {
             let code = &raw const dune_bench_kvm_guest;
@@ -197,6 +228,7 @@ impl Guest {
             vcpu,
             _vm: vm,
             memory,
+            pages,
             highest_leaf,
         })
     }
@@ -211,6 +243,7 @@ impl Guest {
         regs.rsi = COUNT as u64;
         regs.rdi = RESULTS as u64;
         regs.rbx = PAGES_AT as u64;
+        regs.rcx = self.pages.step() as u64;
         self.vcpu.set_regs(&regs)?;
         self.run_to_out()?;
         // SAFETY: The guest wrote them and does not run.
@@ -224,7 +257,7 @@ impl Guest {
         if answer != expected {
             return Err(format!("operation {operation} gave the guest {answer:#x}, not {expected:#x}").into());
         }
-        if operation == 3 && (0..COUNT).any(|page| self.memory.read(PAGES_AT + page * STEP) != 1) {
+        if operation == 3 && (0..COUNT).any(|page| self.memory.read(PAGES_AT + page * self.pages.step()) != 1) {
             return Err("a guest's write is not there".into());
         }
         Ok(ticks.iter().map(|ticks| u64::from(*ticks)).collect())

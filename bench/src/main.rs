@@ -10,10 +10,8 @@ mod compute;
 mod footprint;
 mod intercept;
 mod kvm;
-mod measure;
 mod memory;
 mod pagemap;
-mod pages;
 mod process;
 mod rivals;
 mod tables;
@@ -25,7 +23,10 @@ use std::process::Command;
 use std::process::ExitCode;
 
 use clap::Parser;
-use libdune::abi::CAP_COUNT_OPS;
+use dune_bench::counting;
+use dune_bench::measure;
+use dune_bench::pages;
+use dune_bench::tasks;
 use libdune::Dune;
 
 use crate::measure::Selection;
@@ -94,6 +95,7 @@ fn run(cli: &Cli) -> Result<(), String> {
         name,
         dune: None,
         selection: cli.selection(),
+        is_counting: false,
     };
     if is_wanted("linux") {
         let linux = system("linux");
@@ -102,13 +104,15 @@ fn run(cli: &Cli) -> Result<(), String> {
         trap::measure(&linux);
         tables::measure(&linux);
         process::measure(&linux);
+        process::measure_programs(&linux);
+        process::measure_small(&linux);
+        footprint::measure(&linux);
         rivals::measure(&linux);
         walk::measure(&linux, &Translations::default());
         compute::measure(&linux, &Translations::default());
     }
     if is_wanted(DUNE) {
-        process::measure_programs(&system("linux"), &system(DUNE));
-        footprint::measure(&system("linux"), &system(DUNE));
+        outside(DUNE, cli)?;
         translating(cli)?;
         inside(DUNE, cli)?;
     }
@@ -131,6 +135,7 @@ fn run(cli: &Cli) -> Result<(), String> {
             kvm::measure(&system("kvm")).map_err(|error| format!("KVM: {error}"))?;
         }
         if is_wanted("dune-borrow") {
+            outside("dune-borrow", cli)?;
             inside("dune-borrow", cli)?;
         }
     }
@@ -144,6 +149,7 @@ fn translating(cli: &Cli) -> Result<(), String> {
         name: DUNE,
         dune: Some(&dune),
         selection: cli.selection(),
+        is_counting: counting::is_on(&dune),
     };
     let translations = Translations::default();
     walk::measure(&system, &translations);
@@ -152,18 +158,35 @@ fn translating(cli: &Cli) -> Result<(), String> {
     Ok(())
 }
 
+/// The rows of a thread that is not, or not always, in Dune mode.
+fn outside(name: &'static str, cli: &Cli) -> Result<(), String> {
+    let dune = Dune::enter().map_err(|error| error.to_string())?;
+    let is_counting = counting::is_on(&dune);
+    dune.leave();
+    let system = System {
+        name,
+        dune: None,
+        selection: cli.selection(),
+        is_counting,
+    };
+    process::measure_small(&system);
+    process::enter_and_leave(&system);
+    if !is_counting {
+        process::measure_programs(&system);
+        footprint::measure(&system);
+    }
+    Ok(())
+}
+
 /// The rows of a thread in Dune mode.
 fn inside(name: &'static str, cli: &Cli) -> Result<(), String> {
+    calls::look_at_cpu();
     let dune = Dune::enter().map_err(|error| error.to_string())?;
-    println!(
-        "{}counted {}",
-        measure::MARK,
-        dune.info().capabilities & CAP_COUNT_OPS != 0
-    );
     let system = System {
         name,
         dune: Some(&dune),
         selection: cli.selection(),
+        is_counting: counting::is_on(&dune),
     };
     calls::measure(&system);
     memory::measure(&system);

@@ -7,11 +7,13 @@
 //! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
 
 use dune_examples::ticks;
-use libdune::abi::Counters;
-use libdune::abi::CAP_COUNT_OPS;
 use libdune::abi::HEAVY_KINDS;
 use libdune::Dune;
 use serde::Serialize;
+
+use crate::counting;
+use crate::counting::Done;
+use crate::counting::NOTHING;
 
 /// Starts the lines that `dune-vm bench` collects.
 pub const MARK: &str = "@bench ";
@@ -61,10 +63,16 @@ pub struct System<'d> {
     pub name: &'static str,
     pub dune: Option<&'d Dune>,
     pub selection: Selection,
+    /// Whether heavy operations are counted, and figures of time none.
+    pub is_counting: bool,
 }
 
 /// How often an operation that can be repeated is done before it counts.
 const WARM_UP: usize = 16;
+
+/// How often it is done at most where heavy operations are counted. The emulated machine's clock comes several times in a
+/// row at times, and the module reads two MSRs anew after each tick: they are not to be in the median.
+const COUNTED: usize = 2000;
 
 impl System<'_> {
     fn is_wanted(&self, bench: &str) -> bool {
@@ -81,15 +89,31 @@ impl System<'_> {
         &self,
         bench: &'static str,
         count: usize,
+        before_each: impl FnMut(),
+        action: impl FnMut(usize) -> u64,
+    ) {
+        self.repeated_with(bench, count, before_each, action, || NOTHING);
+    }
+
+    /// The same; `others`, which is not measured, tells what others than this thread did, where that is counted.
+    pub fn repeated_with(
+        &self,
+        bench: &'static str,
+        count: usize,
         mut before_each: impl FnMut(),
         mut action: impl FnMut(usize) -> u64,
+        mut others: impl FnMut() -> Done,
     ) {
         if self.is_wanted(bench) {
             for i in 0..WARM_UP {
                 before_each();
                 action(i);
+                if self.is_counting {
+                    others();
+                }
             }
-            self.once_after(bench, count, before_each, action);
+            let count = if self.is_counting { count.min(COUNTED) } else { count };
+            self.once_with(bench, count, before_each, action, others);
         }
     }
 
@@ -99,36 +123,57 @@ impl System<'_> {
     }
 
     /// The same; `before_each` is not measured.
-    fn once_after(
+    pub fn once_after(
+        &self,
+        bench: &'static str,
+        count: usize,
+        before_each: impl FnMut(),
+        action: impl FnMut(usize) -> u64,
+    ) {
+        self.once_with(bench, count, before_each, action, || NOTHING);
+    }
+
+    fn once_with(
         &self,
         bench: &'static str,
         count: usize,
         mut before_each: impl FnMut(),
         mut action: impl FnMut(usize) -> u64,
+        mut others: impl FnMut() -> Done,
     ) {
         if !self.is_wanted(bench) {
             return;
         }
         let empty = empty();
-        let mut columns: [Vec<u64>; 3 + HEAVY_KINDS] = core::array::from_fn(|_| Vec::with_capacity(count));
+        let mut ticks = Vec::with_capacity(count);
+        let mut done = Vec::with_capacity(count);
+        let counted = || self.dune.map_or(NOTHING, |dune| counting::all(&dune.counters()));
+        let own = match self.dune {
+            Some(dune) if self.is_counting => counting::own_share(dune),
+            _ => NOTHING,
+        };
         for i in 0..count {
             before_each();
-            let before = self.dune.map(Dune::counters);
-            columns[0].push(action(i).saturating_sub(empty));
-            if let (Some(before), Some(dune)) = (before, self.dune) {
-                for (column, n) in columns[1..].iter_mut().zip(done(&before, &dune.counters())) {
-                    column.push(n);
-                }
-            }
+            self.take_counts();
+            let before = counted();
+            ticks.push(action(i).saturating_sub(empty));
+            self.take_counts();
+            let own_done = counting::more(&before, &counted());
+            let by_others = if self.is_counting { others() } else { NOTHING };
+            done.push(counting::sum(&counting::more(&own, &own_done), &by_others));
         }
-        let [mut ticks, rest @ ..] = columns;
         let mut row = row(bench, self.name, &mut ticks);
-        if let Some(dune) = self.dune {
-            let [exits, interrupts, heavy @ ..] = rest.map(|mut column| median(&mut column));
-            (row.vm_exits, row.interrupts) = (Some(exits), Some(interrupts));
-            row.heavy = (dune.info().capabilities & CAP_COUNT_OPS != 0).then_some(heavy);
+        if self.dune.is_some() || self.is_counting {
+            row.set_done(&done, self.is_counting);
         }
         emit(&row);
+    }
+
+    /// Where heavy operations are counted: this thread's vCPU takes what was done up to here.
+    fn take_counts(&self) {
+        if self.is_counting && self.dune.is_some() {
+            counting::exit_once();
+        }
     }
 
     /// A way of another kind to do the same, with a name of its own.
@@ -137,6 +182,7 @@ impl System<'_> {
             name,
             dune: self.dune,
             selection: self.selection.clone(),
+            is_counting: self.is_counting,
         }
     }
 
@@ -144,6 +190,17 @@ impl System<'_> {
     pub fn given(&self, bench: &'static str, ticks: &mut [u64]) {
         if self.is_wanted(bench) {
             emit(&row(bench, self.name, ticks));
+        }
+    }
+
+    /// The same, with what was done, where that was counted.
+    pub fn given_with(&self, bench: &'static str, ticks: &mut [u64], done: &[Done]) {
+        if self.is_wanted(bench) {
+            let mut row = row(bench, self.name, ticks);
+            if !done.is_empty() {
+                row.set_done(done, true);
+            }
+            emit(&row);
         }
     }
 
@@ -159,6 +216,14 @@ impl System<'_> {
     /// Whether the rest of a family need be done at all.
     pub fn wants(&self, benches: &[&str]) -> bool {
         benches.iter().any(|bench| self.is_wanted(bench))
+    }
+}
+
+impl Row {
+    fn set_done(&mut self, done: &[Done], is_counted: bool) {
+        let [exits, interrupts, heavy @ ..] = counting::medians(done);
+        (self.vm_exits, self.interrupts) = (Some(exits), Some(interrupts));
+        self.heavy = is_counted.then_some(heavy);
     }
 }
 
@@ -181,18 +246,6 @@ fn row(bench: &'static str, system: &str, ticks: &mut [u64]) -> Row {
 fn emit(row: &Row) {
     let json = serde_json::to_string(row).expect("a row is plain data");
     println!("{MARK}{json}");
-}
-
-/// Exits, interrupts and heavy operations between two readings.
-fn done(before: &Counters, after: &Counters) -> [u64; 2 + HEAVY_KINDS] {
-    /// Basic exit reason (SDM vol. 3, appendix C).
-    const EXTERNAL_INTERRUPT: usize = 1;
-    let exits = |counters: &Counters| counters.exits.iter().sum::<u64>();
-    core::array::from_fn(|column| match column {
-        0 => exits(after) - exits(before),
-        1 => after.exits[EXTERNAL_INTERRUPT] - before.exits[EXTERNAL_INTERRUPT],
-        _ => after.heavy[column - 2] - before.heavy[column - 2],
-    })
 }
 
 fn median(values: &mut [u64]) -> u64 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The program of the benchmark's row `process`: it ends at once; with an argument it enters Dune mode before.
+//! The program of the benchmark's row `process_dynamic`: it ends at once; with an argument it enters Dune mode before.
 #![no_main]
 
 use core::ffi::c_char;

@@ -60,6 +60,17 @@ impl Pagemap {
         unsafe { libc::ioctl(self.0, PAGEMAP_SCAN, &raw mut ask) }
     }
 
+    /// The number of the frame at an address; `None`: none is there, or we may not know.
+    pub fn frame(&self, address: usize) -> Option<u64> {
+        const PRESENT: u64 = 1 << 63;
+        const FRAME: u64 = (1 << 55) - 1;
+        let mut word = 0u64;
+        let offset = address / PAGE * size_of::<u64>();
+        // SAFETY: Into the word.
+        let read = unsafe { libc::pread(self.0, (&raw mut word).cast(), 8, offset as libc::off_t) };
+        (read == 8 && word & PRESENT != 0 && word & FRAME != 0).then_some(word & FRAME)
+    }
+
     /// The words of pages from the memory's first on. Whether Linux gave them all.
     pub fn read(&self, memory: &Memory, words: &mut [u64]) -> bool {
         let bytes = size_of_val(words);

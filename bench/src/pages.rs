@@ -43,10 +43,12 @@ impl Memory {
     }
 
     /// Takes the pages away.
+    #[inline]
     pub fn drop_pages(&self) {
         self.advise(libc::MADV_DONTNEED);
     }
 
+    #[inline]
     fn advise(&self, advice: libc::c_int) {
         // SAFETY: A mapping of our own.
         let result = unsafe { libc::madvise(self.start.cast(), self.bytes, advice) };

@@ -1,45 +1,39 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Threads, children, programs, signals; entering and leaving.
+//! Threads, children, programs, signals; entering and leaving. The same of a small program, as the targets are set, is in
+//! `small.rs`.
 
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 use std::process::Command;
-use std::time::Duration;
 
 use libdune::Dune;
 
+use crate::counting;
+use crate::counting::RunPage;
+use crate::counting::Taker;
 use crate::measure::timed;
 use crate::measure::System;
-use crate::pages::Memory;
-use crate::pages::PAGE;
+use crate::tasks::end_of_child;
+use crate::tasks::neighbour;
+use crate::tasks::rest;
 
 /// A small program that ends at once; with an argument it enters before.
 const NOTHING: &str = "dune-nothing";
-
-/// Until RCU has given back what the end of a thread left to it, the kernel's stack first of all: without it the next one
-/// costs 8,000 instructions more, and whether it comes in time is a matter of the clock's phase.
-const REST: Duration = Duration::from_millis(20);
-
-/// A page in use beside the place where Linux maps next. What a thread maps there has page tables for company, as in a
-/// program that has done something before; where a layout happens to give it tables of its own, which are made and given
-/// back each time, a thread costs 10,000 instructions more.
-fn neighbour() -> Memory {
-    let page = Memory::new(PAGE);
-    page.write(0, 1);
-    page
-}
+/// A small one that is linked statically, and measures by itself.
+const SMALL: &str = "dune-small";
+/// Times that a thread enters and leaves.
+const TIMES: usize = 30;
 
 pub fn measure(system: &System<'_>) {
     let is_dune = system.dune.is_some();
-    let settle = || std::thread::sleep(REST);
-    system.repeated_after("fork", 30, settle, |_| timed(|| fork_and_wait(is_dune)));
+    system.repeated_after("fork_dynamic", 30, rest, |_| timed(|| fork_and_wait(is_dune)));
     let mut neighbours = Vec::new();
     let settle = || {
-        std::thread::sleep(REST);
+        rest();
         neighbours.push(neighbour());
     };
-    system.repeated_after("thread", 50, settle, |_| {
+    system.repeated_after("thread_std", 50, settle, |_| {
         let mut is_active = !is_dune;
         let ticks = timed(|| is_active = std::thread::spawn(Dune::is_active).join().expect("the thread ends"));
         assert_eq!(is_active, is_dune, "the thread is in Dune mode");
@@ -59,14 +53,6 @@ fn fork_and_wait(is_dune: bool) {
         }
         assert_eq!(end_of_child(pid), 0);
     }
-}
-
-/// Waits for a child; its wait status.
-pub fn end_of_child(pid: libc::pid_t) -> i32 {
-    let mut status = 1;
-    // SAFETY: Into a word of ours.
-    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-    status
 }
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);
@@ -90,26 +76,65 @@ fn signal(system: &System<'_>) {
     }
 }
 
-/// What a program costs that does nothing, and one that enters Dune mode; and entering and leaving again and again.
-pub fn measure_programs(linux: &System<'_>, dune: &System<'_>) {
+/// What a program costs that does nothing, and one that enters Dune mode.
+pub fn measure_programs(system: &System<'_>) {
     let program = std::env::current_exe().map(|own| own.with_file_name(NOTHING));
     let program = program.expect("the path of this program is known");
-    let run = |arguments: &[&str]| {
-        let status = Command::new(&program).args(arguments).status();
-        assert!(status.expect("the program starts").success(), "{NOTHING} {arguments:?}");
-    };
-    linux.repeated("process", 10, |_| timed(|| run(&[])));
-    dune.repeated("process", 10, |_| timed(|| run(&["enter"])));
-    if dune.wants(&["enter", "leave"]) {
-        let (mut enter, mut leave) = (Vec::new(), Vec::new());
-        for _ in 0..30 {
-            let mut inside = None;
-            enter.push(timed(|| inside = Some(Dune::enter().expect("entering"))));
-            assert!(Dune::is_active());
-            leave.push(timed(|| drop(inside)));
-            assert!(!Dune::is_active());
-        }
-        dune.given("enter", &mut enter);
-        dune.given("leave", &mut leave);
+    let arguments: &[&str] = if system.name == "linux" { &[] } else { &["enter"] };
+    system.repeated("process_dynamic", 10, |_| {
+        timed(|| {
+            let status = Command::new(&program).args(arguments).status();
+            assert!(status.expect("the program starts").success(), "{NOTHING} {arguments:?}");
+        })
+    });
+}
+
+/// The rows of the small program, which prints them.
+pub fn measure_small(system: &System<'_>) {
+    let rows = ["process", "fork", "thread"];
+    let rows = rows.into_iter().filter(|row| system.wants(&[*row]));
+    let rows: Vec<&str> = rows.collect();
+    if rows.is_empty() {
+        return;
     }
+    let program = std::env::current_exe().map(|own| own.with_file_name(SMALL));
+    let program = program.expect("the path of this program is known");
+    let status = Command::new(&program).arg(system.name).args(&rows).status();
+    assert!(status.expect("scripts/small builds it").success(), "{SMALL}");
+}
+
+/// Entering and leaving again and again.
+pub fn enter_and_leave(system: &System<'_>) {
+    if !system.wants(&["enter", "leave"]) {
+        return;
+    }
+    let (mut enter, mut leave) = (Vec::new(), Vec::new());
+    // Where VMX is borrowed, the first process in Dune mode sees to it, and the last: with another one beside it the heavy
+    // operations of this one would not be those that its figure is of.
+    let is_counted = system.is_counting && system.name == "dune";
+    let mut counted = is_counted.then(|| (Taker::start(), Vec::new(), Vec::new()));
+    for _ in 0..TIMES {
+        if let Some((taker, ..)) = &mut counted {
+            taker.take();
+        }
+        let mut inside = None;
+        enter.push(timed(|| inside = Some(Dune::enter().expect("entering"))));
+        assert!(Dune::is_active());
+        let page = counted.as_mut().and_then(|(_, entered, _)| {
+            let dune = inside.as_ref()?;
+            entered.push(counting::all(&dune.counters()));
+            let page = RunPage::of(dune, counting::device());
+            counting::exit_once();
+            let before = page.done();
+            Some((before, page))
+        });
+        leave.push(timed(|| drop(inside)));
+        assert!(!Dune::is_active());
+        if let (Some((taker, _, left)), Some((before, page))) = (&mut counted, page) {
+            left.push(counting::sum(&taker.take(), &counting::more(&before, &page.done())));
+        }
+    }
+    let (entered, left) = counted.map_or_else(Default::default, |(_, entered, left)| (entered, left));
+    system.given_with("enter", &mut enter, &entered);
+    system.given_with("leave", &mut leave, &left);
 }

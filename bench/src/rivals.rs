@@ -96,11 +96,11 @@ fn notified(system: &System<'_>) {
         // SAFETY: Structures of Linux' own; the fd is the listener.
         unsafe {
             let mut ask: libc::seccomp_notif = core::mem::zeroed();
-            assert_eq!(libc::ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &raw mut ask), 0);
+            assert_eq!(libc::ioctl(listener, calls::NOTIF_RECV, &raw mut ask), 0);
             let mut answer: libc::seccomp_notif_resp = core::mem::zeroed();
             answer.id = ask.id;
             answer.val = ANSWER;
-            assert_eq!(libc::ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer), 0);
+            assert_eq!(libc::ioctl(listener, calls::NOTIF_SEND, &raw mut answer), 0);
         }
     }
     let mut times = caller.join().expect("the calls were answered");
@@ -108,9 +108,6 @@ fn notified(system: &System<'_>) {
     // SAFETY: Ours.
     unsafe { libc::close(listener) };
 }
-
-const SECCOMP_IOCTL_NOTIF_RECV: libc::c_ulong = 0xc050_2100;
-const SECCOMP_IOCTL_NOTIF_SEND: libc::c_ulong = 0xc018_2101;
 
 static SELECTOR: AtomicU8 = AtomicU8::new(0);
 static CAUGHT: AtomicU64 = AtomicU64::new(0);
@@ -133,7 +130,8 @@ fn dispatched(system: &System<'_>) {
         let mut action: libc::sigaction = core::mem::zeroed();
         action.sa_sigaction = on_sigsys as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO;
-        assert_eq!(libc::sigaction(libc::SIGSYS, &action, core::ptr::null_mut()), 0);
+        let mut old: libc::sigaction = core::mem::zeroed();
+        assert_eq!(libc::sigaction(libc::SIGSYS, &action, &mut old), 0);
         if libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 1, 0, 0, SELECTOR.as_ptr()) != 0 {
             return;
         }
@@ -149,5 +147,7 @@ fn dispatched(system: &System<'_>) {
         });
         assert_eq!(CAUGHT.load(Relaxed) - before, made);
         assert_eq!(libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0, 0, 0, 0), 0);
+        // `enter` asks Linux about threads of programs that have such a handler.
+        assert_eq!(libc::sigaction(libc::SIGSYS, &old, core::ptr::null_mut()), 0);
     }
 }

@@ -75,44 +75,59 @@ fn all(system: &System<'_>, pager: &dyn Pager) {
     let memory = Memory::new(PAGES * PAGE).small().populated();
     PROTECT.store(0, Relaxed);
     pager.handle(How::Timed);
-    let fault = |page: usize| {
+    // Another byte each time: it is there afterwards, and one handler ran for it.
+    let fault = |i: usize| {
+        let (page, byte) = (i % PAGES, (i / PAGES) as u8 + 1);
         pager.protect(&memory, page * PAGE, PAGE);
         let address = memory.at(page * PAGE);
+        let before = (TRAPS.load(Relaxed), memory.read(page * PAGE));
         let start = ticks();
         // SAFETY: In the mapping; a handler makes it writable.
-        unsafe { address.write_volatile(1) };
+        unsafe { address.write_volatile(byte) };
         let whole = ticks() - start;
+        assert_eq!(TRAPS.load(Relaxed) - before.0, 1, "traps of one store");
+        assert_eq!(memory.read(page * PAGE), byte, "what was stored where {} was", before.1);
         (ENTERED.load(Relaxed) - start, whole)
     };
-    system.repeated("trap", 1000, |i| fault(i % PAGES).0);
-    system.repeated("trap_fix", 1000, |i| fault(i % PAGES).1);
+    system.repeated("trap", 1000, |i| fault(i).0);
+    system.repeated("trap_fix", 1000, |i| fault(i).1);
+    let all_are = |byte: u8| {
+        assert!(
+            (0..PAGES).all(|page| memory.read(page * PAGE) == byte),
+            "bytes that were stored"
+        );
+    };
     pager.handle(How::Exchange);
     // PROT1, TRAP, UNPROT: each handler makes its page writable and protects another one.
-    system.once("appel1", ROUNDS, |_| {
-        pager.protect(&memory, 0, PAGES * PAGE);
+    let protect_all = || pager.protect(&memory, 0, PAGES * PAGE);
+    system.once_after("appel1", ROUNDS, protect_all, |round| {
+        let byte = round as u8 + 100;
         let before = TRAPS.load(Relaxed);
         let ticks = timed(|| {
             for page in 0..PAGES {
                 // The one before it, which is writable by now; the first protects the last.
                 let other = memory.at((page + PAGES - 1) % PAGES * PAGE);
                 PROTECT.store(other as usize, Relaxed);
-                memory.write(page * PAGE, 1);
+                memory.write(page * PAGE, byte);
             }
         });
         PROTECT.store(0, Relaxed);
         assert_eq!(TRAPS.load(Relaxed) - before, PAGES);
-        pager.unprotect(&memory, 0, PAGES * PAGE);
+        all_are(byte);
         ticks
     });
+    pager.unprotect(&memory, 0, PAGES * PAGE);
     pager.handle(How::Unprotect);
     // PROTN, TRAP, UNPROT.
-    system.once("appel2", ROUNDS, |_| {
+    system.once("appel2", ROUNDS, |round| {
+        let byte = round as u8 + 200;
         let before = TRAPS.load(Relaxed);
         let ticks = timed(|| {
             pager.protect(&memory, 0, PAGES * PAGE);
-            (0..PAGES).for_each(|page| memory.write(page * PAGE, 1));
+            (0..PAGES).for_each(|page| memory.write(page * PAGE, byte));
         });
         assert_eq!(TRAPS.load(Relaxed) - before, PAGES);
+        all_are(byte);
         ticks
     });
 }

@@ -9,6 +9,7 @@
 
 mod client;
 mod http;
+mod making;
 mod server;
 mod ways;
 
@@ -25,6 +26,7 @@ use crate::client::Got;
 use crate::http::letter;
 use crate::http::DOCUMENTS;
 use crate::http::DOCUMENT_BYTES;
+use crate::making::Made;
 use crate::server::at;
 use crate::server::ServerError;
 use crate::server::Way;
@@ -158,8 +160,9 @@ fn site() -> Result<Pages, ServerError> {
     Ok(site)
 }
 
-/// All ways, the ordinary one first, while the process still is one.
-fn all(options: &Options, secrets: &Secrets) -> Result<Vec<Outcome>, Box<dyn std::error::Error>> {
+/// All ways, the ordinary one first, while the process still is one; and what making took.
+fn all(options: &Options, secrets: &Secrets) -> Result<(Vec<Outcome>, Vec<Made>), Box<dyn std::error::Error>> {
+    let mut made = vec![making::processes(options.requests)?];
     let site = site()?;
     let mut results = vec![measure(
         "process (fork)",
@@ -193,9 +196,11 @@ fn all(options: &Options, secrets: &Secrets) -> Result<Vec<Outcome>, Box<dyn std
             site: &site,
         },
     )?);
+    made.extend(making::compartments(&thread, &template, options.requests)?);
     drop(template);
     dune.leave();
-    Ok(results)
+    made.push(making::threads(options.requests)?);
+    Ok((results, made))
 }
 
 /// What an attempt got, in a word, and whether it is as it should be: compartments give nothing away.
@@ -224,7 +229,7 @@ fn main() -> ExitCode {
     }
     let run = || -> Result<bool, Box<dyn std::error::Error>> {
         let secrets = Secrets::new()?;
-        let mut results = all(&options, &secrets)?;
+        let (mut results, mut made) = all(&options, &secrets)?;
         let mut all_well = secrets.are_whole();
 
         println!("{:<24} what a hostile request got, by what answers it", "attempt");
@@ -259,6 +264,9 @@ fn main() -> ExitCode {
                 print_row("sthread", result.name, &result.server);
                 print_row("sthread_request", result.name, &result.client);
             }
+            for made in &made {
+                print_row("sthread_make", made.name, &made.ticks);
+            }
         }
         for result in &mut results {
             let most = |times: &[u64]| times.iter().copied().max().unwrap_or(0);
@@ -269,6 +277,11 @@ fn main() -> ExitCode {
                 median(&mut result.server),
                 median(&mut result.client),
             );
+        }
+        println!("\nmake one that answers at once, and wait for its end:");
+        for made in &mut made {
+            let max = made.ticks.iter().copied().max().unwrap_or(0);
+            println!("{:<28} {:>13} {max:>12}", made.name, median(&mut made.ticks));
         }
         Ok(all_well)
     };

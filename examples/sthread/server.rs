@@ -36,6 +36,8 @@ pub enum ServerError {
     Ended(#[from] Ended),
     #[error("a thread of the server panicked")]
     Thread,
+    #[error("a {name} answered {answer}")]
+    Made { name: &'static str, answer: i32 },
     #[error("the client failed: {0}")]
     Client(String),
 }

@@ -9,6 +9,7 @@
 #include <asm/fpu/xcr.h>
 #include <asm/fpu/xstate.h>
 #include <asm/msr.h>
+#include <asm/pkru.h>
 
 #include "compat.h"
 #include "helpers.h"
@@ -16,6 +17,17 @@
 bool dune_user_return_pending(void)
 {
 	return test_thread_flag(TIF_USER_RETURN_NOTIFY);
+}
+
+/* 0 where Linux uses no protection keys. */
+u32 dune_pkru(void)
+{
+	return read_pkru();
+}
+
+void dune_pkru_write(u32 pkru)
+{
+	write_pkru(pkru);
 }
 
 unsigned int dune_user_state_load(void)

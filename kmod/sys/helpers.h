@@ -192,6 +192,8 @@ unsigned int dune_user_state_load(void);	/* one of these */
 u64 dune_fpu_lend(void);
 void dune_fpu_give_back(u64 xfd);
 bool dune_user_return_pending(void);
+u32 dune_pkru(void);
+void dune_pkru_write(u32 pkru);
 unsigned long dune_read_cr0(void);
 void dune_cr4_set_vmxe(void);
 void dune_cr4_clear_vmxe(void);

@@ -302,6 +302,18 @@ pub(crate) fn load_user_state(_: &IrqOff) -> UserState {
     }
 }
 
+/// PKRU: which protection keys refuse the current thread what. 0, nothing, where Linux uses no keys.
+pub(crate) fn pkru() -> u32 {
+    // SAFETY: Reads a register of the thread's.
+    unsafe { bindings::dune_pkru() }
+}
+
+/// Sets [`pkru`], where Linux uses keys.
+pub(crate) fn write_pkru(pkru: u32) {
+    // SAFETY: A register that user mode may set as it likes; whoever accesses its memory minds faults.
+    unsafe { bindings::dune_pkru_write(pkru) };
+}
+
 /// While it lives the CPU has the current thread's extended state, which Linux goes on to have in memory.
 pub(crate) struct FpuLoan {
     /// `None`: nothing is lent. Else what IA32_XFD was.

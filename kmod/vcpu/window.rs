@@ -118,6 +118,7 @@ impl Vcpu {
             space.ept.translations.forget(&irq);
             self.host = HostState::new();
             vmcs.end(&irq);
+            self.put_pkru_away();
             return Window::Unusable;
         }
         let last_space = &vmcs.percpu().last_space;
@@ -136,6 +137,7 @@ impl Vcpu {
             let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &mut self.host_ran, &irq) };
             if entered != Entered::Exit {
                 self.leave_guest(space, &irq);
+                self.put_pkru_away();
                 thread::guest_timing_exit(&irq);
                 let instruction_error = match entered {
                     Entered::FailValid => {
@@ -174,6 +176,9 @@ impl Vcpu {
         self.leave_guest(space, &irq);
         self.host.restore_after_exit(&irq);
         regs::restore_tss_limit_and_dr7(&irq);
+        if info.cpl == 3 {
+            self.put_pkru_away();
+        }
         if info.is_nmi() {
             enter::handle_nmi(&irq);
         } else if info.is_machine_check() {
@@ -248,9 +253,26 @@ impl Vcpu {
         space.ept.translations.leave(irq);
     }
 
+    /// PKRU of code at CPL3 waits for the next entry. It may refuse all there is; what it refused while the guest is out, Linux
+    /// and the host loop could not access (`struct rseq`, the stack), and that would end the process.
+    ///
+    /// What code at CPL0 refuses itself is refused Linux, too, as natively.
+    #[cold]
+    fn put_pkru_away(&mut self) {
+        let pkru = regs::pkru();
+        if pkru != 0 {
+            regs::write_pkru(0);
+            self.next.pkru = Some(pkru);
+            self.next.any = true;
+        }
+    }
+
     /// Writes what earlier exits, or user space, left for this entry.
     fn write_next(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         self.next.any = false;
+        if let Some(pkru) = self.next.pkru.take() {
+            regs::write_pkru(pkru);
+        }
         if let Some(rip) = self.next.rip.take() {
             let rip = exit::next_rip(vmcs, rip);
             vmcs.write(guest::RIP, rip);

@@ -68,6 +68,7 @@ fn errno(error: &Error) -> c_int {
         Error::OutOfMemory { .. } | Error::Paging(_) => libc::ENOMEM,
         Error::AlreadyInside => libc::EBUSY,
         Error::EntryFailed { .. } => libc::EIO,
+        Error::UnknownDispatch { errno } => *errno,
         Error::System { errno, .. } => *errno,
         _ => libc::EINVAL,
     }

@@ -101,7 +101,7 @@ fn handle(frame: &mut TrapFrame, thread: &Thread<'_>) -> Outcome {
 }
 
 /// How often the same access is refused with nothing done in between before the handler is not asked any more.
-const PATIENCE: u32 = 16;
+pub(crate) const PATIENCE: u32 = 16;
 
 /// The last access of a thread that the host refused and its handler took.
 #[derive(Clone, Copy)]
@@ -133,14 +133,18 @@ fn refused(thread: &Thread<'_>) -> *mut Refused {
     table[thread.vcpu() as usize % table.len()].get()
 }
 
-/// Number of the exit by which system calls are made.
-const VMCALL: usize = 18;
+/// How many system calls the thread has made.
+pub(crate) fn calls(thread: &Thread<'_>) -> u64 {
+    /// Number of the exit by which they are made.
+    const VMCALL: usize = 18;
+    thread.counters().exits[VMCALL]
+}
 
 /// Whether the thread has done nothing since its handler took this access, again and again.
 fn is_hopeless(frame: &TrapFrame, thread: &Thread<'_>) -> bool {
     // SAFETY: See `Table`.
     let last = unsafe { refused(thread).read() };
-    last.frame.as_ref() == Some(frame) && last.calls == thread.counters().exits[VMCALL] && last.times >= PATIENCE
+    last.frame.as_ref() == Some(frame) && last.calls == calls(thread) && last.times >= PATIENCE
 }
 
 /// Notes that the handler took it.
@@ -151,7 +155,7 @@ fn note(frame: &TrapFrame, thread: &Thread<'_>) {
         let again = (*last).frame.as_ref() == Some(frame);
         last.write(Refused {
             frame: Some(*frame),
-            calls: thread.counters().exits[VMCALL],
+            calls: calls(thread),
             times: if again { (*last).times + 1 } else { 0 },
         });
     }

@@ -25,6 +25,7 @@ use core::sync::atomic::Ordering::Release;
 use libdune::user::PageFault;
 use libdune::user::UserContext;
 use libdune::user::UserExit;
+use libdune::user::UserRegisters;
 use libdune::Dune;
 use libdune::Gva;
 use libdune::Thread;
@@ -250,6 +251,7 @@ pub(crate) unsafe fn pop(mut tf: dune_tf) -> ! {
 
 /// Runs a visit until dune_ret_from_user.
 unsafe extern "C" fn run(visit: *mut Visit) -> ! {
+    let mut refused = Refused::default();
     loop {
         // SAFETY: The visit owns its context, and no handler of the program runs now.
         let (context, thread) = unsafe { (&mut *(*visit).context, current_thread()) };
@@ -266,9 +268,38 @@ unsafe extern "C" fn run(visit: *mut Visit) -> ! {
             UserExit::Int80 => exception(context, Vector(0x80), 0, 0),
             UserExit::Exception { vector, error_code } => exception(context, vector, 0, error_code),
             UserExit::PageFault(fault) if fill(&thread, &fault) => {}
-            UserExit::PageFault(fault) => exception(context, Vector::PF, fault.address, fault.error_code),
+            UserExit::PageFault(fault) => {
+                if fault.host_refused() && refused.is_hopeless(context, &fault, &thread) {
+                    let rip = context.registers().rip;
+                    die(format_args!(
+                        "{fault:?} of CPL3 at RIP {rip:#x}, again and again: Linux does not allow it, whatever the page table says"
+                    ));
+                }
+                exception(context, Vector::PF, fault.address, fault.error_code);
+            }
             exit => die(format_args!("CPL3 ended with {exit:?}")),
         }
+    }
+}
+
+/// The last access of a visit that the process may not make, and that its handler took.
+#[derive(Default)]
+struct Refused {
+    access: Option<(UserRegisters, PageFault)>,
+    /// System calls of the thread then.
+    calls: u64,
+    times: u32,
+}
+
+impl Refused {
+    /// Whether nothing was done since the same one, again and again.
+    fn is_hopeless(&mut self, context: &UserContext, fault: &PageFault, thread: &Thread<'_>) -> bool {
+        let access = Some((*context.registers(), *fault));
+        let calls = trap::calls(thread);
+        let is_same = self.access == access && self.calls == calls;
+        let times = if is_same { self.times + 1 } else { 0 };
+        *self = Self { access, calls, times };
+        times > trap::PATIENCE
     }
 }
 

@@ -182,10 +182,7 @@ pub unsafe extern "C" fn dune_vm_mprotect(
 ) -> c_int {
     let change = || -> Result<(), c_int> {
         let (space, (start, bytes)) = (table(root)?, pages(va, len)?);
-        let result = each_entry(&space, start, bytes, |_, entry| {
-            protect_entry(entry.word, pte_bits(perm));
-            Ok(())
-        });
+        let result = each_entry(&space, start, bytes, |entry| protect_entry(entry.word, pte_bits(perm)));
         space.flush(start, bytes);
         result
     };
@@ -198,22 +195,22 @@ fn each_entry(
     space: &AddressSpace<'_>,
     start: Gva,
     bytes: u64,
-    mut visit: impl FnMut(Gva, RawEntry<'_>) -> Result<(), c_int>,
+    mut visit: impl FnMut(RawEntry<'_>),
 ) -> Result<(), c_int> {
     let mut done = 0;
     while done < bytes {
         let at = start.checked_add(done).ok_or(-libc::EINVAL)?;
-        match space.entry(at, 1, Missing::Tell) {
-            Ok(entry) => {
-                let is_whole = at.align_down(entry.bytes()) == at && bytes - done >= entry.bytes();
-                if !is_whole {
-                    // The next look splits it.
-                    entry.word.fetch_and(!WHOLE, AcqRel);
-                    continue;
-                }
-                visit(at, entry)?;
-                done += entry.bytes();
+        let step = space.with_entry(at, 1, Missing::Tell, |entry| {
+            let is_whole = at.align_down(entry.bytes()) == at && bytes - done >= entry.bytes();
+            if !is_whole {
+                return 0;
             }
+            visit(entry);
+            entry.bytes()
+        });
+        match step {
+            Ok(0) => space.split(at).map_err(errno)?,
+            Ok(step) => done += step,
             Err(PagingError::NotMapped(_)) => done += space.gap(at),
             Err(error) => return Err(errno(error)),
         }
@@ -272,7 +269,7 @@ fn map_piece(
         (!0, 1, PAGE),
     ];
     for (flag, level, size) in levels {
-        let is_one = perm & flag != 0 || level == 1;
+        let is_one = level == 1 || perm & flag != 0 && level <= space.largest_leaf();
         if !is_one || at.as_u64() % size != 0 || to % size != 0 || bytes - done < size {
             continue;
         }
@@ -282,25 +279,30 @@ fn map_piece(
             empty(space, at, size, leaving);
             space.replace_table(at, level, value).map_err(errno)?;
         } else {
-            let entry = small_entry(space, at, leaving)?;
-            leaving.add(entry.word.swap(value, AcqRel));
+            set_small_entry(space, at, value, leaving)?;
         }
         return Ok(size);
     }
     Err(-libc::EINVAL)
 }
 
-/// The 4 KiB entry of an address, also inside a large page of the program's own, which is split.
-fn small_entry<'s>(space: &'s AddressSpace<'_>, at: Gva, leaving: &mut Leaving) -> Result<RawEntry<'s>, c_int> {
+/// Sets the 4 KiB entry of an address, also inside a large page of the program's own, which is split.
+fn set_small_entry(space: &AddressSpace<'_>, at: Gva, value: u64, leaving: &mut Leaving) -> Result<(), c_int> {
+    if leaving.is_full() {
+        leaving.finish(space, at, PAGE);
+    }
     loop {
-        let entry = space.entry(at, 1, Missing::Make).map_err(errno)?;
-        if entry.level == 1 {
-            if leaving.is_full() {
-                leaving.finish(space, at, PAGE);
+        let set = |entry: RawEntry<'_>| {
+            if entry.level > 1 {
+                return false;
             }
-            return Ok(entry);
+            leaving.add(entry.word.swap(value, AcqRel));
+            true
+        };
+        if space.with_entry(at, 1, Missing::Make, set).map_err(errno)? {
+            return Ok(());
         }
-        entry.word.fetch_and(!WHOLE, AcqRel);
+        space.split(at).map_err(errno)?;
     }
 }
 
@@ -346,19 +348,15 @@ pub unsafe extern "C" fn dune_vm_map_pages(
         let mut leaving = Leaving::new();
         let mut result = Ok(());
         for index in 0..bytes / PAGE {
-            let mapped = start
-                .checked_add(index * PAGE)
-                .ok_or(-libc::EINVAL)
-                .and_then(|at| small_entry(&space, at, &mut leaving))
-                .and_then(|entry| {
-                    let pg = dune_page_alloc();
-                    if pg.is_null() {
-                        return Err(-libc::ENOMEM);
-                    }
-                    let value = dune_page2pa(pg) | pte_bits(perm);
-                    leaving.add(entry.word.swap(value, AcqRel));
-                    Ok(())
-                });
+            let mapped = start.checked_add(index * PAGE).ok_or(-libc::EINVAL).and_then(|at| {
+                let pg = dune_page_alloc();
+                if pg.is_null() {
+                    return Err(-libc::ENOMEM);
+                }
+                let value = dune_page2pa(pg) | pte_bits(perm);
+                // SAFETY: Nobody has seen it.
+                set_small_entry(&space, at, value, &mut leaving).inspect_err(|_| unsafe { dune_page_put(pg) })
+            });
             if mapped.is_err() {
                 result = mapped;
                 break;
@@ -377,7 +375,7 @@ pub unsafe extern "C" fn dune_vm_unmap(root: *mut ptent_t, va: *mut c_void, len:
         return;
     };
     let mut leaving = Leaving::new();
-    let _ = each_entry(&space, start, bytes, |_, entry| {
+    let _ = each_entry(&space, start, bytes, |entry| {
         let old = entry.word.swap(0, AcqRel);
         if entry.level == 1 {
             leaving.add(old);
@@ -385,7 +383,6 @@ pub unsafe extern "C" fn dune_vm_unmap(root: *mut ptent_t, va: *mut c_void, len:
         if leaving.is_full() {
             leaving.finish(&space, start, bytes);
         }
-        Ok(())
     });
     leaving.finish(&space, start, bytes);
 }
@@ -412,12 +409,12 @@ pub unsafe extern "C" fn dune_vm_lookup(
             CREATE_BIG_1GB => (3, Missing::Make),
             _ => (1, Missing::Make),
         };
-        let entry = space.entry(at, level, missing).map_err(errno)?;
-        let value = entry.word.load(Acquire);
-        if entry.level > 1 && value & (PTE_P | PTE_PS) == PTE_P {
+        let look = |entry: RawEntry<'_>| (entry.level, entry.word.load(Acquire), entry.word.as_ptr());
+        let (level, value, pte) = space.with_entry(at, level, missing, look).map_err(errno)?;
+        if level > 1 && value & (PTE_P | PTE_PS) == PTE_P {
             return Err(-libc::EEXIST);
         }
-        Ok(entry.word.as_ptr())
+        Ok(pte)
     };
     match look_up() {
         Ok(pte) => {
@@ -446,10 +443,11 @@ pub unsafe extern "C" fn dune_vm_insert_page(
             return Err(-libc::EINVAL);
         }
         let mut leaving = Leaving::new();
-        let entry = small_entry(&space, start, &mut leaving)?;
-        // SAFETY: A page of the pool.
+        // SAFETY: A page of the pool, which loses the user again where it is not mapped.
         unsafe { dune_page_get(pg) };
-        leaving.add(entry.word.swap(pa | pte_bits(perm), AcqRel));
+        let set = set_small_entry(&space, start, pa | pte_bits(perm), &mut leaving);
+        // SAFETY: As above.
+        set.inspect_err(|_| unsafe { dune_page_put(pg) })?;
         leaving.finish(&space, start, PAGE);
         Ok(())
     };
@@ -462,8 +460,8 @@ pub unsafe extern "C" fn dune_vm_lookup_page(root: *mut ptent_t, va: *mut c_void
     let look_up = || -> Option<u64> {
         let at = Gva::new(va as u64 & !(PAGE - 1))?;
         let space = table(root).ok()?;
-        let entry = space.entry(at, 1, Missing::Tell).ok()?;
-        owned_page(&entry, entry.word.load(Acquire))
+        let page = |entry: RawEntry<'_>| owned_page(&entry, entry.word.load(Acquire));
+        space.with_entry(at, 1, Missing::Tell, page).ok()?
     };
     look_up().map_or(core::ptr::null_mut(), |pa| dune_pa2page(pa))
 }
@@ -536,22 +534,26 @@ pub unsafe extern "C" fn dune_vm_default_pgflt_handler(addr: usize, fec: u64) {
     };
     // SAFETY: Nothing loads another table meanwhile.
     let space = unsafe { thread.loaded_space() };
-    let Ok(entry) = space.entry(at, 1, Missing::Tell) else {
-        return;
+    // What is there; then something else, if it still is.
+    let look = |entry: RawEntry<'_>| {
+        let old = entry.word.load(Acquire);
+        (entry.level == 1).then_some((old, owned_page(&entry, old)))
+    };
+    let replace = |old: u64, new: u64| {
+        let exchange =
+            |entry: RawEntry<'_>| entry.level == 1 && entry.word.compare_exchange(old, new, AcqRel, Acquire).is_ok();
+        space.with_entry(at, 1, Missing::Tell, exchange).unwrap_or(false)
     };
     loop {
-        let old = entry.word.load(Acquire);
-        if fec & FEC_W == 0 || old & (PTE_P | PTE_COW) != PTE_P | PTE_COW || entry.level != 1 {
+        let Ok(Some((old, own))) = space.with_entry(at, 1, Missing::Tell, look) else {
+            return;
+        };
+        if fec & FEC_W == 0 || old & (PTE_P | PTE_COW) != PTE_P | PTE_COW {
             return;
         }
-        let own = owned_page(&entry, old);
         let flags = old & !(PTE_ADDR | PTE_COW) | PTE_W;
         if own.is_some_and(|pa| page::users(pa) == 1) {
-            if entry
-                .word
-                .compare_exchange(old, old & PTE_ADDR | flags, AcqRel, Acquire)
-                .is_ok()
-            {
+            if replace(old, old & PTE_ADDR | flags) {
                 space.flush(at, PAGE);
                 return;
             }
@@ -564,7 +566,7 @@ pub unsafe extern "C" fn dune_vm_default_pgflt_handler(addr: usize, fec: u64) {
         let copy = dune_page2pa(pg);
         // SAFETY: The page can be read, the entry says; the copy is ours, and every table maps the pool.
         unsafe { core::ptr::copy_nonoverlapping(at.as_u64() as *const u8, copy as *mut u8, PAGE as usize) };
-        if entry.word.compare_exchange(old, copy | flags, AcqRel, Acquire).is_ok() {
+        if replace(old, copy | flags) {
             space.flush(at, PAGE);
             if let Some(pa) = own {
                 // SAFETY: Nobody maps it here any more.

@@ -4,14 +4,15 @@
 //!
 //! # Safety
 //!
-//! Calls back with pointers to entries, which stay where they are while the table is not freed.
+//! Calls back with pointers to entries, which stay where they are until a large page takes their table's place, or the table is
+//! freed: see docs/c-abi.md.
 
 use core::ffi::c_int;
 use core::ffi::c_void;
-use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Acquire;
 
 use libdune::edit::Missing;
+use libdune::edit::RawEntry;
 use libdune::AddressSpace;
 use libdune::Gpa;
 use libdune::Gva;
@@ -27,6 +28,9 @@ use crate::vm::ptent_t;
 use crate::vm::table;
 use crate::vm::PTE_ADDR;
 use crate::vm::PTE_P;
+
+/// Entries of which the program hears before the table is looked at again.
+const AT_ONCE: usize = 64;
 
 /// Called for each page of a walk; anything but 0 ends it.
 pub type page_walk_cb = Option<unsafe extern "C" fn(arg: *const c_void, ptep: *mut ptent_t, va: *mut c_void) -> c_int>;
@@ -74,11 +78,33 @@ struct Walk<'w> {
     call: &'w mut dyn FnMut(Gva, *mut ptent_t) -> c_int,
 }
 
-fn visit(call: &mut dyn FnMut(Gva, *mut ptent_t) -> c_int, at: Gva, word: &AtomicU64) -> Result<(), c_int> {
-    if word.load(Acquire) & (PTE_ADDR | PTE_P) == 0 {
+/// An entry that the program is to hear of.
+#[derive(Clone, Copy)]
+struct Visited {
+    at: Gva,
+    /// What it decides about ends here.
+    last: Gva,
+    entry: *mut ptent_t,
+    value: u64,
+}
+
+impl Visited {
+    fn of(at: Gva, entry: &RawEntry<'_>) -> Self {
+        Self {
+            at,
+            last: Gva::new(at.as_u64() | (entry.bytes() - 1)).unwrap_or(at),
+            entry: entry.word.as_ptr(),
+            value: entry.word.load(Acquire),
+        }
+    }
+}
+
+/// Calls the program, which may do what it likes: no entry is lent meanwhile.
+fn visit(call: &mut dyn FnMut(Gva, *mut ptent_t) -> c_int, visited: &Visited) -> Result<(), c_int> {
+    if visited.value & (PTE_ADDR | PTE_P) == 0 {
         return Ok(());
     }
-    match call(at, word.as_ptr()) {
+    match call(visited.at, visited.entry) {
         0 => Ok(()),
         other => Err(other),
     }
@@ -89,11 +115,11 @@ impl Walk<'_> {
     fn pages(&mut self, first: Gva, last: Gva) -> Result<(), c_int> {
         let mut at = first.align_down(PAGE);
         loop {
-            let step = match self.space.entry(at, 1, Missing::Tell) {
-                Ok(entry) => {
-                    let begin = at.align_down(entry.bytes());
-                    visit(self.call, begin, entry.word)?;
-                    entry.bytes() - (at.as_u64() - begin.as_u64())
+            let look = |entry: RawEntry<'_>| Visited::of(at.align_down(entry.bytes()), &entry);
+            let step = match self.space.with_entry(at, 1, Missing::Tell, look) {
+                Ok(visited) => {
+                    visit(self.call, &visited)?;
+                    visited.last.as_u64() - at.as_u64() + 1
                 }
                 Err(PagingError::NotMapped(_)) => self.space.gap(at),
                 Err(_) => return Err(-libc::ENOMEM),
@@ -140,18 +166,32 @@ impl Walk<'_> {
     fn rest(&mut self, first: Gva, last: Gva) -> Result<(), c_int> {
         let shared = shared().map_err(|errno| -errno)?;
         let Self { space, call } = self;
-        let mut result = Ok(());
-        space.for_each_entry(first, last, |at, entry| {
-            let page = entry.word.load(Acquire) & PTE_ADDR & !(entry.bytes() - 1);
-            // Memory of the process at its own address is nothing that was mapped there on purpose.
-            let is_own = Gpa::new(page)
-                .and_then(|gpa| shared.hva(gpa))
-                .is_some_and(|hva| hva.as_u64() == at.as_u64());
-            if !is_own {
-                result = visit(*call, at, entry.word);
+        let mut at = first;
+        loop {
+            let mut found = [const { None }; AT_ONCE];
+            let mut count = 0;
+            space.for_each_entry(at, last, |at, entry| {
+                let visited = Visited::of(at, &entry);
+                let page = visited.value & PTE_ADDR & !(entry.bytes() - 1);
+                // Memory of the process at its own address is nothing that was mapped there on purpose.
+                let is_own = Gpa::new(page)
+                    .and_then(|gpa| shared.hva(gpa))
+                    .is_some_and(|hva| hva.as_u64() == at.as_u64());
+                if !is_own {
+                    found[count] = Some(visited);
+                    count += 1;
+                }
+                count < AT_ONCE
+            });
+            for visited in found.iter().flatten() {
+                visit(*call, visited)?;
             }
-            result.is_ok()
-        });
-        result
+            // Behind the last of a full list: there may be more.
+            let end = found[AT_ONCE - 1].as_ref().map(|visited| visited.last);
+            match end.and_then(Gva::successor).filter(|next| *next <= last) {
+                Some(next) => at = next,
+                None => return Ok(()),
+            }
+        }
     }
 }

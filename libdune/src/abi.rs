@@ -22,6 +22,9 @@ pub(crate) const CALL_SELF: u32 = PRIVATE_CALLS + 3;
 /// A signal came while the trap entry was on an interrupt stack: deliver it now. RDI: the trap frame.
 pub(crate) const CALL_SIGNAL: u32 = PRIVATE_CALLS + 4;
 
+/// Behind the last of them.
+pub(crate) const PRIVATE_CALLS_END: u32 = PRIVATE_CALLS + 5;
+
 /// Software bit of a page fault's error code: the host refused the access, the guest's page table is not the cause.
 ///
 /// No CPU sets it (SDM, "Interrupt 14: Page-Fault Exception"), and a VM entry may inject it.

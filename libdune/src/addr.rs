@@ -9,6 +9,8 @@ pub const PAGE_BYTES: u64 = dune_abi::PAGE_BYTES as u64;
 
 /// First address behind the part of the address space that Linux gives to user space.
 pub(crate) const USER_END: u64 = 1 << 47;
+/// First address of the upper half.
+pub(crate) const UPPER_HALF: u64 = !(USER_END - 1);
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
@@ -119,6 +121,26 @@ impl Gva {
     /// The HVA of the same number: what the default page table maps it to.
     pub const fn identity(self) -> Option<Hva> {
         Hva::new(self.0)
+    }
+
+    /// The next canonical address: behind the last of the lower half that is the first of the upper one.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use libdune::Gva;
+    ///
+    /// let next = |address| Gva::new(address).and_then(Gva::successor).map(Gva::as_u64);
+    /// assert_eq!(next(0xfff), Some(0x1000));
+    /// assert_eq!(next(0x7fff_ffff_ffff), Some(0xffff_8000_0000_0000));
+    /// assert_eq!(next(u64::MAX), None);
+    /// ```
+    pub const fn successor(self) -> Option<Self> {
+        match self.0.checked_add(1) {
+            Some(USER_END) => Some(Self(UPPER_HALF)),
+            Some(next) => Some(Self(next)),
+            None => None,
+        }
     }
 
     /// The address `bytes` further on, which the caller knows to be in the same half.

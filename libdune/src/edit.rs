@@ -16,11 +16,11 @@
 //! let dune = Dune::enter()?;
 //! let start = Gva::of(&raw const *page).ok_or("not canonical")?;
 //! let space = shared.address_space();
-//! let entry = space.entry(start, 1, Missing::Tell)?;
+//! let entry = space.with_entry(start, 1, Missing::Tell, |entry| entry.word.load(Relaxed))?;
 //! // The entry of 4 KiB that the CPU uses: present, at the page's GPA.
 //! let hva = start.identity().ok_or("no address of a process")?;
-//! assert_eq!(entry.word.load(Relaxed) & 1, 1);
-//! assert_eq!(entry.word.load(Relaxed) & 0xf_ffff_f000, shared.gpa(hva)?.as_u64());
+//! assert_eq!(entry & 1, 1);
+//! assert_eq!(entry & 0xf_ffff_f000, shared.gpa(hva)?.as_u64());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!

@@ -35,6 +35,8 @@ use crate::addr::Gva;
 use crate::device;
 use crate::device::Device;
 use crate::device::Vcpu;
+use crate::dispatch;
+use crate::dispatch::Settings;
 use crate::error::Error;
 use crate::error::Result;
 use crate::hook;
@@ -384,6 +386,11 @@ fn enter(options: &Builder) -> Result<Dune> {
     let shared = unsafe { &*area.process };
     // Whoever took it from us meanwhile: a program that set an action while no thread was in Dune mode.
     host_loop::install_signals().map_err(|errno| Error::at("rt_sigaction", errno.0))?;
+    let dispatch = if host_loop::has_handler(libc::SIGSYS) {
+        dispatch::of_this_thread()?
+    } else {
+        Settings::OFF
+    };
     // SAFETY: A fresh area.
     let (block, context) = unsafe {
         (
@@ -408,6 +415,12 @@ fn enter(options: &Builder) -> Result<Dune> {
         (*context).run = vcpu.0.run;
         (*context).set_vcpu(vcpu.0.number);
         (*context).tid = sys::gettid();
+        (*context).set_dispatch(dispatch);
+    }
+    if dispatch.is_on() {
+        Settings::OFF
+            .give_to_linux()
+            .map_err(|errno| Error::at("prctl(PR_SET_SYSCALL_USER_DISPATCH)", errno.0))?;
     }
     // SAFETY: The alternate stack is given back when the thread leaves; the loop must not run on it. Everything that the
     // loop and the first instructions of the guest need is there.
@@ -424,6 +437,9 @@ fn enter(options: &Builder) -> Result<Dune> {
             if (*context).alt_stack.is_enabled() {
                 let _ = sys::sigaltstack(Some(&(*context).alt_stack));
             }
+        }
+        if dispatch.is_on() {
+            let _ = dispatch.give_to_linux();
         }
         return Err(first_run_error(result, vcpu.0.run));
     }

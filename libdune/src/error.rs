@@ -99,6 +99,12 @@ pub enum Error {
     /// The calling thread is in Dune mode.
     #[error("this thread is in Dune mode already: use the `Dune` it has")]
     AlreadyInside,
+    /// The thread may have syscall user dispatch on, which the program would lose, and Linux does not say.
+    #[error("this thread may have syscall user dispatch on (SIGSYS has a handler), and Linux does not tell (PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: errno {errno}; 1: it is traced already, or may not be): set that handler and dispatch behind enter")]
+    UnknownDispatch {
+        /// Linux' error number.
+        errno: i32,
+    },
     /// The CPU refused to enter the guest.
     #[error("the CPU refused the first entry into the guest (reason {reason:#x}, qualification {qualification:#x}, VM-instruction error {instruction_error}): please report this with the CPU model and `dmesg | grep dune`")]
     EntryFailed {
@@ -172,6 +178,7 @@ mod tests {
             (Error::at(step, libc::ENOMEM), "open /dev/dune: not enough memory: free some, or raise the limit of the memory cgroup or RLIMIT_AS"),
             (PagingError::OutOfFrames.into(), "cannot build the guest's page table: all frames of the pool are in use: give some back, or drop page tables that have copies"),
             (Error::AlreadyInside, "this thread is in Dune mode already: use the `Dune` it has"),
+            (Error::UnknownDispatch { errno: 1 }, "this thread may have syscall user dispatch on (SIGSYS has a handler), and Linux does not tell (PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: errno 1; 1: it is traced already, or may not be): set that handler and dispatch behind enter"),
             (entry_failed, "the CPU refused the first entry into the guest (reason 0x80000021, qualification 0x2, VM-instruction error 0): please report this with the CPU model and `dmesg | grep dune`"),
             (Error::at(step, libc::EPERM), "open /dev/dune failed with errno 1: see docs/abi.md"),
         ] {

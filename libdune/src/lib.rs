@@ -42,6 +42,8 @@ mod addr;
 mod layout;
 mod sys;
 
+mod dispatch;
+
 mod device;
 
 pub mod paging;

@@ -88,7 +88,7 @@ pub(crate) unsafe fn vmcall(number: u32) -> u64 {
     result
 }
 
-fn check(result: i64) -> Result<u64, Errno> {
+pub(crate) fn check(result: i64) -> Result<u64, Errno> {
     if (-4095..0).contains(&result) {
         Err(Errno(-result as i32))
     } else {
@@ -387,6 +387,17 @@ impl SigInfo {
     /// si_code.
     pub fn code(&self) -> i32 {
         self.0[1] as i32
+    }
+
+    /// What Linux says of a call that it dispatches; `rip` is behind it.
+    pub fn of_dispatch(rip: u64, number: i32, architecture: u32) -> Self {
+        const SYS_USER_DISPATCH: u64 = 2;
+        let mut words = [0; 16];
+        words[0] = libc::SIGSYS as u64;
+        words[1] = SYS_USER_DISPATCH;
+        words[2] = rip;
+        words[3] = u64::from(architecture) << 32 | u64::from(number as u32);
+        Self(words)
     }
 
     /// What Linux says of an exception.

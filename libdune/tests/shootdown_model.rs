@@ -125,6 +125,27 @@ fn thread_that_comes_back_flushes_or_is_seen() {
     run(0, &[1, 0], Machine::change_and_flush);
 }
 
+/// [`libdune::paging::Flush::flush_local`] of a table that the thread has not loaded.
+#[test]
+fn what_the_thread_never_saw_is_flushed() {
+    loom::model(|| {
+        let machine = Machine::new(1);
+        let seen = [AtomicU64::new(0), AtomicU64::new(0)];
+        for table in [0, 1] {
+            machine.load(table, &seen);
+            machine.access(table.into());
+        }
+        machine.entries[0].store(1, Release);
+        seen[0].store(protocol::NEVER, Relaxed);
+        machine.load(0, &seen);
+        assert_eq!(machine.access(0), 1);
+        // Once.
+        machine.load(1, &seen);
+        machine.load(0, &seen);
+        assert_eq!(seen[0].load(Relaxed), machine.generations[0].load(Relaxed));
+    });
+}
+
 #[test]
 fn thread_that_comes_goes_and_comes_is_not_missed() {
     run(1, &[0, 1, 0], Machine::change_and_flush);

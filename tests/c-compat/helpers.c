@@ -13,6 +13,8 @@
 #include "libdune/cpu-x86.h"
 #include "libdune/dune.h"
 
+#include "capture.h"
+
 static int variable = 4711;
 static int maps, segments, sections;
 static int saw_heap, saw_stack, saw_file, saw_anonymous, saw_vdso;
@@ -70,14 +72,17 @@ static int count_section(struct dune_elf *elf, const char *sname, int snum, Elf6
 
 static void test_utilities(void)
 {
-	unsigned long before = dune_get_ticks(), now;
+	unsigned long before = dune_get_ticks(), now = before;
 	char *p;
+	int i, written;
 
-	do
+	for (i = 0; i < 1000000 && now == before; i++)
 		now = dune_get_ticks();
-	while (now == before);
 	assert(now > before);
-	assert(dune_printf("%s %d %c %lx %5.2f|\n", "text", -5, 'x', 0xabcUL, 2.5) == 21);
+	begin_capture();
+	written = dune_printf("%s %d %c %lx %5.2f|\n", "text", -5, 'x', 0xabcUL, 2.5);
+	end_capture();
+	assert(written == 21 && strcmp(captured, "text -5 x abc  2.50|\n") == 0);
 	p = dune_mmap(NULL, PGSIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	assert(p != MAP_FAILED && p[0] == 0);
 	p[PGSIZE - 1] = 1;
@@ -87,6 +92,7 @@ static void test_utilities(void)
 static void test_procmap(void)
 {
 	ssize_t length = readlink("/proc/self/exe", self, sizeof(self) - 1);
+	char range[64];
 
 	assert(length > 0 && malloc(100));
 	/* In the middle of what nobody may read, so that it merges with no neighbour. */
@@ -97,13 +103,23 @@ static void test_procmap(void)
 	dune_procmap_iterate(on_map);
 	assert(maps > 5 && saw_heap && saw_stack && saw_file && saw_vdso);
 	assert(saw_anonymous);
+	/* The same, printed. */
+	begin_capture();
 	dune_procmap_dump();
+	end_capture();
+	snprintf(range, sizeof(range), "%#018lx-%#018lx r--p", (unsigned long)anonymous,
+		 (unsigned long)anonymous + 3 * PGSIZE);
+	assert(wrote(range, ""));
+	assert(wrote("rw-p", "[stack]") && wrote("r-xp", self) && wrote("-", "[heap]"));
 }
 
 static void test_elf(void)
 {
 	struct dune_elf elf, copy;
-	char *memory;
+	char *memory, line[128];
+	unsigned char present;
+	void *mapped;
+	int i, fd;
 
 	assert(dune_elf_open(&elf, "/nowhere") < 0);
 	assert(dune_elf_open(&elf, "/proc/version") < 0);
@@ -117,7 +133,21 @@ static void test_elf(void)
 	sections = 0;
 	assert(dune_elf_iter_sh(&elf, count_section) == 0 && sections == elf.hdr.e_shnum);
 	assert(strcmp(elf.shdrstr + elf.shdr[elf.hdr.e_shstrndx].sh_name, ".shstrtab") == 0);
+	begin_capture();
 	assert(dune_elf_dump(&elf) == 0);
+	end_capture();
+	snprintf(line, sizeof(line), "entry %#lx, %d program headers, %d sections", (unsigned long)elf.hdr.e_entry,
+		 elf.hdr.e_phnum, elf.hdr.e_shnum);
+	assert(wrote(line, ""));
+	for (i = 0; i < elf.hdr.e_phnum; i++) {
+		snprintf(line, sizeof(line), "segment: type %#x, offset %#lx, address %#lx", elf.phdr[i].p_type,
+			 (unsigned long)elf.phdr[i].p_offset, (unsigned long)elf.phdr[i].p_vaddr);
+		/* printf writes 0 as 0. */
+		assert(!elf.phdr[i].p_type || !elf.phdr[i].p_offset || !elf.phdr[i].p_vaddr || wrote(line, ""));
+	}
+	snprintf(line, sizeof(line), "address %#lx, offset %#lx", (unsigned long)text.sh_addr,
+		 (unsigned long)text.sh_offset);
+	assert(wrote(": .text, type", line));
 
 	/* The data segment again, somewhere else: as it is in the file. */
 	memory = mmap(NULL, 64 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -136,7 +166,12 @@ static void test_elf(void)
 	assert(dune_elf_close(&copy) == 0);
 	assert(dune_elf_open_mem(&copy, elf.mem, 100) < 0);
 	assert(dune_elf_open_mem(&copy, (void *)"no ELF file at all, but long enough for a header, and so on", 60) < 0);
+	/* The file and its memory are gone. */
+	fd = elf.fd;
+	mapped = elf.mem;
+	assert(fcntl(fd, F_GETFD) >= 0 && mincore(mapped, PGSIZE, &present) == 0);
 	assert(dune_elf_close(&elf) == 0);
+	assert(fcntl(fd, F_GETFD) == -1 && mincore(mapped, PGSIZE, &present) == -1);
 }
 
 static void test_fpu(void)
@@ -156,6 +191,49 @@ static void test_fpu(void)
 	dune_fpu_load(&saved);
 	__asm__ volatile("stmxcsr %0\n\tmovsd %%xmm9, %1" : "=m"(control), "=m"(after));
 	assert(control != 0x9f80 && after == 1.5);
+}
+
+static int refused;
+static unsigned long kernel_gs_base;
+
+/* RDMSR and WRMSR are two bytes long. What libdune has not the program may make up. */
+static void on_msr(struct dune_tf *tf)
+{
+	const unsigned char *code = (unsigned char *)tf->rip;
+
+	refused++;
+	assert(tf->rcx == MSR_KERNEL_GS_BASE && tf->err == 0 && code[0] == 0x0f);
+	if (code[1] == 0x30) {
+		kernel_gs_base = (tf->rdx << 32) | (uint32_t)tf->rax;
+	} else {
+		assert(code[1] == 0x32);
+		tf->rax = (uint32_t)kernel_gs_base;
+		tf->rdx = kernel_gs_base >> 32;
+	}
+	tf->rip += 2;
+}
+
+/* The MSR is the host's; SWAPGS has a base of its own to exchange GS base with. */
+static void test_kernel_gs_base(void)
+{
+	unsigned long gs, swapped, again, value = 0;
+
+	assert(dune_register_intr_handler(T_GPFLT, on_msr) == 0);
+	wrmsrl(MSR_KERNEL_GS_BASE, 0x123456789aUL);
+	rdmsrl(MSR_KERNEL_GS_BASE, value);
+	assert(value == 0x123456789aUL && refused == 2);
+	assert(dune_register_intr_handler(T_GPFLT, NULL) == 0);
+
+	rdmsrl(MSR_GS_BASE, gs);
+	wrmsrl(MSR_GS_BASE, 0x5000);
+	__asm__ volatile("swapgs");
+	rdmsrl(MSR_GS_BASE, swapped);
+	__asm__ volatile("swapgs");
+	rdmsrl(MSR_GS_BASE, again);
+	wrmsrl(MSR_GS_BASE, gs);
+	/* What was written above is nowhere. */
+	assert(swapped != 0x5000 && swapped != 0x123456789aUL && again == 0x5000);
+	assert(refused == 2);
 }
 
 static void test_msrs(void)
@@ -179,5 +257,6 @@ int main(void)
 	test_elf();
 	test_fpu();
 	test_msrs();
+	test_kernel_gs_base();
 	return variable != 4711;
 }

@@ -3,6 +3,7 @@
  * Page tables: mapping, protecting, unmapping, looking up, walking, cloning, loading.
  */
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -167,6 +168,65 @@ static void test_big_pages(void)
 	assert(can_load(p + BIG + 4 * PGSIZE) && !can_load(p + BIG + 5 * PGSIZE) && can_load(p + BIG + 6 * PGSIZE));
 }
 
+static int has_huge_pages(void)
+{
+	unsigned int eax, ebx, ecx, edx;
+
+	return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) && (edx & 1u << 26);
+}
+
+/* Pages of 1 GiB where the CPU has them, else of 2 MiB. */
+static void test_huge_pages(void)
+{
+	const unsigned long gib = 1UL << 30;
+	const int perm = PERM_R | PERM_W | PERM_BIG_1GB | PERM_BIG;
+	char *p = (char *)BASE + (20UL << 30), *memory, *huge;
+	ptent_t *pte, *other;
+	unsigned long size;
+
+	memory = mmap(NULL, 2 * gib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	assert(memory != MAP_FAILED);
+	huge = (char *)(((unsigned long)memory + gib - 1) & ~(gib - 1));
+	huge[1] = 1;
+	huge[gib / 2] = 2;
+	huge[gib - 1] = 3;
+	/* Tables are there, which go. */
+	assert(dune_vm_map_pages(pgroot, p + 3 * BIG, PGSIZE, PERM_R | PERM_W) == 0);
+	assert(dune_vm_map_phys(pgroot, p, gib, (void *)dune_va_to_pa(huge), perm) == 0);
+	pte = look_up(pgroot, p);
+	assert((*pte & PTE_PS) && PTE_ADDR(*pte) == dune_va_to_pa(huge));
+	size = look_up(pgroot, p + BIG) == pte ? gib : BIG;
+	assert(size == (has_huge_pages() ? gib : BIG));
+	assert(p[1] == 1 && p[gib / 2] == 2 && p[gib - 1] == 3);
+	p[gib - 2] = 4;
+	assert(huge[gib - 2] == 4);
+	/* All of it, then one page of it. */
+	assert(dune_vm_mprotect(pgroot, p, gib, PERM_R) == 0);
+	assert(look_up(pgroot, p) == pte && (*pte & PTE_PS));
+	assert(can_load(p) && !can_store(p) && !can_store(p + gib - 1));
+	other = dune_vm_clone(pgroot);
+	assert(other);
+	assert(dune_vm_mprotect(pgroot, p + gib / 2, PGSIZE, PERM_R | PERM_W) == 0);
+	assert(can_store(p + gib / 2) && !can_store(p + gib / 2 + PGSIZE) && !can_store(p) && !can_store(p + gib - 1));
+	assert(!(*look_up(pgroot, p + gib / 2) & PTE_PS) && (*look_up(other, p + gib / 2) & PTE_PS));
+	/* What is around it stays as large as it can be. */
+	assert(*look_up(pgroot, p + gib / 2 + BIG) & PTE_PS);
+	assert(p[1] == 1 && p[gib - 1] == 3);
+	/* 2 MiB of other memory inside a large page of the program's. */
+	assert(dune_vm_map_phys(other, p + 7 * BIG, BIG, (void *)dune_va_to_pa(huge + gib - BIG),
+				PERM_R | PERM_BIG) == 0);
+	assert(PTE_ADDR(*look_up(other, p + 7 * BIG)) == dune_va_to_pa(huge + gib - BIG));
+	assert(PTE_ADDR(*look_up(other, p + 8 * BIG)) == dune_va_to_pa(huge + 8 * BIG));
+	load_cr3((unsigned long)other);
+	assert(p[8 * BIG - 1] == 3 && p[1] == 1 && p[gib - 1] == 3);
+	load_cr3((unsigned long)pgroot);
+	dune_vm_free(other);
+	dune_vm_unmap(pgroot, p, gib);
+	assert(!can_load(p) && !can_load(p + gib - 1) && huge[1] == 1);
+	/* A walk of everything takes memory of the process to pages. */
+	munmap(memory, 2 * gib);
+}
+
 static void test_walk(void)
 {
 	char *p = (char *)BASE + (7UL << 30), *memory = anonymous(64 * PGSIZE);
@@ -243,8 +303,10 @@ static void test_flushes(void)
 	ptent_t *pte;
 
 	assert(dune_vm_map_pages(pgroot, p, PGSIZE, PERM_R | PERM_W) == 0);
-	assert(can_store(p));
+	/* Written to once: a VM exit by that would flush. */
 	pte = look_up(pgroot, p);
+	*pte |= PTE_W;
+	assert(can_store(p));
 	*pte &= ~PTE_W;
 	dune_flush_tlb_one((unsigned long)p);
 	assert(!can_store(p));
@@ -293,6 +355,7 @@ int main(void)
 	test_map_and_unmap();
 	test_lookup_creates();
 	test_big_pages();
+	test_huge_pages();
 	test_walk();
 	test_clone();
 	test_flushes();

@@ -7,6 +7,8 @@
 
 #include "libdune/dune.h"
 
+#include "capture.h"
+
 #define THREADS 4
 #define ROUNDS 200
 
@@ -29,6 +31,33 @@ static void *take_and_give(void *arg)
 		dune_page_put(pg);
 	}
 	return NULL;
+}
+
+/* As dune_page_stats writes them. */
+static void count(unsigned long *used, unsigned long *unused)
+{
+	begin_capture();
+	dune_page_stats();
+	end_capture();
+	assert(sscanf(captured, "dune: pages: %lu in use, %lu free\n", used, unused) == 2);
+}
+
+static void test_stats(void)
+{
+	unsigned long used, unused, used_more, unused_less;
+	struct page *some[3];
+	int i;
+
+	count(&used, &unused);
+	assert(used + unused == (unsigned long)num_pages);
+	for (i = 0; i < 3; i++)
+		assert((some[i] = dune_page_alloc()));
+	count(&used_more, &unused_less);
+	assert(used_more == used + 3 && unused_less == unused - 3);
+	for (i = 0; i < 3; i++)
+		dune_page_put(some[i]);
+	count(&used_more, &unused_less);
+	assert(used_more == used && unused_less == unused);
 }
 
 int main(void)
@@ -79,6 +108,6 @@ int main(void)
 		assert(pthread_create(&threads[i], NULL, take_and_give, (void *)(i + 1)) == 0);
 	for (i = 0; i < THREADS; i++)
 		assert(pthread_join(threads[i], NULL) == 0);
-	dune_page_stats();
+	test_stats();
 	return 0;
 }

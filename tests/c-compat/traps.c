@@ -7,6 +7,8 @@
 #include "libdune/cpu-x86.h"
 #include "libdune/dune.h"
 
+#include "capture.h"
+
 static int breakpoints, divisions, undefined, protections, interrupts;
 static struct dune_tf seen;
 
@@ -126,6 +128,47 @@ static void test_interrupt(void)
 	assert(interrupts == 1 && sum == 63);
 }
 
+static void wrote_register(const char *name, unsigned long value)
+{
+	char text[32];
+
+	snprintf(text, sizeof(text), "%s %#018lx", name, value);
+	assert(wrote(text, ""));
+}
+
+static void test_dump(void)
+{
+	struct dune_tf tf = {
+		.rdi = 0x1001, .rsi = 0x1002, .rdx = 0x1003, .rcx = 0x1004, .r8 = 0x1005, .r9 = 0x1006,
+		.r10 = 0x1007, .r11 = 0x1008, .rbx = 0x1009, .rbp = 0x100a, .r12 = 0x100b, .r13 = 0x100c,
+		.r14 = 0x100d, .r15 = 0x100e, .rax = 0xfedcba9876543210, .err = 0x7f8, .rip = 0x100f,
+		.cs = GD_UT | 3, .rflags = 0x246, .rsp = 0x1010, .ss = GD_UD | 3,
+	};
+
+	begin_capture();
+	dune_dump_trap_frame(&tf);
+	end_capture();
+	wrote_register("RDI", tf.rdi);
+	wrote_register("RSI", tf.rsi);
+	wrote_register("RDX", tf.rdx);
+	wrote_register("RCX", tf.rcx);
+	wrote_register("R8 ", tf.r8);
+	wrote_register("R9 ", tf.r9);
+	wrote_register("R10", tf.r10);
+	wrote_register("R11", tf.r11);
+	wrote_register("RBX", tf.rbx);
+	wrote_register("RBP", tf.rbp);
+	wrote_register("R12", tf.r12);
+	wrote_register("R13", tf.r13);
+	wrote_register("R14", tf.r14);
+	wrote_register("R15", tf.r15);
+	wrote_register("RAX", tf.rax);
+	wrote_register("RIP", tf.rip);
+	wrote_register("FLG", tf.rflags);
+	wrote_register("RSP", tf.rsp);
+	assert(wrote("CS 0x0033  SS 0x002b", "0x7f8"));
+}
+
 int main(void)
 {
 	assert(dune_init_and_enter() == 0);
@@ -137,7 +180,7 @@ int main(void)
 	test_interrupt();
 	assert(dune_register_intr_handler(256, on_interrupt) < 0);
 	assert(dune_register_intr_handler(-1, on_interrupt) < 0);
-	dune_dump_trap_frame(&seen);
+	test_dump();
 	/* The program goes on as any does. */
 	printf("%d breakpoints, %d divisions\n", breakpoints, divisions);
 	return fflush(stdout) != 0;

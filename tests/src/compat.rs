@@ -226,7 +226,8 @@ fn int_0x80_may_not_harm_the_host_loop() {
     assert_eq!(int80(436, 100, u64::from(u32::MAX), 0), 0);
     assert_eq!(crate::syscall::device_fds(), fds);
     let einval = -i64::from(libc::EINVAL);
-    assert_eq!(int80(PRCTL, PR_SET_SYSCALL_USER_DISPATCH, 1, 0), einval);
+    const NO_MODE: u64 = 77;
+    assert_eq!(int80(PRCTL, PR_SET_SYSCALL_USER_DISPATCH, NO_MODE, 0), einval);
     // What is harmless of the same calls is Linux' to answer.
     assert_eq!(int80(PRCTL, libc::PR_GET_DUMPABLE as u64, 0, 0), 1);
     assert_eq!(int80(CLOSE, 9999, 0, 0), -i64::from(libc::EBADF));

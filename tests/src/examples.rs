@@ -84,6 +84,12 @@ fn hostile_requests_stay_in_compartments() {
     assert_eq!(line("use up the stack"), ["500", "500", "500", "500"]);
     assert_eq!(line("divide by zero"), ["500", "500", "500", "500"]);
     assert_eq!(line("open a file"), ["done", "403", "403", "403"]);
+    for made in ["process (fork)", "thread ", "sthread ", "compartment "] {
+        let is_made = |line: &&str| {
+            line.starts_with(made) && line.split_whitespace().count() == made.split_whitespace().count() + 2
+        };
+        assert!(ended.stdout.lines().any(|line| is_made(&line)), "{made}: {ended:?}");
+    }
 }
 
 /// A heap that is small enough for a test, and full collections too.

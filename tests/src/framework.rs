@@ -128,6 +128,8 @@ pub struct Test {
     pub run_as: User,
     /// Seconds after which it is killed and has failed, on a kernel that does not look for mistakes.
     pub timeout_s: u64,
+    /// The variable of the environment that makes it last so many seconds, if there is one.
+    pub lasts: Option<&'static str>,
     pub needs: &'static [Need],
     pub body: Body,
 }
@@ -159,6 +161,7 @@ impl Test {
             suite: Suite::Short,
             run_as: User::Tester,
             timeout_s: 20,
+            lasts: None,
             needs: &[],
             body,
         }
@@ -180,7 +183,16 @@ impl Test {
     /// Seconds after which it is killed and has failed. KASAN and lockdep make system calls several times as long.
     pub fn limit_s(&self) -> u64 {
         const SLOWER: u64 = 4;
-        self.timeout_s * if has_kmemleak() { SLOWER } else { 1 }
+        let asked_for = self.lasts.map_or(0, |variable| crate::fuzz::setting(variable, 0));
+        asked_for + self.timeout_s * if has_kmemleak() { SLOWER } else { 1 }
+    }
+
+    /// As long as that variable says: its limit is so much later.
+    pub const fn lasts(self, variable: &'static str) -> Self {
+        Self {
+            lasts: Some(variable),
+            ..self
+        }
     }
 
     #[allow(dead_code)]

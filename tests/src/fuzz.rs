@@ -110,11 +110,16 @@ fn taint() -> String {
     std::fs::read_to_string("/proc/sys/kernel/tainted").unwrap()
 }
 
+/// How many cases a run has that has `cases` by itself.
+pub fn cases(cases: u64) -> u64 {
+    setting("DUNE_FUZZ_CASES", cases)
+}
+
 /// Runs `cases` cases in batches, and judges the host after each. `batch` is given its numbers, its tally and how many
 /// cases to do. Gives the tally of all.
 pub fn run(cases: u64, batch: fn(&mut Random, &Tally<'_>, u64)) -> Shared {
     let seed = setting("DUNE_FUZZ_SEED", 1);
-    let cases = setting("DUNE_FUZZ_CASES", cases);
+    let cases = self::cases(cases);
     println!("report: seed {seed}, {cases} cases");
     helpers::pin_to_cpu(0).unwrap();
     let watch = std::path::Path::new(HOST_STATE).exists();

@@ -43,6 +43,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("ept_follows_a_growing_stack", ept_follows_a_growing_stack),
     Test::asserting("ept_follows_files", ept_follows_files),
     Test::asserting("ept_keeps_neighbours_on_munmap", ept_keeps_neighbours_on_munmap),
+    Test::asserting("sealed_mapping_stays", sealed_mapping_stays),
     Test::asserting("retry_closes_the_race", retry_closes_the_race)
         .run_as(User::Root)
         .timeout_s(60),
@@ -283,6 +284,55 @@ fn ept_follows_files() {
     assert_eq!(load(shared.page(0)), Ok(0x0101_0101_0101_0101));
     dune.leave();
     fs::remove_file(&path).unwrap();
+}
+
+/// What mseal forbids it forbids a Dune thread, sealed before it entered or in Dune mode; the memory stays as it is.
+fn sealed_mapping_stays() {
+    let attempts = |is_sealed: bool, inside: bool| {
+        let map = Map::new(4 * PAGE);
+        map.write(PAGE, 7);
+        let seal = || {
+            const SYS_MSEAL: i64 = 462;
+            // SAFETY: memory of our own.
+            let result = unsafe { libc::syscall(SYS_MSEAL, map.start, map.bytes, 0) };
+            assert_eq!(result, 0, "mseal: {}", std::io::Error::last_os_error());
+        };
+        if is_sealed && !inside {
+            seal();
+        }
+        let dune = inside.then(enter);
+        if is_sealed && inside {
+            seal();
+        }
+        let page = map.page(1) as u64;
+        let bytes = PAGE as u64;
+        let flags = (libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let errno = |number: i64, arguments: [u64; 4]| {
+            let [a, b, c, d] = arguments;
+            // SAFETY: memory of our own; where it may go nothing uses it.
+            let result = unsafe { libc::syscall(number, a, b, c, d, -1, 0) };
+            if result == -1 {
+                std::io::Error::last_os_error().raw_os_error()
+            } else {
+                None
+            }
+        };
+        let seen = [
+            errno(libc::SYS_mprotect, [page, bytes, libc::PROT_NONE as u64, 0]),
+            errno(libc::SYS_mmap, [page, bytes, libc::PROT_READ as u64, flags]),
+            errno(libc::SYS_munmap, [page, bytes, 0, 0]),
+        ];
+        if is_sealed {
+            assert_eq!(map.read(PAGE), 7);
+            map.write(PAGE, 8);
+            assert_eq!(map.read(PAGE), 8);
+        }
+        drop(dune);
+        seen
+    };
+    assert_eq!(attempts(false, true), [None; 3]);
+    assert_eq!(attempts(true, false), [Some(libc::EPERM); 3]);
+    assert_eq!(attempts(true, true), [Some(libc::EPERM); 3]);
 }
 
 fn ept_keeps_neighbours_on_munmap() {

@@ -4,17 +4,21 @@
 
 use std::io;
 use std::sync::atomic::AtomicI32;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+use std::time::Instant;
 
 use libdune::Dune;
 
 use crate::framework::Test;
+use crate::support::count_signal;
 use crate::support::enter;
+use crate::support::rdtsc;
 use crate::support::set_handler;
 use crate::support::spawn;
 use crate::support::Shared;
+use crate::support::SIGNALS;
 use crate::syscall::through_registers;
 use crate::syscall::Ymm;
 
@@ -28,7 +32,10 @@ pub const TESTS: &[Test] = &[
     Test::asserting("tracer_may_change_a_result", tracer_may_change_a_result),
     Test::asserting("tracer_leaves_the_fpu_state_alone", tracer_leaves_the_fpu_state_alone),
     Test::asserting("abort_is_seen_where_it_was_called", abort_is_seen_where_it_was_called),
-    Test::asserting("user_dispatch_is_refused", user_dispatch_is_refused),
+    Test::asserting(
+        "tsc_is_the_guests_own_until_it_leaves",
+        tsc_is_the_guests_own_until_it_leaves,
+    ),
     Test::asserting(
         "breakpoint_stops_at_the_guests_instruction",
         breakpoint_stops_at_the_guests_instruction,
@@ -98,14 +105,10 @@ fn seccomp_filter_is_obeyed() {
 
 /// A filter that forbids ioctl leaves a thread that runs alive: RUN goes by read.
 fn seccomp_filter_without_ioctl() {
-    static SIGNALS: AtomicU64 = AtomicU64::new(0);
-    extern "C" fn count(_: i32) {
-        SIGNALS.fetch_add(1, SeqCst);
-    }
     spawn(|| {
         let dune = enter();
         // SAFETY: the handler only counts.
-        unsafe { libc::signal(libc::SIGUSR1, count as *const () as libc::sighandler_t) };
+        unsafe { libc::signal(libc::SIGUSR1, count_signal as *const () as libc::sighandler_t) };
         filter(&[(libc::SYS_ioctl, libc::SECCOMP_RET_KILL_PROCESS)]);
         let before = dune.counters().entries;
         for _ in 0..100 {
@@ -373,13 +376,44 @@ fn abort_is_seen_where_it_was_called() {
     }
 }
 
-fn user_dispatch_is_refused() {
-    let dune = enter();
-    // SAFETY: no memory is named.
-    let result = unsafe { libc::prctl(59, 1, 0, 0, 0) };
-    assert_eq!(result, -1);
-    assert_eq!(errno(), Some(libc::EINVAL));
-    dune.leave();
+/// PR_SET_TSC, set in Dune mode or before it: Linux keeps it for the thread, at CPL0 RDTSC reads on, and behind `leave` it is
+/// SIGSEGV as without Dune.
+fn tsc_is_the_guests_own_until_it_leaves() {
+    let forbid = || {
+        let mut now = 0;
+        // SAFETY: a setting of the thread, and a word of our own.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_TSC, libc::PR_TSC_SIGSEGV, 0, 0, 0), 0);
+            assert_eq!(libc::prctl(libc::PR_GET_TSC, &raw mut now, 0, 0, 0), 0);
+        }
+        assert_eq!(now, libc::PR_TSC_SIGSEGV);
+    };
+    for (inside, before_entering) in [(false, true), (true, false), (true, true)] {
+        let shared = Shared::new();
+        let ended = spawn(|| {
+            if before_entering {
+                forbid();
+            }
+            if inside {
+                let dune = enter();
+                if !before_entering {
+                    forbid();
+                }
+                let first = rdtsc();
+                // The clock of the vDSO reads it, too.
+                let start = Instant::now();
+                shared.word(0).store(rdtsc() - first, SeqCst);
+                assert!(start.elapsed() > Duration::ZERO && Dune::is_active());
+                dune.leave();
+            }
+            shared.word(1).store(1, SeqCst);
+            shared.word(2).store(rdtsc(), SeqCst);
+        })
+        .wait();
+        assert_eq!(ended.signal(), Some(libc::SIGSEGV), "{ended:?}");
+        let words = [0, 1, 2].map(|word| shared.word(word).load(SeqCst));
+        assert_eq!((words[0] > 0, words[1], words[2]), (inside, 1, 0));
+    }
 }
 
 #[inline(never)]

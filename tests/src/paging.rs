@@ -10,7 +10,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::Barrier;
 
+use libdune::edit::Missing;
+use libdune::edit::RawEntry;
+use libdune::edit::Shared;
+use libdune::edit::WHOLE;
 use libdune::paging::Used;
+use libdune::Dune;
 use libdune::FramePool;
 use libdune::Gva;
 use libdune::Hva;
@@ -60,6 +65,9 @@ pub const TESTS: &[Test] = &[
     Test::asserting("copied_frames_come_back", copied_frames_come_back),
     Test::asserting("dirty_scan_names_what_was_written", dirty_scan_names_what_was_written),
     Test::asserting("large_pages_split_and_merge", large_pages_split_and_merge),
+    Test::asserting("pages_of_1g_split_and_merge", pages_of_1g_split_and_merge),
+    Test::asserting("leaf_is_put_in_place_of_tables", leaf_is_put_in_place_of_tables),
+    Test::asserting("frames_of_a_pool_are_mapped", frames_of_a_pool_are_mapped),
     Test::asserting("sealed_table_fills_nothing_in", sealed_table_fills_nothing_in),
     Test::asserting("page_table_outlives_dune_mode", page_table_outlives_dune_mode),
 ];
@@ -790,6 +798,199 @@ fn large_pages_split_and_merge() {
     }
     space.unmap(gva(ELSEWHERE), large).unwrap().flush();
     assert!(load(ELSEWHERE).is_err());
+    dune.leave();
+}
+
+/// A whole GiB of the process, with three words in it: at its start, in the middle and at its end.
+fn sparse_gib() -> (Map, usize, [usize; 3]) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let map = Map::at(0, 2 * GIB, libc::PROT_READ | libc::PROT_WRITE, flags);
+    let start = map.address().next_multiple_of(GIB);
+    let offsets = [0, GIB / 2 + 8, GIB - 8];
+    for offset in offsets {
+        map.write(start - map.address() + offset, offset as u64);
+    }
+    (map, start, offsets)
+}
+
+/// Mapped at once, split where a page or 2 MiB of it differ, and merged again, level by level. A CPU without pages of 1 GiB has
+/// 512 leaves of 2 MiB.
+fn pages_of_1g_split_and_merge() {
+    let (map, start, offsets) = sparse_gib();
+    let dune = enter();
+    install_probe(&dune);
+    let space = dune.address_space();
+    let largest = if space.largest_leaf() == 3 { GIB } else { LARGE } as u64;
+    assert_eq!(largest == GIB as u64, cpu_has("pdpe1gb"));
+    let all = GIB as u64;
+    space
+        .map(gva(ELSEWHERE), all, hva(start), Permissions::WRITE)
+        .unwrap()
+        .flush();
+    let page_bytes = |offset: usize| space.look_up(gva(ELSEWHERE + offset)).unwrap().page_bytes;
+    let assert_all = |bytes| assert_eq!([0, GIB / 2, GIB - PAGE].map(page_bytes), [bytes; 3]);
+    let assert_reads = || {
+        for offset in offsets {
+            assert_eq!(load(ELSEWHERE + offset), Ok(offset as u64));
+        }
+    };
+    assert_all(largest);
+    assert_reads();
+    for round in 0..2u64 {
+        // A page by itself: its 2 MiB are split, and what is around them stays of 2 MiB.
+        let page = offsets[1] - offsets[1] % PAGE;
+        let at = gva(ELSEWHERE + page);
+        space.protect(at, BYTES, Permissions::READ).unwrap().flush();
+        assert_eq!(
+            (page_bytes(page), page_bytes(page + PAGE), page_bytes(page + LARGE)),
+            (BYTES, BYTES, LARGE as u64)
+        );
+        assert_eq!(store(ELSEWHERE + page, 1).unwrap_err().error_code & 3, 3);
+        assert_eq!(store(ELSEWHERE + page + PAGE, round), Ok(()));
+        assert_eq!(load(start + page + PAGE), Ok(round));
+        assert_reads();
+        // Not alike: nothing of that page's becomes one.
+        assert_eq!(space.merge(gva(ELSEWHERE), all), Ok(0));
+        space.protect(at, BYTES, Permissions::WRITE).unwrap().flush();
+        // 512 of 4 KiB; then 512 of 2 MiB.
+        let merged = if largest == GIB as u64 { 2 } else { 1 };
+        assert_eq!(space.merge(gva(ELSEWHERE), all), Ok(merged));
+        assert_all(largest);
+        assert_eq!(store(ELSEWHERE + page, 7), Ok(()));
+        assert_eq!(load(start + page), Ok(7));
+        assert_reads();
+    }
+    // 2 MiB out of the middle.
+    let large = ELSEWHERE + 5 * LARGE;
+    space.unmap(gva(large), LARGE as u64).unwrap().flush();
+    assert!(load(large).is_err() && load(large + LARGE - 8).is_err());
+    assert_eq!((load(large - 8), load(large + LARGE)), (Ok(0), Ok(0)));
+    assert_eq!(space.merge(gva(ELSEWHERE), all), Ok(0));
+    assert_reads();
+    space.unmap(gva(ELSEWHERE), all).unwrap().flush();
+    assert!(offsets.iter().all(|offset| load(ELSEWHERE + offset).is_err()));
+    dune.leave();
+    drop(map);
+}
+
+/// By a program that edits entries itself: a leaf goes where tables were, on both levels, while others look at entries
+/// there; and into a larger leaf of its own.
+fn leaf_is_put_in_place_of_tables() {
+    const LEAF: u64 = 1 | 1 << 1 | 1 << 7 | WHOLE;
+    const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+    const ROUNDS: u64 = 200;
+    let (map, start, offsets) = sparse_gib();
+    let shared = Shared::keep(&Dune::builder()).unwrap();
+    let dune = enter();
+    install_probe(&dune);
+    let space = dune.address_space();
+    let gpa = shared.gpa(hva(start)).unwrap().as_u64();
+    let at = gva(ELSEWHERE);
+    space
+        .map(at, GIB as u64, hva(start), Permissions::WRITE)
+        .unwrap()
+        .flush();
+    let stop = AtomicBool::new(false);
+    let looked = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let space = shared.address_space();
+            while !stop.load(Relaxed) {
+                // An entry of 4 KiB in a table that comes and goes, but not while it is lent; what is not there is made.
+                let page = |entry: RawEntry<'_>| {
+                    let before = entry.word.load(Relaxed);
+                    for _ in 0..3 {
+                        std::thread::yield_now();
+                    }
+                    (before & ADDRESS, entry.word.load(Relaxed) & ADDRESS)
+                };
+                assert_eq!(space.with_entry(at, 1, Missing::Make, page), Ok((gpa, gpa)));
+                looked.fetch_add(1, Relaxed);
+            }
+        });
+        for round in 0..ROUNDS {
+            // Two tables more.
+            space.protect(at, BYTES, Permissions::READ).unwrap().flush();
+            assert!(store(ELSEWHERE, 1).is_err());
+            assert_eq!(space.replace_table(at, 2, gpa | LEAF & !WHOLE), Ok(0), "round {round}");
+            assert_eq!(store(ELSEWHERE, 0), Ok(()));
+            if round % 8 == 0 {
+                std::thread::yield_now();
+            }
+        }
+        assert!(eventually(|| looked.load(Relaxed) > 0));
+        stop.store(true, Relaxed);
+    });
+    if space.largest_leaf() == 3 {
+        assert_eq!(space.replace_table(at, 3, gpa | LEAF), Ok(0));
+        assert_eq!(space.look_up(at).unwrap().page_bytes, GIB as u64);
+        assert!(offsets
+            .iter()
+            .all(|offset| load(ELSEWHERE + offset) == Ok(*offset as u64)));
+        // 2 MiB of it are other memory: where the third word is.
+        let second = offsets[1] / LARGE * LARGE;
+        let third = (GIB - LARGE) as u64;
+        let put = space.replace_table(gva(ELSEWHERE + second), 2, (gpa + third) | LEAF);
+        assert_eq!(put.map(|old| old & 1), Ok(1));
+        space.flush(at, GIB as u64);
+        assert_eq!(load(ELSEWHERE + second + LARGE - 8), Ok(offsets[2] as u64));
+        assert_eq!(load(ELSEWHERE), Ok(0));
+        assert_eq!(load(ELSEWHERE + offsets[2]), Ok(offsets[2] as u64));
+    }
+    space.unmap(at, GIB as u64).unwrap().flush();
+    dune.leave();
+    drop(map);
+}
+
+/// Memory that only page tables give a meaning: frames of a pool, at addresses of the program's choice.
+fn frames_of_a_pool_are_mapped() {
+    const FRAMES: usize = 8;
+    let dune = enter();
+    install_probe(&dune);
+    let pool = FramePool::new().unwrap();
+    let first = dune.address_space();
+    let second = first.duplicate().unwrap();
+    let frames: Vec<Hva> = (0..FRAMES).map(|_| pool.allocate().unwrap()).collect();
+    assert_eq!(pool.used(), FRAMES as u64);
+    let page = |index: usize| ELSEWHERE + index * PAGE;
+    for (index, frame) in frames.iter().enumerate() {
+        // In the other order in the second table.
+        first
+            .map(gva(page(index)), BYTES, *frame, Permissions::WRITE)
+            .unwrap()
+            .flush();
+        let mirrored = gva(page(FRAMES - 1 - index));
+        second.map(mirrored, BYTES, *frame, Permissions::READ).unwrap().flush();
+        assert_eq!(load(page(index)), Ok(0));
+        assert_eq!(store(page(index), 40 + index as u64), Ok(()));
+        assert_eq!(load(frame.as_u64() as usize), Ok(40 + index as u64));
+        assert_eq!(first.hva(gva(page(index))), Some(*frame));
+    }
+    // SAFETY: a duplicate, then the table that the thread started with.
+    let (words, refused) = unsafe {
+        dune.load(&second);
+        let words: Vec<_> = (0..FRAMES).map(|index| load(page(index))).collect();
+        let refused = store(page(0), 1).is_err();
+        dune.load(&first);
+        (words, refused)
+    };
+    assert!(refused);
+    assert_eq!(
+        words,
+        (0..FRAMES).map(|index| Ok(47 - index as u64)).collect::<Vec<_>>()
+    );
+    drop(second);
+    first.unmap(gva(page(0)), (FRAMES * PAGE) as u64).unwrap().flush();
+    for frame in frames {
+        // SAFETY: Mapped nowhere any more, and flushed.
+        unsafe { pool.free(frame) };
+    }
+    assert_eq!(pool.used(), 0);
+    // The next one is clean again.
+    let frame = pool.allocate().unwrap();
+    assert_eq!(load(frame.as_u64() as usize), Ok(0));
+    // SAFETY: Never mapped.
+    unsafe { pool.free(frame) };
     dune.leave();
 }
 

@@ -2,6 +2,7 @@
 
 //! Threads and processes that a Dune thread makes: they are in Dune mode, and are what Linux says they are.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::io::Write;
 use std::process::Command;
@@ -29,10 +30,13 @@ use crate::framework::Test;
 use crate::framework::User;
 use crate::support::compute;
 use crate::support::enter;
+use crate::support::eventually;
 use crate::support::spawn;
 use crate::support::Knob;
 use crate::support::Map;
 use crate::support::Shared;
+use crate::support::EXIT_EPT_VIOLATION;
+use crate::support::EXIT_VMCALL;
 use crate::support::PAGE;
 
 pub const TESTS: &[Test] = &[
@@ -42,6 +46,12 @@ pub const TESTS: &[Test] = &[
         threads_have_exception_stacks_of_their_own,
     ),
     Test::asserting("hundred_threads_at_once", hundred_threads_at_once),
+    // Some 10 s of the guest's time.
+    Test {
+        suite: Suite::Long,
+        timeout_s: 120,
+        ..Test::asserting("five_hundred_threads_at_once", five_hundred_threads_at_once)
+    },
     Test::asserting(
         "last_thread_waits_for_those_that_end",
         last_thread_waits_for_those_that_end,
@@ -91,6 +101,11 @@ pub const TESTS: &[Test] = &[
         "daemon_closes_all_and_drops_privileges",
         daemon_closes_all_and_drops_privileges,
     ),
+    Test::asserting(
+        "daemon_in_a_chroot_gives_up_its_ids",
+        daemon_in_a_chroot_gives_up_its_ids,
+    )
+    .run_as(User::Root),
     Test::asserting("clone_with_shared_memory_only", clone_with_shared_memory_only),
 ];
 
@@ -212,6 +227,51 @@ fn hundred_threads_at_once() {
         thread.join().unwrap();
     }
     assert_eq!(sum.load(Relaxed), (0..100).sum::<u64>() * 5000);
+    dune.leave();
+}
+
+/// Nearly as many as there are areas, all alive: each makes a call, and touches a page that nobody else has.
+fn five_hundred_threads_at_once() {
+    const THREADS: usize = 500;
+    let dune = enter();
+    let barrier = Barrier::new(THREADS + 1);
+    let mut vcpus = 0;
+    let seen = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS as u64)
+            .map(|number| {
+                let barrier = &barrier;
+                std::thread::Builder::new()
+                    .stack_size(64 << 10)
+                    .spawn_scoped(scope, move || {
+                        let page = Map::new(PAGE);
+                        page.write(8, number);
+                        // SAFETY: a call without arguments.
+                        let tid = unsafe { libc::syscall(libc::SYS_gettid) };
+                        barrier.wait();
+                        // All are there now, and go on when the first thread has looked.
+                        barrier.wait();
+                        assert_eq!(page.read(8), number);
+                        let (vcpu, counters) =
+                            Thread::with_current(|thread| (thread.vcpu(), thread.counters())).unwrap();
+                        assert!(counters.exits[EXIT_EPT_VIOLATION] > 0 && counters.exits[EXIT_VMCALL] > 2);
+                        (tid, vcpu)
+                    })
+                    .unwrap()
+            })
+            .collect();
+        barrier.wait();
+        vcpus = vcpus_of_this_process(&dune);
+        barrier.wait();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    let tids: HashSet<_> = seen.iter().map(|(tid, _)| tid).collect();
+    let numbers: HashSet<_> = seen.iter().map(|(_, vcpu)| vcpu).collect();
+    assert_eq!((tids.len(), numbers.len()), (THREADS, THREADS));
+    assert_eq!(vcpus, THREADS as u32 + 1);
+    assert!(eventually(|| vcpus_of_this_process(&dune) == 1));
     dune.leave();
 }
 
@@ -822,6 +882,51 @@ fn daemon_closes_all_and_drops_privileges() {
     }
     assert_eq!(shared.word(0).load(SeqCst), 1);
     dune.leave();
+}
+
+/// Where there is no device and no right to open it: children and threads are in Dune mode by what the process has.
+fn daemon_in_a_chroot_gives_up_its_ids() {
+    const NOBODY: u32 = 65534;
+    let root = std::env::temp_dir().join(format!("dune-chroot-{}", std::process::id()));
+    std::fs::create_dir(&root).unwrap();
+    std::fs::copy("/bin/busybox", root.join("busybox")).unwrap();
+    let ended = spawn(|| {
+        let dune = enter();
+        let path = std::ffi::CString::new(root.to_str().unwrap()).unwrap();
+        // SAFETY: what a daemon does at its start; terminated strings.
+        unsafe {
+            assert_eq!(libc::chroot(path.as_ptr()), 0);
+            assert_eq!(libc::chdir(c"/".as_ptr()), 0);
+            assert_eq!(libc::setgroups(0, std::ptr::null()), 0);
+            assert_eq!(libc::setresgid(NOBODY, NOBODY, NOBODY), 0);
+            assert_eq!(libc::setresuid(NOBODY, NOBODY, NOBODY), 0);
+            assert_eq!(libc::setresuid(0, 0, 0), -1);
+            assert_eq!(libc::open(c"/dev/dune".as_ptr(), libc::O_RDWR), -1);
+            assert_eq!((libc::getuid(), libc::getegid()), (NOBODY, NOBODY));
+        }
+        assert!(Dune::is_active());
+        let is_active = std::thread::spawn(|| {
+            // SAFETY: asks for an id.
+            let id = unsafe { libc::geteuid() };
+            (Dune::is_active(), id)
+        });
+        assert_eq!(is_active.join().unwrap(), (true, NOBODY));
+        spawn(|| {
+            // SAFETY: asks for an id.
+            assert_eq!(unsafe { libc::getuid() }, NOBODY);
+            assert!(Dune::is_active());
+            let of_thread = std::thread::spawn(Dune::is_active);
+            assert!(of_thread.join().unwrap());
+        })
+        .wait()
+        .assert_success();
+        let status = Command::new("/busybox").args(["sh", "-c", "exit 7"]).status().unwrap();
+        assert_eq!(status.code(), Some(7));
+        dune.leave();
+    })
+    .wait();
+    std::fs::remove_dir_all(&root).unwrap();
+    ended.assert_success();
 }
 
 fn clone_with_shared_memory_only() {

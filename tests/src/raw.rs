@@ -89,10 +89,21 @@ pub struct Device {
 }
 
 impl Device {
+    /// Asks again where Linux gave up the locks of the process for work or a signal that was due.
     pub fn open() -> Result<Self, Errno> {
+        loop {
+            match Self::open_as(libc::O_RDWR) {
+                Err(Errno(libc::EINTR)) => continue,
+                answer => return answer,
+            }
+        }
+    }
+
+    /// For reading, writing or both, asked once.
+    pub fn open_as(access: i32) -> Result<Self, Errno> {
         let path = CString::new(dune_abi::DEVICE_PATH).unwrap();
         // SAFETY: `path` is a C string.
-        let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        let fd = unsafe { libc::open(path.as_ptr(), access | libc::O_CLOEXEC) };
         if fd < 0 {
             return Err(last_errno());
         }
@@ -104,6 +115,21 @@ impl Device {
         // SAFETY: the kernel checks what it is given; the tests give it rubbish on purpose, and pointers only to
         // structures that live through the call or to nothing.
         let answer = unsafe { libc::syscall(libc::SYS_ioctl, self.fd, request as usize, argument) };
+        if answer < 0 {
+            return Err(last_errno());
+        }
+        Ok(answer as i32)
+    }
+
+    /// The same by read(2), for which the argument is a buffer.
+    pub fn call_by_read(&self, request: u32, argument: usize) -> Result<i32, Errno> {
+        self.read(argument, dune_abi::read_size(request))
+    }
+
+    /// Any read(2) but the one that is RUN.
+    pub fn read(&self, buffer: usize, bytes: u64) -> Result<i32, Errno> {
+        // SAFETY: as in `call`.
+        let answer = unsafe { libc::syscall(libc::SYS_read, self.fd, buffer, bytes) };
         if answer < 0 {
             return Err(last_errno());
         }
@@ -140,15 +166,23 @@ impl Device {
     }
 
     pub fn map_run_page(&self, create: &CreateVcpu) -> Result<*mut RunPage, Errno> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let bytes = create.run_bytes as usize;
+        let address = self.map(create.run_offset, bytes, protection, libc::MAP_SHARED)?;
+        Ok(address.cast())
+    }
+
+    /// Any mmap(2).
+    pub fn map(&self, offset: u64, bytes: usize, protection: i32, flags: i32) -> Result<*mut u8, Errno> {
         // SAFETY: a new mapping; nothing of ours is replaced.
         let address = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                create.run_bytes as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
+                bytes,
+                protection,
+                flags,
                 self.fd,
-                create.run_offset as libc::off_t,
+                offset as libc::off_t,
             )
         };
         if address == libc::MAP_FAILED {
@@ -159,10 +193,20 @@ impl Device {
 
     /// RUN as it is: errno, or the kind of exit that the module put into R12.
     pub fn run(&self, vcpu: usize) -> Result<RunAnswer, Errno> {
-        let mut rax = libc::SYS_ioctl as u64;
+        self.run_by(libc::SYS_ioctl, u64::from(dune_abi::DUNE_RUN), vcpu as u64)
+    }
+
+    /// RUN by read(2).
+    pub fn run_by_read(&self, vcpu: usize) -> Result<RunAnswer, Errno> {
+        self.run_by(libc::SYS_read, vcpu as u64, dune_abi::read_size(dune_abi::DUNE_RUN))
+    }
+
+    /// A call that is RUN, by its number and its arguments behind the file.
+    fn run_by(&self, call: libc::c_long, second: u64, third: u64) -> Result<RunAnswer, Errno> {
+        let mut rax = call as u64;
         let mut rdi = self.fd as u64;
-        let mut rsi = u64::from(dune_abi::DUNE_RUN);
-        let mut rdx = vcpu as u64;
+        let mut rsi = second;
+        let mut rdx = third;
         let (r10, r8, r9): (u64, u64, u64);
         let mut r12 = 0xffff_ffffu64;
         // SAFETY: RUN changes exactly these registers, and memory as the guest's code does.

@@ -23,7 +23,6 @@ use std::time::Instant;
 
 use crate::framework::Body;
 use crate::framework::Outcome;
-use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
 use crate::helpers;
@@ -44,24 +43,14 @@ pub const REPORT_PREFIX: &str = "report: ";
 /// Lines of a failed test's output that are shown.
 const SHOWN_LINES: usize = 60;
 
-/// Runs the chosen tests; the exit status is 0 when none failed.
-pub fn run_all(tests: &[&'static Test], suites: &[Suite], with: &[String], only: &[String]) -> ExitCode {
+/// Runs the chosen tests, among which those `named` have to be; the exit status is 0 when none failed.
+pub fn run_all(tests: &[&'static Test], named: &[String], is_chosen: impl Fn(&Test) -> bool) -> ExitCode {
     if !helpers::is_root() {
         eprintln!("dune-tests: run needs root, to become each test's user");
         return ExitCode::from(2);
     }
-    let chosen: Vec<&Test> = tests
-        .iter()
-        .copied()
-        .filter(|test| {
-            if only.is_empty() {
-                suites.contains(&test.suite) || with.iter().any(|name| name == test.name)
-            } else {
-                only.iter().any(|name| name == test.name)
-            }
-        })
-        .collect();
-    for name in only.iter().chain(with) {
+    let chosen: Vec<&Test> = tests.iter().copied().filter(|test| is_chosen(test)).collect();
+    for name in named {
         if !chosen.iter().any(|test| test.name == name) {
             eprintln!("dune-tests: there is no test {name}");
             return ExitCode::from(2);

@@ -14,9 +14,8 @@ use crate::framework::Test;
 use crate::helpers::pin_to_cpu;
 use crate::support::compute;
 use crate::support::enter;
-use crate::support::register_rseq_2;
+use crate::support::for_each_rseq;
 use crate::support::restartable;
-use crate::support::rseq_area;
 use crate::support::set_affinity;
 use crate::support::spawn;
 use crate::support::unregister_rseq;
@@ -216,11 +215,7 @@ fn guest_time_is_user_time() {
 
 /// Each of membarrier's fences aborts the section that the thread is in, not only the first since it was switched.
 fn fences_abort_rseq_sections() {
-    fences_abort_sections(rseq_area());
-    if let Some(area) = register_rseq_2() {
-        println!("version 2");
-        fences_abort_sections(area);
-    }
+    for_each_rseq(fences_abort_sections);
 }
 
 fn fences_abort_sections(area: u64) {
@@ -316,11 +311,7 @@ fn registers_without_rseq_survive_moves() {
 
 /// A critical section in which the thread is preempted goes on at its abort address, in Dune mode as outside.
 fn rseq_sections_are_aborted() {
-    preempted_sections_are_aborted(rseq_area());
-    if let Some(area) = register_rseq_2() {
-        println!("version 2");
-        preempted_sections_are_aborted(area);
-    }
+    for_each_rseq(preempted_sections_are_aborted);
 }
 
 fn preempted_sections_are_aborted(area: u64) {

@@ -719,6 +719,7 @@ fn stop_and_continue() {
 
 fn default_action_ends_a_spinning_guest() {
     for signal in [libc::SIGTERM, libc::SIGALRM, libc::SIGQUIT, libc::SIGRTMIN()] {
+        println!("signal {signal}");
         let shared = Shared::new();
         let child = spawn(|| {
             let _dune = enter();

@@ -110,13 +110,22 @@ impl Map {
     /// The same with more choice; `address` 0 is anywhere, else exactly there.
     pub fn at(address: usize, bytes: usize, protection: i32, flags: i32) -> Self {
         let fixed = if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+        Self::anonymous(address, bytes, protection, libc::MAP_PRIVATE | fixed | flags)
+    }
+
+    /// Memory that children share.
+    pub fn shared(bytes: usize, protection: i32) -> Self {
+        Self::anonymous(0, bytes, protection, libc::MAP_SHARED)
+    }
+
+    fn anonymous(address: usize, bytes: usize, protection: i32, flags: i32) -> Self {
         // SAFETY: a new mapping that replaces nothing.
         let start = unsafe {
             libc::mmap(
                 address as *mut libc::c_void,
                 bytes,
                 protection,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed | flags,
+                libc::MAP_ANONYMOUS | flags,
                 -1,
                 0,
             )
@@ -516,7 +525,7 @@ pub fn eventually(condition: impl Fn() -> bool) -> bool {
 }
 
 /// Waits until it holds; false if it does not for that long.
-pub fn within(limit: Duration, condition: impl Fn() -> bool) -> bool {
+pub fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while !condition() {
         if start.elapsed() > limit {
@@ -598,10 +607,19 @@ pub fn unregister_rseq() {
     assert_eq!(result, 0, "rseq: {}", io::Error::last_os_error());
 }
 
+/// Calls `body` with the address of the calling thread's struct rseq, and once more with one of version 2, where Linux has it.
+pub fn for_each_rseq(body: impl Fn(u64)) {
+    body(rseq_area());
+    if let Some(area) = register_rseq_2() {
+        println!("version 2");
+        body(area);
+    }
+}
+
 /// Registers another struct rseq than glibc's for the calling thread, so long that Linux takes it for version 2: it looks
 /// for a critical section only where an interrupt took the thread out of user mode, or another CPU's number is due. Its
 /// address, for good; `None` where Linux has no such version.
-pub fn register_rseq_2() -> Option<u64> {
+fn register_rseq_2() -> Option<u64> {
     const AT_RSEQ_FEATURE_SIZE: u64 = 27;
     const AT_RSEQ_ALIGN: u64 = 28;
     const VERSION_1: usize = 32;
@@ -758,30 +776,25 @@ impl Drop for Child {
     }
 }
 
+/// How often [`count_signal`] ran in this process.
+pub static SIGNALS: AtomicU64 = AtomicU64::new(0);
+
+/// A handler that does nothing else.
+pub extern "C" fn count_signal(_: i32) {
+    SIGNALS.fetch_add(1, SeqCst);
+}
+
 /// Words that a parent and its children share.
 pub struct Shared(Map);
 
 // SAFETY: Its words are used as atomics only.
 unsafe impl Sync for Shared {}
+// SAFETY: The mapping is no thread's own.
+unsafe impl Send for Shared {}
 
 impl Shared {
     pub fn new() -> Self {
-        // SAFETY: a new mapping.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                PAGE,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(start, libc::MAP_FAILED);
-        Self(Map {
-            start: start.cast(),
-            bytes: PAGE,
-        })
+        Self(Map::shared(PAGE, libc::PROT_READ | libc::PROT_WRITE))
     }
 
     pub fn word(&self, index: usize) -> &AtomicU64 {

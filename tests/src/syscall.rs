@@ -18,12 +18,14 @@ use libdune::TrapFrame;
 use libdune::Vector;
 
 use crate::framework::Test;
+use crate::support::count_signal;
 use crate::support::enter;
 use crate::support::exits;
 use crate::support::set_plain_handler;
 use crate::support::set_timer;
 use crate::support::spawn;
 use crate::support::EXIT_VMCALL;
+use crate::support::SIGNALS;
 
 pub const TESTS: &[Test] = &[
     Test::asserting("registers_survive_syscall", registers_survive_syscall),
@@ -220,13 +222,17 @@ impl Ymm {
     }
 }
 
-/// Assembly: sched_yield(2) where the operand `disturb` is not 0, else UD2.
+/// Assembly: UD2 where the operand `disturb` is 0, sched_yield(2) where it is 1, else a write to that address.
 macro_rules! disturbance {
     () => {
-        "test {disturb}, {disturb}
-         jz 2f
+        "cmp {disturb}, 1
+         jb 2f
+         ja 4f
          mov eax, 24
          syscall
+         jmp 3f
+         4:
+         mov byte ptr [{disturb}], 1
          jmp 3f
          2:
          ud2
@@ -321,6 +327,14 @@ fn x87_control() -> u16 {
 
 /// A handler that spoils all of it.
 fn spoil_fpu(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
+    spoil();
+    frame.rip += 2;
+    Outcome::Resume
+}
+
+/// Changes all of the FPU state that a function may change, and MXCSR.
+#[inline(never)]
+pub fn spoil() {
     // SAFETY: registers that a function may change; what it may not is what the stub has to put back.
     unsafe {
         if std::arch::is_x86_feature_detected!("avx") {
@@ -338,8 +352,6 @@ fn spoil_fpu(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {
         );
     }
     set_mxcsr(0x1f80);
-    frame.rip += 2;
-    Outcome::Resume
 }
 
 /// All sixteen registers (their lower halves where the CPU has no AVX), the x87 stack, and both control words.
@@ -498,12 +510,6 @@ fn exit_from_dune_mode() {
         libc::WIFEXITED(ended.status) && libc::WEXITSTATUS(ended.status) == 37,
         "{ended:?}"
     );
-}
-
-static SIGNALS: AtomicU64 = AtomicU64::new(0);
-
-extern "C" fn count_signal(_: i32) {
-    SIGNALS.fetch_add(1, Relaxed);
 }
 
 /// One SIGALRM, 20 ms from now.

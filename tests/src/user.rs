@@ -2,7 +2,6 @@
 //! Code at CPL3: what it can do, and what it cannot do to CPL0.
 
 use std::arch::asm;
-use std::arch::global_asm;
 use std::cell::Cell;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::AtomicU64;
@@ -115,7 +114,7 @@ macro_rules! code {
                 std::slice::from_raw_parts(start, end as usize - start as usize)
             }
         }
-        global_asm!(
+        std::arch::global_asm!(
             ".pushsection .rodata.dune_test_user, \"a\", @progbits",
             concat!(".globl dune_test_user_", stringify!($name)),
             concat!("dune_test_user_", stringify!($name), ":"),
@@ -126,6 +125,7 @@ macro_rules! code {
         );
     )*};
 }
+pub(crate) use code;
 
 code! {
     calls: "mov eax, 39" "syscall" "mov ebx, eax" "syscall" "int 0x80" "ud2";
@@ -166,38 +166,89 @@ code! {
 }
 
 /// Some pages of CPL3: code, then stack, then data.
-struct Sandbox {
+pub struct Sandbox {
     map: Map,
-    context: UserContext,
+    pub context: UserContext,
 }
 
 const CODE: usize = 0;
-const STACK: usize = 1;
-const DATA: usize = 2;
+pub const STACK: usize = 1;
+pub const DATA: usize = 2;
 /// Stays the host's.
 const SECRET: usize = 3;
-const PAGES: usize = 4;
+pub const PAGES: usize = 4;
+
+/// Pages where code at CPL3 grows a word until it is released; the children of their process share them.
+pub struct Growing(Map);
+
+code! {
+    // A word at RDI grows until the one behind it is set.
+    grow: "2:" "inc qword ptr [rdi]" "cmp qword ptr [rdi + 8], 0" "je 2b" "syscall" "hlt";
+}
+
+impl Growing {
+    pub fn new() -> Self {
+        let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        Self(Map::shared(PAGES * PAGE, all))
+    }
+
+    fn words(&self) -> &[AtomicU64; 2] {
+        // SAFETY: Inside the mapping; all of it is read and written whole.
+        unsafe { &*(self.0.page(DATA) as *const [AtomicU64; 2]) }
+    }
+
+    pub fn progress(&self) -> u64 {
+        self.words()[0].load(SeqCst)
+    }
+
+    pub fn release(&self) {
+        self.words()[1].store(1, SeqCst);
+    }
+
+    /// Begins with a word of 0, calls `ready`, and is back when somebody has released the code.
+    pub fn run(&self, thread: &Thread<'_>, ready: impl FnOnce()) {
+        let mut sandbox = Sandbox::on(thread, Map::owning(self.0.start, PAGES * PAGE), grow());
+        for word in self.words() {
+            word.store(0, SeqCst);
+        }
+        sandbox.context.registers_mut().rdi = self.words().as_ptr() as u64;
+        ready();
+        assert_eq!(sandbox.context.run_for(thread, PLENTY), UserExit::Syscall);
+    }
+}
 
 /// Ticks that code may have in tests that do not expect it to use them up.
-const PLENTY: u64 = 2_000_000_000;
+pub const PLENTY: u64 = 2_000_000_000;
+
+/// Says what code at CPL3 may do with pages.
+pub fn give(thread: &Thread<'_>, address: u64, pages: usize, permissions: Permissions) {
+    let start = Gva::new(address).unwrap();
+    let space = thread.address_space();
+    space
+        .protect(start, (pages * PAGE) as u64, permissions)
+        .unwrap()
+        .flush();
+}
+
+/// Bits of a page fault's error code.
+pub mod error_code {
+    pub const PRESENT: u64 = 1;
+    pub const WRITE: u64 = 2;
+    pub const USER: u64 = 4;
+    pub const FETCH: u64 = 16;
+    pub const KEY: u64 = 32;
+}
 
 impl Sandbox {
-    fn new(thread: &Thread<'_>, code: &[u8]) -> Self {
+    pub fn new(thread: &Thread<'_>, code: &[u8]) -> Self {
         let map = Map::at(0, PAGES * PAGE, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, 0);
         Self::on(thread, map, code)
     }
 
-    fn on(thread: &Thread<'_>, map: Map, code: &[u8]) -> Self {
-        let give = |page: usize, pages: usize, permissions: Permissions| {
-            let start = Gva::new(map.page(page) as u64).unwrap();
-            let space = thread.address_space();
-            space
-                .protect(start, (pages * PAGE) as u64, permissions)
-                .unwrap()
-                .flush();
-        };
+    pub fn on(thread: &Thread<'_>, map: Map, code: &[u8]) -> Self {
         // The page table still has what it was told about memory that was here before.
-        give(0, PAGES, Permissions::ALL);
+        let give_page = |page, permissions| give(thread, map.page(page) as u64, 1, permissions);
+        give(thread, map.page(0) as u64, PAGES, Permissions::ALL);
         // SAFETY: our own pages.
         unsafe {
             map.start.write_bytes(0xf4, PAGE);
@@ -206,9 +257,9 @@ impl Sandbox {
         for page in 1..PAGES {
             map.write(page * PAGE, 0x77);
         }
-        give(CODE, 1, Permissions::USER | Permissions::EXECUTE);
-        give(STACK, 1, Permissions::USER | Permissions::WRITE);
-        give(DATA, 1, Permissions::USER | Permissions::WRITE);
+        give_page(CODE, Permissions::USER | Permissions::EXECUTE);
+        give_page(STACK, Permissions::USER | Permissions::WRITE);
+        give_page(DATA, Permissions::USER | Permissions::WRITE);
         let mut sandbox = Self {
             context: UserContext::new(thread),
             map,
@@ -217,11 +268,11 @@ impl Sandbox {
         sandbox
     }
 
-    fn page(&self, page: usize) -> u64 {
+    pub fn page(&self, page: usize) -> u64 {
         self.map.page(page) as u64
     }
 
-    fn restart(&mut self) {
+    pub fn restart(&mut self) {
         self.context.registers_mut().rip = self.page(CODE);
         self.context.registers_mut().rsp = self.page(STACK) + PAGE as u64;
         self.context.registers_mut().rflags = 0;
@@ -229,7 +280,7 @@ impl Sandbox {
 
     /// Goes on; checks that CPL0 is as it should be behind it.
     #[track_caller]
-    fn run(&mut self, thread: &Thread<'_>) -> UserExit {
+    pub fn run(&mut self, thread: &Thread<'_>) -> UserExit {
         let exit = self.context.run_for(thread, PLENTY);
         check_cpl0();
         exit
@@ -379,10 +430,7 @@ fn cpl3_faults_come_to_the_host() {
 }
 
 fn cpl3_sees_only_its_pages() {
-    const PRESENT: u64 = 1;
-    const WRITE: u64 = 2;
-    const USER: u64 = 4;
-    const FETCH: u64 = 16;
+    use error_code::*;
     let dune = enter();
     let thread = dune.thread();
     let secret = Box::new(0x5ec7e7u64);
@@ -1285,7 +1333,10 @@ fn cpl3_that_nobody_waits_for_stays_in_dune_mode() {
     extern "C" fn never(_: i32) {
         std::process::exit(7);
     }
-    for (name, code) in [("calls", calls()), ("store_word", store_word()), ("spin", spin())] {
+    let cases = [("calls", calls()), ("store_word", store_word()), ("spin", spin())];
+    // Each signal finds some other instruction, at CPL3 or of what answers.
+    let call_loops = std::iter::repeat_n(("call_loop", call_loop()), 12);
+    for (name, code) in cases.into_iter().chain(call_loops) {
         let ended = spawn(|| {
             let dune = enter();
             let thread = dune.thread();
@@ -1296,8 +1347,8 @@ fn cpl3_that_nobody_waits_for_stays_in_dune_mode() {
             unsafe {
                 libc::signal(libc::SIGALRM, never as extern "C" fn(i32) as libc::sighandler_t);
                 libc::signal(libc::SIGSEGV, never as extern "C" fn(i32) as libc::sighandler_t);
-                if name == "spin" {
-                    libc::alarm(1);
+                if name == "spin" || name == "call_loop" {
+                    set_timer(libc::ITIMER_REAL, 30_000, 0);
                 }
             }
             dune.set_exception_handler(Vector::BP, to_cpl3);
@@ -1366,7 +1417,9 @@ fn handlers_take_exceptions_of_cpl3() {
             asm!("push rbx", "mov rbx, {value}", "int3", "pop rbx", value = in(reg) value, in("rdi") secret);
         }
         assert_eq!(SEEN[1].load(SeqCst), value);
-        assert_eq!(sandbox.map.read(SECRET * PAGE), value);
+        // It is CPL3's by now.
+        let word = UserSlice::readable(&thread, secret, 8).unwrap().to_vec().unwrap();
+        assert_eq!(word, value.to_le_bytes());
     }
     // The page was missing the first time only.
     assert_eq!(

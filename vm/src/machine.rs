@@ -44,7 +44,7 @@ pub struct Machine {
     pub append: String,
     /// Parameters of `dune.ko`; `None` leaves the module out.
     pub module_parameters: Option<Vec<String>>,
-    /// Two runs of the same image are the same, instruction by instruction: for figures.
+    /// Nothing in it is random or goes by the host's clock, so that two runs give the same figures.
     pub repeatable: bool,
 }
 
@@ -121,7 +121,9 @@ pub fn arguments_of(kernel: &str) -> &'static str {
 /// whether the clock's interrupt falls into what is measured is a matter of a few instructions long before. Bochs' screen
 /// goes by the host's time unless told otherwise, and moves the other devices' timers.
 const REPEATED_TOKEN: &str = "7265706561746564";
-const REPEATED_CLOCK: &str = "clock: sync=none, time0=1767225600\nvga: extension=vbe, update_freq=1, realtime=0";
+const REPEATED_TIME: &str = "clock: sync=none, time0=1767225600\nvga: extension=vbe, update_freq=1, realtime=0";
+/// Bochs makes the answers of RDRAND and RDSEED of the host's time.
+const REPEATED_ARGUMENTS: &str = "clearcpuid=rdrand,rdseed";
 
 /// How often the serial lines are looked at.
 const POLL: Duration = Duration::from_millis(20);
@@ -172,16 +174,16 @@ fn machine_dir() -> Result<tempfile::TempDir> {
 /// Only when the image cannot be made or the emulator cannot be started; what
 /// happens inside the machine is in the [`Outcome`].
 pub fn run(machine: &Machine, mut files: Initramfs, job: &Job, sink: &mut dyn FnMut(&str)) -> Result<Outcome> {
-    let (token, clock) = if machine.repeatable {
-        (REPEATED_TOKEN.to_string(), REPEATED_CLOCK)
+    let (token, time, more) = if machine.repeatable {
+        (REPEATED_TOKEN.to_string(), REPEATED_TIME, REPEATED_ARGUMENTS)
     } else {
-        (random_token()?, "clock: sync=none")
+        (random_token()?, "clock: sync=none", "")
     };
     let dir = machine_dir()?;
     let command = format!("#!/bin/sh\n{}\n", job.command);
     files.add_text("dune/command", &command, 0o755);
     let arguments = format!(
-        "{} dune_token={token} dune_user={} {}",
+        "{} dune_token={token} dune_user={} {more} {}",
         kernel_arguments(machine),
         job.user,
         machine.append
@@ -194,7 +196,7 @@ pub fn run(machine: &Machine, mut files: Initramfs, job: &Job, sink: &mut dyn Fn
         machine,
         dir.path(),
         &iso,
-        clock,
+        time,
         &[
             format!("com1: enabled=1, mode=file, dev={}", console_path.display()),
             format!("com2: enabled=1, mode=file, dev={}", output_path.display()),
@@ -344,7 +346,7 @@ fn make_iso(machine: &Machine, files: &Initramfs, dir: &Path, arguments: &str) -
 /// Most memory that Bochs takes of the host, in MiB; of a machine that has more and uses it, it keeps the rest in a file.
 const HOST_MIB: u32 = 2048;
 
-fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, serial: &[String]) -> String {
+fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, time: &str, serial: &[String]) -> String {
     let Machine {
         cpu_model,
         cpus,
@@ -362,7 +364,7 @@ fn bochs_configuration(machine: &Machine, dir: &Path, iso: &Path, clock: &str, s
          ata0-master: type=cdrom, path={}, status=inserted\n\
          boot: cdrom\n\
          pci: enabled=1, chipset=i440fx, slot1=pcivga\n\
-         {clock}\n\
+         {time}\n\
          display_library: rfb, options=\"timeout=0\"\n\
          {}\n\
          log: {}\n\

@@ -57,12 +57,12 @@ enum Action {
         #[arg(long, default_value_t = 2)]
         jobs: usize,
     },
-    /// What the operations cost: a table, target/bench/results.json and report.html.
+    /// What the operations cost: a table, target/bench/results.json (results-part.json with --only) and report.html.
     Bench {
         /// Only rows whose name holds this.
         #[arg(long)]
         only: Option<String>,
-        /// The first machine only, no counting of heavy operations, no report: what `make test` compares.
+        /// The first machine only, no long rows, no report: what `make test` compares. Writes results-quick.json.
         #[arg(long)]
         quick: bool,
         /// What libdune is there for, beside Linux' own ways to it: a table of its own, target/bench/library.json.
@@ -77,6 +77,8 @@ enum Action {
         #[arg(long)]
         same: bool,
     },
+    /// Fill the tables of figures in README.md and docs/performance.md from a results.json, the last run's unless given.
+    BenchTables { results: Option<PathBuf> },
     /// Whether a dune.ko built with DUNE_COUNT_OPS=y counts every heavy operation that its disassembly has.
     HeavySites { module: PathBuf },
     /// The part of `test` that runs on this machine itself, where it can run Dune.
@@ -87,13 +89,15 @@ enum Action {
     },
     /// List the machines of the matrix.
     Rows,
+    /// What docs/tests.md names beside what ran ok in the last whole runs that are here. Status 1 where something never did.
+    Results,
     /// Boot into an interactive root shell on this terminal.
     Shell(MachineArgs),
 }
 
 #[derive(Args)]
 struct MachineArgs {
-    /// Kernel: test, debug or bench.
+    /// Kernel: test, debug, bench, pkeys or newest.
     #[arg(long, default_value = "test")]
     kernel: String,
     /// CPU model of Bochs.
@@ -169,9 +173,11 @@ fn main() -> ExitCode {
             jobs,
         }),
         Action::Bench { only, quick, library } => bench::run(&bench::Options { only, quick, library }).map(|_| 0),
+        Action::BenchTables { results } => bench_tables(results),
         Action::BenchCompare { old, new, same } => bench_compare(&old, new, same),
         Action::HeavySites { module } => heavy_sites(&module),
         Action::Native { command } => native(&command),
+        Action::Results => results(),
         Action::Rows => {
             for row in matrix::rows(true) {
                 println!(
@@ -262,19 +268,39 @@ fn status(sum: &suite::Sum) -> u8 {
     u8::from(sum.failed != 0 || sum.passed == 0)
 }
 
+/// Figures of a run; the last one's where none is named.
+fn figures(path: Option<PathBuf>) -> Result<Results> {
+    let path = path.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+fn bench_tables(results: Option<PathBuf>) -> Result<u8> {
+    let results = figures(results)?;
+    for name in ["README.md", "docs/performance.md"] {
+        let path = paths::root().join(name);
+        let old = std::fs::read_to_string(&path).with_context(|| name.to_string())?;
+        let new = bench::fill(&old, &results).with_context(|| name.to_string())?;
+        println!("{name}: {}", if new == old { "as it was" } else { "filled anew" });
+        std::fs::write(&path, new).with_context(|| name.to_string())?;
+    }
+    Ok(0)
+}
+
 fn bench_compare(old: &Path, new: Option<PathBuf>, same: bool) -> Result<u8> {
-    let read = |path: &Path| -> Result<Results> {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        serde_json::from_str(&text).with_context(|| path.display().to_string())
-    };
-    let new = new.unwrap_or_else(|| paths::target_dir().join("bench/results.json"));
-    let (old, new) = (read(old)?, read(&new)?);
+    let (old, new) = (figures(Some(old.to_path_buf()))?, figures(new)?);
     let differing = bench::compare(&old, &new);
     if same {
         println!("{differing} figures differ");
         return Ok(u8::from(differing != 0));
     }
     Ok(u8::from(!bench::against_baseline(&old, &new)))
+}
+
+fn results() -> Result<u8> {
+    let (lines, is_well) = dune_vm::results::tell()?;
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(u8::from(!is_well))
 }
 
 fn heavy_sites(module: &Path) -> Result<u8> {

@@ -34,6 +34,8 @@ pub struct Row {
     /// Whether init inserts the module.
     pub load: bool,
     pub command: &'static str,
+    /// Guest seconds that a torture lasts, where [`TORTURE_SECONDS`] does not say another number.
+    pub torture_s: Option<u64>,
     /// Of the host's time, which a busy host stretches: for a machine that hangs. A test's own limit is guest time.
     pub timeout_s: u64,
     /// Whether the programs of `programs.rs` go along.
@@ -43,7 +45,23 @@ pub struct Row {
     pub expect: Expect,
 }
 
+/// Variables of the environment of who runs the matrix: how long the rows with a torture take, and what their seed is.
+pub const TORTURE_SECONDS: &str = "DUNE_TORTURE_SECONDS";
+pub const TORTURE_SEED: &str = "DUNE_TORTURE_SEED";
+
 impl Row {
+    /// Takes over those variables, which `variable` reads: for each second that a torture is longer the machine has
+    /// [`HOST_S_PER_GUEST_S`] more.
+    pub fn lengthen(&mut self, variable: impl Fn(&str) -> Option<u64>) -> String {
+        let Some(own) = self.torture_s else {
+            return self.command.to_string();
+        };
+        let seconds = variable(TORTURE_SECONDS).unwrap_or(own);
+        self.timeout_s += HOST_S_PER_GUEST_S * seconds.saturating_sub(own);
+        let seed = variable(TORTURE_SEED).unwrap_or(1);
+        format!("{TORTURE_SECONDS}={seconds} {TORTURE_SEED}={seed} {}", self.command)
+    }
+
     /// Whether `dune.ko` has to be in the image: init loads it, or a test does.
     pub fn needs_module(&self) -> bool {
         self.load || self.expect == Expect::Green
@@ -54,12 +72,27 @@ const HASWELL: &str = "corei7_haswell_4770";
 const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
 const LYNNFIELD: &str = "corei5_lynnfield_750";
 const BROADWELL: &str = "broadwell_ult";
+macro_rules! tiger_lake_without {
+    ($features:literal) => {
+        concat!(
+            "clearcpuid=",
+            $features,
+            " tsc_early_khz=50000 indirect_target_selection=off"
+        )
+    };
+}
+
 /// Boots with [`TIGER_LAKE_APPEND`].
 const TIGER_LAKE: &str = "tigerlake";
 /// What Bochs tells wrong of it, so that Linux warns: as many threads as cores (HT), no size of PKRU's state (PKU), and the same
 /// size of compacted state whatever is in it (XSAVES, XSAVEC). Its CPUID leaf 15H names the real CPU's TSC frequency, 48 times
 /// that of the emulated one. And Linux' own warning where it mitigates ITS in a module.
-const TIGER_LAKE_APPEND: &str = "clearcpuid=ht,pku,xsaves,xsavec tsc_early_khz=50000 indirect_target_selection=off";
+const TIGER_LAKE_APPEND: &str = tiger_lake_without!("ht,pku,xsaves,xsavec");
+/// The same for the kernel `pkeys`, which knows what PKRU's state is like.
+const KEYS_APPEND: &str = tiger_lake_without!("ht,xsaves,xsavec");
+
+/// A guest second may last so long on a busy host.
+const HOST_S_PER_GUEST_S: u64 = 60;
 
 /// MiB of a machine.
 const MEMORY: u32 = 2048;
@@ -97,11 +130,29 @@ const NATIVE_PATH: &str = "dune-load && dune-vm boot --native --user tester -- h
 const NATIVE_WARNING: &str =
     "dune-vm native 'echo \"<6>WARNING: on purpose\" >/dev/kmsg; dune-tests run --only harness_passes'";
 /// What SMAP, which Haswell has not, means to: code at CPL3 and what copies from and to it.
-const CPL3: &str = "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
-     cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
-     cpl0_does_not_execute_pages_of_cpl3,system_call_of_cpl3_comes_to_the_host,cpl3_faults_come_to_the_host,\
-     flags_of_cpl3_stay_there,signals_are_delivered_while_at_cpl3,cpl3_cannot_keep_the_cpu,raw_guest_runs,\
-     control_registers_obey_the_policy,handlers_run_in_dune_mode,faults_become_signals_with_true_siginfo";
+macro_rules! tests_of_cpl3 {
+    () => {
+        "dune-tests run --only hello_enters_and_leaves,libstd_runs_in_dune_mode,registers_survive_syscall,\
+         cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
+         cpl0_does_not_execute_pages_of_cpl3,system_call_of_cpl3_comes_to_the_host,cpl3_faults_come_to_the_host,\
+         flags_of_cpl3_stay_there,signals_are_delivered_while_at_cpl3,cpl3_cannot_keep_the_cpu,raw_guest_runs,\
+         control_registers_obey_the_policy,handlers_run_in_dune_mode,faults_become_signals_with_true_siginfo"
+    };
+}
+const CPL3: &str = tests_of_cpl3!();
+/// The same, and protection keys. Not KVM, which finds what Bochs tells of PKRU's state, and warns.
+const KEYS: &str = concat!(
+    tests_of_cpl3!(),
+    ",protection_keys_bind_cpl3_and_cpl0,protection_keys_are_kept_apart,cpl3_that_gives_up_all_keys_ends_nobody,\
+     keys_of_the_process_bind_its_system_calls,registers_survive_fault,fpu_avx_and_mxcsr_survive,\
+     extended_state_is_kept_apart,handlers_take_exceptions_of_cpl3,visits_to_cpl3_nest,threads_visit_cpl3_at_once,\
+     threads_are_in_dune_mode,fork_goes_on_in_dune_mode,documentation_examples_run,\
+     host_state_survives_a_hostile_guest,state_beyond_the_policy_is_refused,emulated_instructions_obey_privilege,\
+     fuzz_guest,fuzz_abi,hostile_plugin_gets_errors_only"
+);
+/// What libdune and its C ABI are tested by, on the debug kernel (issue 4, "Shown by" 1).
+const LIBRARY: &str = "dune-tests run --suite short --topic bounce,c_abi,compartment,documentation,examples,\
+     extended,hook,paging,scope,spaces,stacks,trap,user";
 /// What the slice is made of (issue 2, "Shown by" 2).
 const SLICE: &str = "dune-tests run --suite debug --with hello_enters_and_leaves,libstd_runs_in_dune_mode,\
      registers_survive_syscall,registers_survive_fault,red_zone_survives_fault_and_syscall,fpu_avx_and_mxcsr_survive,\
@@ -125,6 +176,7 @@ const WITHOUT_MITIGATIONS: &str =
      registers_survive_syscall,raw_guest_runs,host_state_survives_a_hostile_guest,fuzz_guest,\
      int_0x80_is_what_it_is_natively,int_0x80_with_sigsegv_blocked,faults_become_signals_with_true_siginfo";
 const NO_VMX: &str = "dune-tests run --suite no-vmx";
+const TORTURE: &str = "dune-tests run --suite torture";
 
 /// All rows, the slowest first, so that two workers end at about the same time.
 pub fn rows(long: bool) -> Vec<Row> {
@@ -141,9 +193,39 @@ pub fn rows(long: bool) -> Vec<Row> {
             rows.push(Row {
                 when: When::Long,
                 cpus,
+                append: "mitigations=off",
+                timeout_s: 3600,
+                ..green(&format!("long-without-mitigations-{cpus}cpu"), HASWELL, SHORT)
+            });
+            rows.push(Row {
+                when: When::Long,
+                cpus,
                 append: TIGER_LAKE_APPEND,
                 timeout_s: 3600,
                 ..green(&format!("long-tiger-lake-{cpus}cpu"), TIGER_LAKE, SHORT)
+            });
+        }
+        rows.push(Row {
+            when: When::Long,
+            kernel: "pkeys",
+            append: KEYS_APPEND,
+            timeout_s: 3600,
+            ..green("long-protection-keys", TIGER_LAKE, KEYS)
+        });
+        for (name, cpu_model, cpus, append) in [
+            ("haswell-2cpu", HASWELL, 2, ""),
+            ("tiger-lake-2cpu", TIGER_LAKE, 2, TIGER_LAKE_APPEND),
+            ("broadwell-1cpu", BROADWELL, 1, ""),
+            ("sandy-bridge-1cpu", SANDY_BRIDGE, 1, ""),
+        ] {
+            rows.push(Row {
+                when: When::Long,
+                kernel: "debug",
+                cpus,
+                append,
+                memory_mib: LITTLE_MEMORY,
+                timeout_s: 7200,
+                ..green(&format!("long-library-{name}-debug"), cpu_model, LIBRARY)
             });
         }
         rows.push(Row {
@@ -170,6 +252,15 @@ pub fn rows(long: bool) -> Vec<Row> {
                 HASWELL,
                 "dune-tests run --only every_allocation_of_enter_may_fail,every_allocation_inside_may_fail",
             )
+        });
+        rows.push(Row {
+            when: When::Long,
+            kernel: "debug",
+            cpus: 2,
+            memory_mib: LITTLE_MEMORY,
+            torture_s: Some(80),
+            timeout_s: 3600,
+            ..green("long-torture-debug", HASWELL, TORTURE)
         });
         rows.push(Row {
             when: When::Long,
@@ -249,7 +340,8 @@ pub fn rows(long: bool) -> Vec<Row> {
     // Everything at once, at random.
     rows.push(Row {
         cpus: 2,
-        ..green("torture", HASWELL, "dune-tests run --suite torture")
+        torture_s: Some(8),
+        ..green("torture", HASWELL, TORTURE)
     });
     if long {
         // The same after a crash.
@@ -472,6 +564,7 @@ fn green(name: &str, cpu_model: &'static str, command: &'static str) -> Row {
         append: "",
         load: true,
         command,
+        torture_s: None,
         timeout_s: 1800,
         debian_programs: false,
         harness: false,
@@ -521,6 +614,7 @@ mod tests {
     use super::rows;
     use super::Expect;
     use super::When;
+    use super::TORTURE_SECONDS;
 
     #[test]
     fn names_are_unique() {
@@ -530,8 +624,8 @@ mod tests {
     }
 
     #[test]
-    fn long_is_short_and_twenty_eight_more() {
-        assert_eq!(rows(true).len(), rows(false).len() + 28);
+    fn long_is_short_and_thirty_six_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 36);
     }
 
     #[test]
@@ -544,6 +638,23 @@ mod tests {
                 .collect();
             assert_eq!(machines.len(), 8, "{kernel}: {machines:?}");
         }
+    }
+
+    #[test]
+    fn torture_lasts_as_long_as_asked() {
+        let row = |name: &str| rows(true).into_iter().find(|row| row.name == name).unwrap();
+        let hour = |name: &str| (name == TORTURE_SECONDS).then_some(3600);
+        let (mut plain, mut asked) = (row("torture"), row("torture"));
+        assert!(plain
+            .lengthen(|_| None)
+            .starts_with("DUNE_TORTURE_SECONDS=8 DUNE_TORTURE_SEED=1 dune-tests "));
+        assert!(asked
+            .lengthen(hour)
+            .starts_with("DUNE_TORTURE_SECONDS=3600 DUNE_TORTURE_SEED=1 dune-tests "));
+        assert_eq!(asked.timeout_s - plain.timeout_s, 60 * (3600 - 8));
+        let (mut other, before) = (row("smap"), row("smap").timeout_s);
+        assert_eq!(other.lengthen(hour), other.command);
+        assert_eq!(other.timeout_s, before);
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub const PROGRAMS: &[&str] = &[
     "dune-tests",
     "dune-bench",
     "dune-nothing",
+    "dune-small",
 ];
 
 /// The program that the module starts where KVM is; goes into `/usr/libexec`.
@@ -80,6 +81,11 @@ pub fn module(name: &str, variant: Option<&str>) -> Result<PathBuf> {
     let mut arguments = vec![name];
     arguments.extend(variant);
     script_answer("module", &arguments)
+}
+
+/// The benchmark's small program, built first when it is not up to date.
+pub fn small_program() -> Result<PathBuf> {
+    script_answer("small", &[])
 }
 
 /// Whether the tree has a module to build.

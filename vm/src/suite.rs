@@ -2,6 +2,7 @@
 //! `make test`: the parts, the matrix, one sum.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::process::Command;
@@ -31,6 +32,7 @@ use crate::matrix::Row;
 use crate::paths;
 use crate::programs;
 use crate::results;
+use crate::results::Whole;
 use crate::verdict;
 
 /// Sums over everything.
@@ -106,12 +108,18 @@ fn chosen(options: &Options) -> Result<Vec<Row>> {
 pub fn run(options: &Options) -> Result<Sum> {
     let rows = chosen(options)?;
     let mut modules = Modules::new();
-    if options.newest || !options.rows.is_empty() {
+    let whole = options.rows.is_empty().then_some(Whole {
+        long: options.long,
+        newest: options.newest,
+    });
+    if whole.is_some() {
+        results::forget(options.newest)?;
+    }
+    if options.newest || whole.is_none() {
         let mut total = part("kernels and modules", || build(&rows, &mut modules))?;
-        total.add(part("machines", || machines(rows, &modules, options.jobs, None))?);
+        total.add(part("machines", || machines(rows, &modules, options.jobs, whole))?);
         return Ok(total);
     }
-    results::forget()?;
     let mut total = Sum::default();
     match host::why_not_native() {
         Some(reason) => println!("== native: not on this machine itself, because {reason}"),
@@ -137,11 +145,7 @@ pub fn run(options: &Options) -> Result<Sum> {
     // Costs are instructions: what else runs does not matter.
     total.add(both(
         || part("bench", costs),
-        || {
-            part("machines", || {
-                machines(rows, &modules, options.jobs, Some(options.long))
-            })
-        },
+        || part("machines", || machines(rows, &modules, options.jobs, whole)),
     )?);
     Ok(total)
 }
@@ -299,8 +303,8 @@ fn build(rows: &[Row], modules: &mut Modules) -> Result<Sum> {
     Ok(Sum::default())
 }
 
-/// `whole`: these are all rows, with the long ones or without.
-fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize, whole: Option<bool>) -> Result<Sum> {
+/// `whole`: these are all rows.
+fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize, whole: Option<Whole>) -> Result<Sum> {
     let queue = Mutex::new(VecDeque::from(rows));
     let finished: Mutex<Vec<Finished>> = Mutex::new(Vec::new());
     let error: Mutex<Option<anyhow::Error>> = Mutex::new(None);
@@ -328,31 +332,45 @@ fn machines(rows: Vec<Row>, modules: &Modules, jobs: usize, whole: Option<bool>)
     for result in &finished {
         sum.add(result.sum);
     }
-    for name in skipped_everywhere(&finished) {
-        // Of some rows only it may be what another is for.
-        let ok = if whole.is_some() { "not ok" } else { "#" };
+    let skipped = skipped_everywhere(&finished);
+    // Of some rows only it may be what another is for; what the newest kernel has not, the reference kernel has.
+    let all_are_to_run = whole.is_some_and(|whole| !whole.newest);
+    for name in &skipped {
+        let ok = if all_are_to_run { "not ok" } else { "#" };
         println!("{ok} {name}: skipped on every machine");
-        sum.failed += usize::from(whole.is_some());
+        sum.failed += usize::from(all_are_to_run);
     }
-    if let Some(long) = whole {
-        let ran = finished.iter().flat_map(passed).collect();
-        for name in results::never_ok(&ran, long)? {
+    if let Some(whole) = whole {
+        let mut ran: BTreeSet<&str> = finished.iter().flat_map(passed).collect();
+        if whole.newest {
+            ran.extend(skipped.iter().map(String::as_str));
+        }
+        for name in results::never_ok(&ran, whole)? {
             println!("not ok {name}: docs/tests.md names it, and it ran ok on no machine");
             // One that failed or was skipped is counted already.
-            let results = || finished.iter().flat_map(|result| &result.report.results);
-            sum.failed += usize::from(!results().any(|test| test.name == name));
+            let mut counted = finished.iter().flat_map(|result| {
+                result
+                    .report
+                    .results
+                    .iter()
+                    .map(|test| &test.name)
+                    .chain([&result.row.name])
+            });
+            sum.failed += usize::from(!counted.any(|other| *other == name));
         }
     }
     Ok(sum)
 }
 
-/// The tests that ran `ok` on a machine that has to be green.
+/// The tests that ran `ok` on a machine that has to be green; and the machine itself, if it came to what it must come to.
 fn passed(result: &Finished) -> impl Iterator<Item = &str> {
     let green = result.row.expect == Expect::Green;
     let results = result.report.results.iter();
+    let itself = (result.sum.failed == 0).then_some(result.row.name.as_str());
     results
         .filter(move |test| green && test.status == Status::Passed)
         .map(|test| test.name.as_str())
+        .chain(itself)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -374,7 +392,7 @@ fn skipped_everywhere(finished: &[Finished]) -> Vec<String> {
         .collect()
 }
 
-fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
+fn run_row(mut row: Row, modules: &Modules) -> Result<Finished> {
     let kernel_tree = paths::kernel_tree(row.kernel)?;
     let mut files = Initramfs::base(&kernel_tree)?;
     let module = modules.get(&(row.kernel, row.variant));
@@ -382,7 +400,8 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     if row.debian_programs {
         programs::add(&mut files, row.when == matrix::When::Long)?;
     }
-    let mut command = row.command.to_string();
+    let variable = |name: &str| std::env::var(name).ok().and_then(|value| value.parse().ok());
+    let mut command = row.lengthen(variable);
     if row.harness {
         command = format!("{}\n{command}", files.add_harness()?);
     }
@@ -413,7 +432,7 @@ fn run_row(row: Row, modules: &Modules) -> Result<Finished> {
     let (sum, text) = judge(&row, &outcome, &report, &faults);
     print!("{text}");
     let finished = Finished { row, report, sum };
-    results::write(&finished.row.name, passed(&finished))?;
+    results::write(&finished.row, passed(&finished))?;
     Ok(finished)
 }
 

@@ -4,7 +4,7 @@
 
 use crate::measure::timed;
 use crate::measure::System;
-use crate::process::end_of_child;
+use crate::tasks::end_of_child;
 
 const TURNS: usize = 500;
 

@@ -41,6 +41,8 @@ extern "C" {
     fn dune_user_in();
     fn dune_user_in_end();
     fn dune_user_out_begin();
+    fn dune_user_unwaited();
+    fn dune_user_unwaited_end();
     fn dune_user_taken();
     fn dune_user_aborted();
     fn dune_user_out_end();
@@ -64,6 +66,11 @@ pub(crate) fn is_way_in(rip: u64) -> bool {
 /// Whether CPL0 at `rip` is on the way out.
 pub(crate) fn is_way_out(rip: u64) -> bool {
     (dune_user_out_begin as *const () as u64..dune_user_out_end as *const () as u64).contains(&rip)
+}
+
+/// Whether CPL0 at `rip` answers a SYSCALL of CPL3's, if nobody waits for one.
+pub(crate) fn is_unwaited(rip: u64) -> bool {
+    (dune_user_unwaited as *const () as u64..dune_user_unwaited_end as *const () as u64).contains(&rip)
 }
 
 /// Where the way out begins when CPL3's registers are in the block. RBX: block, RSP: the slot's.
@@ -278,7 +285,11 @@ global_asm!(
     "mov rcx, [rdi + {host_fpu}]",
     "fxrstor64 [rcx]",
     "jmp 53f",
-    // SYSCALL from CPL3 while nobody waits for it: the program went there by itself. ENOSYS.
+    // SYSCALL from CPL3 while nobody waits for it: the program went there by itself. ENOSYS. (SYSRET: behind a SYSCALL at the end
+    // of the canonical addresses it faults here, which ends the process with a report.)
+    ".hidden dune_user_unwaited",
+    ".globl dune_user_unwaited",
+    "dune_user_unwaited:",
     "47:",
     "pop rax",
     "mov rsp, [rsp + 8]",
@@ -294,6 +305,9 @@ global_asm!(
     "mov rax, [rsp + 8]",
     "test rax, rax",
     "jz 47b",
+    ".hidden dune_user_unwaited_end",
+    ".globl dune_user_unwaited_end",
+    "dune_user_unwaited_end:",
     "mov [rax + {rcx}], rcx",
     "mov [rax + {rip}], rcx",
     "mov [rax + {rdx}], rdx",

@@ -125,7 +125,7 @@ pub(crate) fn place(state: &State, block: &Block) -> Place {
     let is_cpl3 = state.sregs.cs.selector & 3 != 0;
     let is_called_by_cpl3 = is_called_by_cpl3(state.rip, state.gprs.r11);
     if waiting(block).is_none() {
-        if is_cpl3 || is_called_by_cpl3 {
+        if is_cpl3 || is_called_by_cpl3 || asm::is_unwaited(state.rip) {
             Place::Unwaited
         } else {
             Place::Program

@@ -85,6 +85,12 @@ pub(super) enum Part {
     Call,
 }
 
+/// Whether `rip` is behind the VMCALL of a watched call.
+pub(super) fn is_behind_watched_call(rip: u64) -> bool {
+    const VMCALL_BYTES: u64 = 3;
+    rip == dune_hook_vmcall as *const () as u64 + VMCALL_BYTES
+}
+
 /// Which part `rip` is in.
 pub(super) fn part(rip: u64) -> Option<Part> {
     type Label = unsafe extern "C" fn();

@@ -576,6 +576,29 @@ pub(crate) fn settle(state: &mut State, block: &Block) -> Settled {
     }
 }
 
+/// The program's state behind the SYSCALL that a vCPU in this state makes: as it is, or, where a hook watches the call, as it
+/// was. `None` for a VMCALL, and for a call of a hook's own.
+pub(crate) fn behind_syscall(state: &State, block: &Block) -> Option<State> {
+    // SAFETY: The vCPU does not run, and is the only one that uses its frame.
+    let frame = unsafe { &*block.slot().hook.0.get() };
+    let mut state = *state;
+    if asm::is_behind_watched_call(state.rip) {
+        frame.restore(&mut state, frame.call[0], 0);
+        Some(state)
+    } else {
+        (state.gprs.rcx == state.rip && !frame.is_inside()).then_some(state)
+    }
+}
+
+/// Has the thread be in no hook any more: it goes on as [`behind_syscall`] says.
+pub(crate) fn forget(block: &Block) {
+    let _ = block
+        .slot()
+        .hook
+        .mode()
+        .compare_exchange(MODE_INSIDE, MODE_ON, Relaxed, Relaxed);
+}
+
 /// Whether the thread of a block is in a hook, or in a call that one watches.
 pub(crate) fn is_inside(block: &Block) -> bool {
     block.slot().hook.mode().load(Relaxed) == MODE_INSIDE
@@ -588,6 +611,11 @@ impl Frame {
 
     /// The caller's registers, with this RAX, `before` bytes before where it goes on.
     fn go_on(&mut self, state: &mut State, rax: u64, before: u64) {
+        self.restore(state, rax, before);
+        self.mode.store(MODE_ON, Relaxed);
+    }
+
+    fn restore(&self, state: &mut State, rax: u64, before: u64) {
         let [_, rdi, rsi, rdx, r10, r8, r9] = self.call;
         let gprs = &mut state.gprs;
         (gprs.rax, gprs.rdi, gprs.rsi, gprs.rdx) = (rax, rdi, rsi, rdx);
@@ -595,6 +623,5 @@ impl Frame {
         (gprs.rcx, gprs.r11, gprs.rsp) = (self.rip, self.rflags, self.caller_rsp);
         state.rip = self.rip.wrapping_sub(before);
         state.rflags = self.rflags;
-        self.mode.store(MODE_ON, Relaxed);
     }
 }

@@ -9,6 +9,7 @@
 
 use core::arch::global_asm;
 use core::mem::offset_of;
+use core::ops::Range;
 
 use dune_abi::Gprs;
 use dune_abi::RunPage;
@@ -39,6 +40,8 @@ extern "C" {
     fn dune_run_behind();
     fn dune_forward_syscall();
     fn dune_signalled();
+    fn dune_decided();
+    fn dune_decided_end();
 }
 
 /// Where RUN comes back.
@@ -54,6 +57,11 @@ pub(super) fn forward_syscall() -> u64 {
 /// Where to go on instead of making it, when a signal came.
 pub(super) fn signalled() -> u64 {
     dune_signalled as *const () as u64
+}
+
+/// From the look for a signal that came while the slow path decided to make a call, to the jump to that call.
+pub(super) fn decided() -> Range<u64> {
+    dune_decided as *const () as u64..dune_decided_end as *const () as u64
 }
 
 const END: usize = offset_of!(HostContext, end);
@@ -85,7 +93,7 @@ global_asm!(
     "19:",
     "mov rbx, [rbp + {run}]",
     "mov r13d, [rbp + {fd}]",
-    "mov r15, [rbp + {process}]",
+    "mov r15, [rbp + {table}]",
     // Falls through.
     ".balign 16",
     "20:",
@@ -148,6 +156,11 @@ global_asm!(
     "je 19b",
     "cmp r12d, {action_forward}",
     "jne 26f",
+    ".hidden dune_decided",
+    ".globl dune_decided",
+    "dune_decided:",
+    "cmp dword ptr [rbp + {late}], 0",
+    "jne dune_signalled",
     "mov eax, [rbx + {rax}]",
     "mov rdi, [rbx + {rdi}]",
     "mov rsi, [rbx + {rsi}]",
@@ -156,6 +169,9 @@ global_asm!(
     "mov r8, [rbx + {r8}]",
     "mov r9, [rbx + {r9}]",
     "jmp dune_forward_syscall",
+    ".hidden dune_decided_end",
+    ".globl dune_decided_end",
+    "dune_decided_end:",
     "26:",
     "cmp r12d, {action_clone}",
     "je 30f",
@@ -241,7 +257,8 @@ global_asm!(
     "ret",
     ".popsection",
     run = const offset_of!(HostContext, run),
-    process = const offset_of!(HostContext, process),
+    table = const offset_of!(HostContext, table),
+    late = const offset_of!(HostContext, late),
     stack_top = const offset_of!(HostContext, stack_top),
     fd = const offset_of!(HostContext, fd),
     has_xsave = const offset_of!(HostContext, has_xsave),

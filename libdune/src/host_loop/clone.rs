@@ -38,6 +38,7 @@ use super::special::sync;
 use super::touch;
 use super::upcall;
 use crate::device;
+use crate::dispatch::Settings;
 use crate::hook;
 use crate::layout;
 use crate::paging;
@@ -318,6 +319,8 @@ fn unblock_signals(context: &mut HostContext) {
 /// In the child: makes its vCPU. Where that fails it goes on outside Dune mode.
 pub(super) fn begin(context: &mut HostContext) -> Action {
     context.tid = sys::gettid();
+    // Linux switches it off in every child.
+    context.set_dispatch(Settings::OFF);
     let is_fork = context.clone_flags & CLONE_VM == 0 && !context.run.is_null();
     let begun = if is_fork { begin_fork(context) } else { Ok(()) }.and_then(|()| make_vcpu(context));
     let action = match begun {

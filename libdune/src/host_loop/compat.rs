@@ -19,6 +19,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use dune_abi::Gprs;
 
 use super::context::HostContext;
+use super::dispatch;
 use super::slow::Action;
 use super::special;
 use super::touch::Refusal;
@@ -163,6 +164,11 @@ static IS_KNOWN: AtomicBool = AtomicBool::new(false);
 pub(super) fn handle(context: &mut HostContext, frame: &TrapFrame) -> Option<Action> {
     if frame.is_cpl3() {
         return None;
+    }
+    if context.is_dispatching() && is_there(context) {
+        if let Some(action) = dispatch::catch_int80(context, frame) {
+            return Some(action);
+        }
     }
     let mut after = *frame;
     after.rip = frame.rip.wrapping_sub(INT80_BYTES);

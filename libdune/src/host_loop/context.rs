@@ -2,6 +2,7 @@
 
 //! What the host loop knows: lives in the arena, found by RBP.
 
+use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
@@ -12,6 +13,7 @@ use dune_abi::DUNE_RUN;
 
 use super::signal;
 use super::upcall::Pending;
+use crate::dispatch::Settings;
 use crate::layout;
 use crate::percpu::Block;
 use crate::process::Process;
@@ -226,6 +228,12 @@ pub(crate) struct HostContext {
     pub touched: Touched,
     pub touched_entries: u64,
     pub touched_times: u32,
+    /// Nonzero: a signal came since the slow path looked for one. The call that it decides to make must not wait.
+    pub late: AtomicU32,
+    /// Nonzero: the system call of this number needs the slow path. The process' or, with dispatch on, all.
+    pub table: *const u8,
+    /// The program's syscall user dispatch.
+    pub dispatch: Settings,
 }
 
 const _: () = assert!(size_of::<HostContext>() <= layout::SNAPSHOT - layout::HOST);
@@ -252,6 +260,8 @@ impl HostContext {
             (*context).fpu = area + layout::FPU as u64;
             (*context).actions = &raw const signal::ACTIONS;
             (*context).alt_stack = AltStack::DISABLED;
+            (*context).late = AtomicU32::new(0);
+            (*context).set_dispatch(Settings::OFF);
         }
         context
     }

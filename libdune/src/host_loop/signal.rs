@@ -13,6 +13,7 @@
 //! host stack, which lies in the arena. Its context is its own: nothing else runs on the thread meanwhile.
 
 use core::arch::global_asm;
+use core::sync::atomic::Ordering::Relaxed;
 
 use super::asm;
 use super::compat;
@@ -101,6 +102,11 @@ fn install_blocked(actions: &Actions) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Whether the program handles a signal itself.
+pub(crate) fn has_handler(signal: i32) -> bool {
+    sys::with_signals_blocked(|| ACTIONS.get(signal).is_handler())
 }
 
 /// Gives the program its actions back, unless it has set others behind our back.
@@ -218,6 +224,7 @@ unsafe fn note(context: &mut HostContext, signal: i32, info: *const SigInfo, uco
             context.pending.signal = signal;
             context.pending.info = *info;
             context.pending.mask = *mask;
+            context.late.store(1, Relaxed);
         } else {
             // Whoever let it come while another one waits here: Linux keeps it.
             sys::queue_to_self(signal, &*info);
@@ -228,7 +235,8 @@ unsafe fn note(context: &mut HostContext, signal: i32, info: *const SigInfo, uco
         let registers = &mut (*ucontext).uc_mcontext.gregs;
         let rip = registers[libc::REG_RIP as usize] as u64;
         let r12d = registers[libc::REG_R12 as usize] as u32;
-        let is_at_call = rip == asm::forward_syscall() && r12d == Action::Forward as u32;
+        let is_at_call =
+            (rip == asm::forward_syscall() || asm::decided().contains(&rip)) && r12d == Action::Forward as u32;
         let is_before_call =
             (asm::run_behind()..=asm::forward_syscall()).contains(&rip) && r12d == dune_abi::EXIT_SYSCALL;
         if is_at_call || is_before_call {
@@ -269,7 +277,6 @@ unsafe fn pass_on(signal: i32, info: *mut SigInfo, ucontext: *mut libc::ucontext
 #[cfg(test)]
 mod tests {
     use core::sync::atomic::AtomicI32;
-    use core::sync::atomic::Ordering::Relaxed;
 
     use super::*;
     use crate::host_loop::touch::touch;

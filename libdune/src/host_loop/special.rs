@@ -9,13 +9,16 @@
 //! | rt_sigaction | the program's actions are kept, Linux has the host loop's handler (`signal`) |
 //! | rt_sigreturn, sigaltstack | of handlers in Dune mode (`upcall`) |
 //! | seccomp, prctl (PR_SET_SECCOMP) | from then on RUN goes by read |
-//! | prctl (PR_SET_SYSCALL_USER_DISPATCH) | refused |
+//! | prctl (PR_SET_SYSCALL_USER_DISPATCH) | emulated, and then each call (`dispatch`) |
 //! | tgkill to itself, of a signal whose default is a core dump | made outside Dune mode, for good |
 //! | close, close_range, dup2, dup3 | the device's fd is hidden |
 //! | exit, exit_group | what libdune keeps for the thread goes with it |
 //! | VMCALLs of libdune's own | leaving, reports, the thread's own address |
 
+use core::sync::atomic::compiler_fence;
 use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::SeqCst;
 
 use dune_abi::Gprs;
 use dune_abi::RunPage;
@@ -28,6 +31,7 @@ use super::context::HostContext;
 use super::context::Registers;
 use super::context::Role;
 use super::context::State;
+use super::dispatch;
 use super::report;
 use super::signal;
 use super::slow;
@@ -42,6 +46,7 @@ use crate::abi::CALL_LEAVE;
 use crate::abi::CALL_SELF;
 use crate::abi::CALL_SIGNAL;
 use crate::abi::PRIVATE_CALLS;
+use crate::abi::PRIVATE_CALLS_END;
 use crate::entry;
 use crate::layout;
 use crate::paging;
@@ -85,9 +90,18 @@ pub(super) fn handle(context: &mut HostContext, number: u64) -> Action {
     // SAFETY: The run page is alive; RUN is not under way.
     let gprs = unsafe { (&raw const (*context.run).gprs).read_volatile() };
     let is_private = number == u64::from(CALL_FATAL) || number == u64::from(CALL_SIGNAL);
+    // What comes from here on is seen where the call is made.
+    context.late.store(0, Relaxed);
+    compiler_fence(SeqCst);
     // Where it was asked to wait the call is a hook's.
     if context.pending.signal != 0 && !is_private && !context.is_asked() {
         return upcall::take_before_call(context);
+    }
+    let is_ours = (PRIVATE_CALLS.into()..PRIVATE_CALLS_END.into()).contains(&number);
+    if !is_ours && context.is_dispatching() {
+        if let Some(action) = dispatch::catch(context) {
+            return action;
+        }
     }
     if number >= u64::from(PRIVATE_CALLS) || number & X32 != 0 {
         return private(context, number, &gprs);
@@ -151,7 +165,7 @@ fn private(context: &mut HostContext, number: u64, gprs: &Gprs) -> Action {
         Ok(CALL_FATAL) => {
             let frame = touch::read::<TrapFrame>(gprs.rdi).ok();
             // SAFETY: The block lives as long as the context.
-            let reason = unsafe { (*context.block).fatal.load(core::sync::atomic::Ordering::Relaxed) };
+            let reason = unsafe { (*context.block).fatal.load(Relaxed) };
             report::die_of_exception(context, reason, frame.as_ref())
         }
         Ok(CALL_SELF) => {
@@ -177,6 +191,10 @@ pub(super) fn leave_with(context: &mut HostContext, registers: impl FnOnce(&Host
     }
     carry_bases(bases);
     sys::sigprocmask(libc::SIG_SETMASK, mask);
+    if context.is_dispatching() {
+        // From here on each call is the program's.
+        let _ = context.dispatch.give_to_linux();
+    }
     Action::Native
 }
 
@@ -370,10 +388,8 @@ fn seccomp(context: &mut HostContext, gprs: &Gprs) -> Action {
     Action::Forward
 }
 
-/// prctl: seccomp's older door; and syscall user dispatch, which would dispatch the host loop's own calls: refused, as by
-/// kernels that do not have it.
+/// prctl: seccomp's older door, and syscall user dispatch.
 fn prctl(context: &mut HostContext, gprs: &Gprs) -> Action {
-    const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
     match gprs.rdi as i32 {
         libc::PR_SET_SECCOMP => {
             sys::request_by_read();
@@ -381,7 +397,7 @@ fn prctl(context: &mut HostContext, gprs: &Gprs) -> Action {
             context.is_strict |= gprs.rsi == u64::from(libc::SECCOMP_MODE_STRICT);
             Action::Forward
         }
-        PR_SET_SYSCALL_USER_DISPATCH => fail(context.run, libc::EINVAL),
+        crate::dispatch::PR_SET_SYSCALL_USER_DISPATCH => dispatch::set(context, gprs),
         _ => Action::Forward,
     }
 }

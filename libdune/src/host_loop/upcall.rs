@@ -339,6 +339,20 @@ pub(super) fn go_on(context: &mut HostContext, frame: &TrapFrame) -> Action {
     Action::Run
 }
 
+/// Has the vCPU, which is in this state, go on in the program's handler of SIGSYS. With all signals blocked; `mask` is the
+/// program's.
+pub(super) fn dispatch(context: &mut HostContext, info: &SigInfo, mask: u64, state: &State) -> Action {
+    deliver(context, libc::SIGSYS, info, mask, &Point::of_vcpu(state), state.sregs)
+}
+
+/// The same for an `int 0x80`.
+pub(super) fn dispatch_frame(context: &mut HostContext, info: &SigInfo, mask: u64, frame: &TrapFrame) -> Action {
+    let state = sync(context).unwrap_or_else(|errno| report::die_of_run(context, errno.into()));
+    let mut at = Point::of_frame(frame);
+    (at.error_code, at.vector, at.cr2) = (0, 0, 0);
+    deliver(context, libc::SIGSYS, info, mask, &at, state.sregs)
+}
+
 /// Has the vCPU go on in the program's handler. `sregs` are the vCPU's.
 fn deliver(context: &mut HostContext, signal: i32, info: &SigInfo, mask: u64, at: &Point, sregs: Sregs) -> Action {
     clear_interrupt_request(context);

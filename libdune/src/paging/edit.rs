@@ -8,8 +8,10 @@
 //! # Safety
 //!
 //! Pointers to entries are into the arena: valid as long as the process keeps it ([`Shared`](crate::edit::Shared)) and the
-//! table has its table pages. Entries are only used as atomics here.
+//! table has its table pages. Entries are lent between [`Memory::begin`] and the end of what that returns, when no table page
+//! is given back ([`Memory::exclusively`]). They are only used as atomics here.
 
+use core::cell::Cell;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::AcqRel;
 use core::sync::atomic::Ordering::Relaxed;
@@ -17,6 +19,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use super::entry::leaf_bytes;
 use super::entry::Entry;
 use super::entry::Kind;
+pub use super::entry::WHOLE;
 use super::fill;
 use super::memory::recycle::with_slots;
 use super::memory::Memory;
@@ -28,11 +31,9 @@ use super::PagingError;
 use crate::addr::Gpa;
 use crate::addr::Gva;
 use crate::addr::PAGE_BYTES;
+use crate::addr::UPPER_HALF;
 use crate::addr::USER_END;
 use crate::sys;
-
-/// Bit of a large leaf that the program made: it stays whole until the program says otherwise. Ignored by the CPU.
-pub const WHOLE: u64 = 1 << 58;
 
 /// An entry of a page table.
 ///
@@ -49,8 +50,8 @@ pub const WHOLE: u64 = 1 << 58;
 /// let dune = Dune::enter()?;
 /// let start = Gva::of(&raw const *page).ok_or("not canonical")?;
 /// let space = shared.address_space();
-/// let entry: RawEntry<'_> = space.entry(start, 1, Missing::Make)?;
-/// assert_eq!((entry.level, entry.bytes()), (1, 4096));
+/// let kept = |entry: RawEntry<'_>| (entry.level, entry.bytes());
+/// assert_eq!(space.with_entry(start, 1, Missing::Make, kept)?, (1, 4096));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +69,7 @@ impl RawEntry<'_> {
     }
 }
 
-/// What [`AddressSpace::entry`] does where there is no entry of the level yet.
+/// What [`AddressSpace::with_entry`] does where there is no entry of the level yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
     /// [`PagingError::NotMapped`].
@@ -83,6 +84,27 @@ impl AddressSpace<'_> {
         self.by_hand();
         let table = self.memory().table(self.root());
         table.map_or(core::ptr::null_mut(), |table| table.0[0].as_ptr())
+    }
+
+    /// Level of the largest leaves that the CPU has: 3 where it has pages of 1 GiB, else 2. One above it is a reserved bit to
+    /// the CPU, and a page fault.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::Dune;
+    ///
+    /// let dune = Dune::enter()?;
+    /// let largest = dune.address_space().largest_leaf();
+    /// assert!(largest == 2 || largest == 3);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn largest_leaf(&self) -> u32 {
+        if self.memory().has_1g() {
+            3
+        } else {
+            2
+        }
     }
 
     /// Maps the GiB of an address to itself, if nothing decided about it yet. Says whether the CPU may find a page there now.
@@ -117,42 +139,94 @@ impl AddressSpace<'_> {
         fill(self.memory(), self.root(), gva)
     }
 
-    /// The entry of `level` that decides about an address; a GiB that was not used yet is filled in where the process has
-    /// something at the address. Large leaves are split; one with [`WHOLE`] is the answer itself,
+    /// Calls `f` with the entry of `level` that decides about an address; a GiB that was not used yet is filled in where the
+    /// process has something at the address. Large leaves are split; one with [`WHOLE`] is the answer itself,
     /// and an entry of `level` that refers to a table is, too.
+    ///
+    /// No table page is given back meanwhile: `f` must not do what does that ([`AddressSpace::replace_table`],
+    /// [`AddressSpace::merge`] are [`PagingError::Busy`] then), wait for others, or be left by a jump.
     ///
     /// # Errors
     ///
     /// [`PagingError::NotMapped`], and what making tables can give.
-    pub fn entry(&self, gva: Gva, level: u32, missing: Missing) -> Result<RawEntry<'_>, PagingError> {
+    pub fn with_entry<R>(
+        &self,
+        gva: Gva,
+        level: u32,
+        missing: Missing,
+        f: impl FnOnce(RawEntry<'_>) -> R,
+    ) -> Result<R, PagingError> {
         self.by_hand();
+        let f = Cell::new(Some(f));
+        let done = with_slots(self.memory(), || {
+            let entry = self.find_entry(gva, level, missing)?;
+            Ok(f.take().map(|f| f(entry)))
+        })?;
+        // It is tried again after errors only.
+        done.ok_or(PagingError::NotMapped(gva))
+    }
+
+    /// The caller has begun.
+    fn find_entry(&self, gva: Gva, level: u32, missing: Missing) -> Result<RawEntry<'_>, PagingError> {
+        let tree = self.raw_tree();
+        loop {
+            let found = tree.find_down_to(level, gva)?;
+            let raw = RawEntry {
+                level: found.level,
+                word: found.slot,
+            };
+            match found.kind() {
+                Kind::Empty if is_in_process(gva) && tree.fill(gva)? => {}
+                Kind::Empty if found.level == level && missing == Missing::Make => {
+                    // The program's from here on: without libdune's mark.
+                    let _ = raw.word.compare_exchange(found.entry.0, 0, AcqRel, Relaxed);
+                    return Ok(raw);
+                }
+                Kind::Empty if missing == Missing::Make => tree.split(found)?,
+                Kind::Empty => return Err(PagingError::NotMapped(gva)),
+                _ if found.level == level || found.entry.0 & WHOLE != 0 => return Ok(raw),
+                Kind::Leaf => tree.split(found)?,
+                _ if missing == Missing::Tell => return Err(PagingError::NotMapped(gva)),
+                _ => tree.open(found)?,
+            }
+        }
+    }
+
+    /// Takes the large leaf that decides about an address, if one does, to pieces of the next smaller size. Pieces of one with
+    /// [`WHOLE`] have it too, where they are large.
+    ///
+    /// # Errors
+    ///
+    /// What making tables can give.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use libdune::{Dune, Gva};
+    ///
+    /// let memory = vec![7u8; 4096];
+    /// let dune = Dune::enter()?;
+    /// let start = Gva::of(memory.as_ptr()).ok_or("not canonical")?;
+    /// let table = dune.address_space().duplicate()?;
+    /// table.fill(start)?;
+    /// let size = || table.look_up(start).map(|mapping| mapping.page_bytes);
+    /// let before = size();
+    /// table.split(start)?;
+    /// assert!(size() < before || before == Some(4096));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn split(&self, gva: Gva) -> Result<(), PagingError> {
         with_slots(self.memory(), || {
             let tree = self.raw_tree();
-            loop {
-                let found = tree.find_down_to(level, gva)?;
-                let raw = RawEntry {
-                    level: found.level,
-                    word: found.slot,
-                };
-                match found.kind() {
-                    Kind::Empty if is_in_process(gva) && tree.fill(gva)? => {}
-                    Kind::Empty if found.level == level && missing == Missing::Make => {
-                        // The program's from here on: without libdune's mark.
-                        let _ = raw.word.compare_exchange(found.entry.0, 0, AcqRel, Relaxed);
-                        return Ok(raw);
-                    }
-                    Kind::Empty if missing == Missing::Make => tree.split(found)?,
-                    Kind::Empty => return Err(PagingError::NotMapped(gva)),
-                    _ if found.level == level || found.entry.0 & WHOLE != 0 => return Ok(raw),
-                    Kind::Leaf => tree.split(found)?,
-                    _ if missing == Missing::Tell => return Err(PagingError::NotMapped(gva)),
-                    _ => tree.open(found)?,
-                }
+            let found = tree.find(gva)?;
+            if found.kind() == Kind::Leaf && found.level > 1 {
+                tree.split(found)?;
             }
+            Ok(())
         })
     }
 
-    /// Bytes from an address where [`AddressSpace::entry`] found nothing to where there may be something again.
+    /// Bytes from an address where [`AddressSpace::with_entry`] found nothing to where there may be something again.
     ///
     /// # Examples
     ///
@@ -168,7 +242,7 @@ impl AddressSpace<'_> {
     /// let table = dune.address_space().duplicate()?;
     /// let large = start.align_down(2 << 20);
     /// table.unmap(large, 2 << 20)?.flush();
-    /// assert!(table.entry(large, 1, Missing::Tell).is_err());
+    /// assert!(table.with_entry(large, 1, Missing::Tell, |_| ()).is_err());
     /// assert_eq!(table.gap(large), 2 << 20);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -181,17 +255,16 @@ impl AddressSpace<'_> {
     }
 
     /// Calls `visit` for each entry that is no table and holds something, for the pages of `start` to `last`, with the
-    /// address where it begins. Nothing is split or filled in. `visit` may change the entry; false ends the visit.
+    /// address where it begins. Nothing is split or filled in. `visit` may change the entry; false ends the visit. It has the
+    /// limits of what [`AddressSpace::with_entry`] calls.
     pub fn for_each_entry(&self, start: Gva, last: Gva, mut visit: impl FnMut(Gva, RawEntry<'_>) -> bool) {
         self.by_hand();
         let tree = self.raw_tree();
         let mut at = start.align_down(PAGE_BYTES);
         loop {
-            let found = {
-                let _using = self.memory().begin();
-                tree.find(at)
-            };
-            let Ok(found) = found else { return };
+            // For the rest of a table.
+            let _using = self.memory().begin();
+            let Ok(found) = tree.find(at) else { return };
             let (level, first) = (found.level, found.slot);
             let size = leaf_bytes(level);
             let mut begin = at.align_down(size);
@@ -204,21 +277,13 @@ impl AddressSpace<'_> {
                 if entry.holds() && !visit(begin, RawEntry { level, word }) {
                     return;
                 }
-                let end = begin.as_u64() | (size - 1);
-                let Some(next) = end.checked_add(1).filter(|_| end < last.as_u64()) else {
-                    return;
-                };
-                // Between the halves there is nothing.
-                let Some(next) = Gva::new(next.max(if next == USER_END { HIGHER_HALF } else { 0 })) else {
+                let Some(next) = begin.within_half(size - 1).successor().filter(|next| *next <= last) else {
                     return;
                 };
                 begin = next;
-                if begin > last || begin.as_u64() == HIGHER_HALF {
+                if begin.as_u64() == UPPER_HALF {
                     break;
                 }
-            }
-            if begin > last {
-                return;
             }
             at = begin;
         }
@@ -226,9 +291,11 @@ impl AddressSpace<'_> {
 
     /// Puts a leaf in place of what is at `level` for an address: a table there is given back, when no CPU uses it any more.
     ///
+    /// Gives what was there, 0 for a table. A larger leaf with [`WHOLE`] is split.
+    ///
     /// # Errors
     ///
-    /// What making tables can give.
+    /// What making tables can give; [`PagingError::Busy`] where another thread does not end what it does to a page table.
     ///
     /// # Examples
     ///
@@ -256,18 +323,45 @@ impl AddressSpace<'_> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn replace_table(&self, gva: Gva, level: u32, value: u64) -> Result<u64, PagingError> {
-        let entry = self.entry(gva, level, Missing::Make)?;
-        let old = Entry(entry.word.swap(value, AcqRel));
-        if old.kind(entry.level) != Kind::Table {
-            return Ok(old.0);
+        loop {
+            let there = self.with_entry(gva, level, Missing::Make, |entry| {
+                if entry.level > level {
+                    return There::Larger;
+                }
+                let is_table = |old| Entry(old).kind(level) == Kind::Table;
+                let put = |old| (!is_table(old)).then_some(value);
+                entry
+                    .word
+                    .fetch_update(AcqRel, Relaxed, put)
+                    .map_or(There::Table, There::Replaced)
+            })?;
+            match there {
+                There::Replaced(old) => return Ok(old),
+                There::Larger => self.split(gva)?,
+                There::Table => {}
+            }
+            // Nobody else is at an entry of the table then.
+            let take = || self.take_table(gva, level, value);
+            if self.memory().exclusively(take).unwrap_or(Err(PagingError::Busy))? {
+                return Ok(0);
+            }
         }
+    }
+
+    /// Puts a leaf in place of a table, if there is one; the caller is alone.
+    fn take_table(&self, gva: Gva, level: u32, value: u64) -> Result<bool, PagingError> {
+        let tree = self.raw_tree();
+        let found = tree.find_down_to(level, gva)?;
+        if found.level != level || found.kind() != Kind::Table {
+            return Ok(false);
+        }
+        let old = Entry(found.slot.swap(value, AcqRel));
         // The CPU caches what refers to tables, too.
         self.flush(gva, u64::MAX);
         if let Some(below) = Gpa::new(old.address()) {
-            let _using = self.memory().begin();
-            self.raw_tree().free_table(below, entry.level - 1);
+            tree.free_table(below, level - 1);
         }
-        Ok(0)
+        Ok(true)
     }
 
     /// Has every Dune thread that may use old translations of these pages forget them, before this returns: what a program
@@ -316,10 +410,7 @@ impl AddressSpace<'_> {
             let gib = at.align_down(GIB);
             let is_kept = gib.as_u64() == arena || but.contains(&gib);
             if !is_kept && Entry(entry.word.load(Relaxed)).kind(entry.level) == Kind::Leaf {
-                match self.set_user(at, entry.bytes(), true) {
-                    Ok(flush) => flush.ignore(),
-                    Err(error) => result = Err(error),
-                }
+                result = self.raw_tree().set_user(at, entry.bytes(), true);
             }
             result.is_ok()
         });
@@ -349,6 +440,15 @@ impl AddressSpace<'_> {
     }
 }
 
+/// What [`AddressSpace::replace_table`] found.
+enum There {
+    /// A leaf of a higher level.
+    Larger,
+    /// What is no table, and was replaced.
+    Replaced(u64),
+    Table,
+}
+
 /// Whether Linux has something mapped at the address of the same number.
 fn is_in_process(gva: Gva) -> bool {
     let page = gva.align_down(PAGE_BYTES);
@@ -357,6 +457,3 @@ fn is_in_process(gva: Gva) -> bool {
     // SAFETY: Writes one byte.
     page.identity().is_some() && unsafe { sys::raw(libc::SYS_mincore, arguments) } == 0
 }
-
-/// First address of the upper half.
-const HIGHER_HALF: u64 = 0xffff_8000_0000_0000;

@@ -27,6 +27,8 @@ const SHARED: u64 = 1 << 52;
 const OWNED: u64 = 1 << 53;
 /// Software bit of a shared leaf: writing is allowed, to a copy.
 const COPY: u64 = 1 << 54;
+/// Software bit of a large leaf that the program made: it stays whole until the program says otherwise.
+pub const WHOLE: u64 = 1 << 58;
 const KEY_SHIFT: u32 = 59;
 const KEY: u64 = 0xf << KEY_SHIFT;
 const NO_EXECUTE: u64 = PageTableFlags::NO_EXECUTE.bits();
@@ -311,8 +313,8 @@ impl Entry {
     pub const fn piece(self, level: u32, index: u64) -> Self {
         match self.kind(level) {
             Kind::Leaf => {
-                let flags = self.0 & !(ADDRESS | LARGE);
-                let large = if level - 1 > 1 { LARGE } else { 0 };
+                let flags = self.0 & !(ADDRESS | LARGE | WHOLE);
+                let large = if level - 1 > 1 { LARGE | self.0 & WHOLE } else { 0 };
                 Self((self.address() + index * leaf_bytes(level - 1)) | flags | large)
             }
             _ if self.0 == 0 && level == 3 => Self::OPEN,

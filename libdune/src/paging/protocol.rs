@@ -100,6 +100,9 @@ impl Here {
     }
 }
 
+/// What a thread saw of a table of which it knows nothing: no generation, so that it flushes.
+pub(crate) const NEVER: u64 = u64::MAX;
+
 /// Says that a table was changed. Whoever has it afterwards ([`Here::may_use`]) is to be interrupted.
 ///
 /// Returns the new generation.

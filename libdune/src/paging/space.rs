@@ -345,8 +345,9 @@ impl<'d> AddressSpace<'d> {
         self.change(start, bytes, |tree, _| tree.set_user(start, bytes, user))
     }
 
-    /// Gives whole pages a protection key. It binds where CPL3 may use the page: PKRU then says what may be done with it,
-    /// at CPL0 too.
+    /// Gives whole pages a protection key. It binds where CPL3 may use the page: PKRU then says what may be done with it.
+    /// Code at CPL3 sets its own PKRU by WRPKRU and begins with all keys. At CPL0 the thread's counts, in which Linux leaves key
+    /// 0 only: [`UserSlice`](crate::user::UserSlice) is refused pages with another one until it is changed.
     ///
     /// # Errors
     ///

@@ -251,6 +251,10 @@ impl Flush<'_> {
         let process = unsafe { &*self.process };
         if is_cpl0() && loaded_root() == self.name.root(&process.memory).as_u64() {
             flush_here(self.start, self.pages);
+        } else if let (Some(area), Some(number)) = (own_area(process), self.name.number()) {
+            // The CPU may keep translations of a table that is not loaded: this thread goes to it as to one that it never had.
+            // SAFETY: The calling thread's.
+            unsafe { seen(area, number) }.store(protocol::NEVER, Relaxed);
         }
         self.release();
     }

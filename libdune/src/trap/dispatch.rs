@@ -8,6 +8,7 @@
 //! can interrupt the program anywhere.
 
 use core::marker::PhantomData;
+use core::ptr;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::Ordering::SeqCst;
 
@@ -27,8 +28,10 @@ use crate::abi::IOPL_CPL0;
 use crate::abi::PAGE_FAULT_HOST_REFUSED;
 use crate::addr::Gpa;
 use crate::addr::Gva;
+use crate::addr::PAGE_BYTES;
 use crate::addr::USER_END;
 use crate::cpl3;
+use crate::layout;
 use crate::paging::fill;
 use crate::paging::flush_all;
 use crate::paging::flush_page;
@@ -371,6 +374,8 @@ pub(crate) enum Fatal {
     Vector = 7,
     HandlerFault = 8,
     Unwaited = 9,
+    HandlerStack = 10,
+    HookStack = 11,
 }
 
 impl Fatal {
@@ -385,6 +390,8 @@ impl Fatal {
             Self::Vector,
             Self::HandlerFault,
             Self::Unwaited,
+            Self::HandlerStack,
+            Self::HookStack,
         ]
         .into_iter()
         .find(|fatal| *fatal as u32 == raw)
@@ -402,6 +409,8 @@ impl Fatal {
             Self::Vector => "no handler for this vector, and Linux has no signal for it",
             Self::HandlerFault => "exception inside a handler, and no handler took it",
             Self::Unwaited => "a signal, or an exception that no handler took, at CPL3 that no UserContext runs: nothing outside Dune mode keeps that code apart",
+            Self::HandlerStack => "an exception handler overflowed its stack of 60 KiB",
+            Self::HookStack => "a hook of system calls overflowed its stack of 32 KiB",
         }
     }
 }
@@ -458,6 +467,9 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
     };
     if block.reporting.load(Relaxed) != 0 {
         return CALL_FATAL;
+    }
+    if let Some(stack) = overflow(frame, block) {
+        return fatal(stack);
     }
     match frame.level as u32 {
         LEVEL_TOO_DEEP => return fatal(Fatal::TooDeep),
@@ -518,6 +530,22 @@ fn dispatch(frame: &mut TrapFrame, block: &Block) -> u32 {
         return 0;
     }
     CALL_EXCEPTION
+}
+
+/// Which of libdune's stacks the program's code has overflowed: the access is to the guard page of the one that it is on. No
+/// handler is asked: it would stand on the next one, and may be what overflows.
+fn overflow(frame: &TrapFrame, block: &Block) -> Option<Fatal> {
+    let offset = |address: u64| address.wrapping_sub(ptr::from_ref(block) as u64);
+    let guard = offset(frame.cr2) & !(PAGE_BYTES - 1);
+    let (stack, top) = match guard as usize {
+        layout::HOOK_GUARD => (Fatal::HookStack, layout::HOOK_TOP as u64),
+        at @ layout::HANDLERS..layout::AREA_BYTES if at % layout::HANDLER_BYTES == 0 => {
+            (Fatal::HandlerStack, guard + layout::HANDLER_BYTES as u64)
+        }
+        _ => return None,
+    };
+    let is_on_it = (guard..=top).contains(&offset(frame.rsp));
+    (frame.vector() == Vector::PF && !frame.is_cpl3() && is_on_it).then_some(stack)
 }
 
 /// Fills in the leaf of a GiB that is used for the first time.

@@ -3,12 +3,15 @@
 //! Threads in and out of Dune mode do to shared memory, to each other and to their processes whatever Linux offers, at
 //! random, and compare what they see with a model of it all along.
 //!
-//! `DUNE_TORTURE_SEED` and `DUNE_TORTURE_SECONDS`, of guest time, change what a run does. One seed gives the same processes; what their
-//! threads do to each other depends on the scheduler too.
+//! `DUNE_TORTURE_SEED` and `DUNE_TORTURE_SECONDS`, of guest time, change what a run does. One seed gives the same processes; what
+//! their threads do to each other depends on the scheduler too. A run of full length has done each thing that it can do at
+//! least once, in Dune mode and out of it.
 
 mod region;
 
+use std::ffi::CString;
 use std::process::Command;
+use std::process::ExitCode;
 use std::process::Stdio;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicI32;
@@ -39,6 +42,7 @@ use crate::support::spawn;
 use crate::support::timer;
 use crate::support::Knob;
 use crate::support::Shared;
+use crate::syscall::device_fds;
 use region::Region;
 
 pub const TESTS: &[Test] = &[
@@ -46,12 +50,17 @@ pub const TESTS: &[Test] = &[
     Test::asserting("torture", || torture(8))
         .suite(Suite::Torture)
         .run_as(User::Root)
-        .timeout_s(60),
-    Test::asserting("torture_at_length", || torture(60))
+        .timeout_s(60)
+        .lasts(SECONDS),
+    Test::asserting("torture_at_length", || torture(LONG))
         .suite(Suite::Long)
         .run_as(User::Root)
-        .timeout_s(400),
+        .timeout_s(400)
+        .lasts(SECONDS),
 ];
+
+/// How long a run lasts, where that is not the test's own choice.
+const SECONDS: &str = "DUNE_TORTURE_SECONDS";
 
 const REGIONS: usize = 8;
 
@@ -59,22 +68,46 @@ const REGIONS: usize = 8;
 const ACTIONS: usize = 0;
 const FAULTS: usize = 1;
 const SIGNALS: usize = 2;
-const FORKS: usize = 3;
-const PROGRAMS: usize = 4;
-const VISITS: usize = 5;
-const NAMES: [&str; 6] = [
-    "actions",
-    "faults",
-    "signals",
-    "forks",
-    "programs",
-    "visits to Dune mode",
-];
+const VISITS: usize = 3;
+const FAILURES: usize = 4;
+const NAMES: [&str; 4] = ["actions", "faults", "signals", "visits to Dune mode"];
+/// Two for each of [`kinds`]: done out of Dune mode, and in it.
+const KINDS: usize = 16;
 
-/// Runs processes one after the other for so long; some are killed in the middle.
-fn torture(seconds: u64) {
+/// What threads do besides what is done to a region.
+const MIGRATE: &str = "sched_setaffinity";
+const SIGNAL: &str = "signal";
+const COMPUTE: &str = "two sums";
+const PROGRAM: &str = "program";
+const THREAD: &str = "thread";
+const EXECUTE: &str = "execve";
+/// fork, by how the child ends.
+const FORKS: [&str; 3] = ["child with SIGTERM", "child with SIGKILL", "child"];
+
+/// All that a run has to have done.
+fn kinds() -> impl Iterator<Item = &'static str> {
+    [MIGRATE, SIGNAL, COMPUTE, PROGRAM, THREAD, EXECUTE]
+        .into_iter()
+        .chain(FORKS)
+        .chain(region::acts())
+}
+
+/// How often that was done.
+fn times<'a>(sums: &'a Shared, kind: &str, in_dune: bool) -> &'a AtomicU64 {
+    let number = kinds().position(|other| other == kind).expect("a kind");
+    sums.word(KINDS + 2 * number + usize::from(in_dune))
+}
+
+/// Seconds of a run that does everything both in and out of Dune mode.
+const LONG: u64 = 60;
+
+/// With what the program ends that a thread executes.
+const EXECUTED: u8 = 43;
+
+/// Runs processes one after the other for so long; some are killed in the middle, of some a thread executes a program.
+fn torture(length: u64) {
     let seed = setting("DUNE_TORTURE_SEED", 1);
-    let seconds = setting("DUNE_TORTURE_SECONDS", seconds);
+    let seconds = setting(SECONDS, length);
     let mut random = Random::new(seed);
     let _swap = Swap::on();
     let sums = Shared::new();
@@ -91,30 +124,64 @@ fn torture(seconds: u64) {
             500 + random.below(2500)
         };
         let seed = random.next();
-        let child = spawn(|| process(seed, Duration::from_millis(life), &sums));
+        // The first ones of each kind, in and out of Dune mode, whatever the seed.
+        let executor = match processes {
+            0 => Some(0),
+            1 => Some(ORDINARY),
+            2 => None,
+            _ => random.percent(25).then(|| random.below(MODES.len() as u64) as usize),
+        };
+        let child = spawn(|| process(seed, Duration::from_millis(life), executor, &sums));
         processes += 1;
-        if random.percent(30) {
+        let kill = executor.is_none() && (processes == 3 || random.percent(40));
+        if kill {
             std::thread::sleep(Duration::from_millis(random.below(life)));
             child.kill(libc::SIGKILL);
-            let ended = child.wait();
-            assert_eq!(ended.signal(), Some(libc::SIGKILL), "process {processes}: {ended:#x?}");
-            killed += 1;
-        } else {
-            let ended = child.wait();
-            let good = libc::WIFEXITED(ended.status) && libc::WEXITSTATUS(ended.status) == 0;
-            assert!(good, "process {processes} (of seed {seed:#x}): {ended:#x?}");
         }
+        let ended = child.wait();
+        let good = if kill {
+            killed += 1;
+            ended.signal() == Some(libc::SIGKILL)
+        } else {
+            let expected = executor.map_or(0, |_| i32::from(EXECUTED));
+            libc::WIFEXITED(ended.status) && libc::WEXITSTATUS(ended.status) == expected
+        };
+        // Who is killed, or executes, may have failed before.
+        let failures = sums.word(FAILURES).load(SeqCst);
+        assert!(
+            good && failures == 0,
+            "process {processes} (of seed {seed:#x}, killed: {kill}, executor: {executor:?}): {ended:#x?}"
+        );
     }
-    let sums: Vec<String> = NAMES
+    let texts: Vec<String> = NAMES
         .iter()
         .enumerate()
         .map(|(word, name)| format!("{} {name}", sums.word(word).load(Relaxed)))
         .collect();
     println!(
         "report: seed {seed}: {processes} processes, {killed} of them killed; {}",
-        sums.join(", ")
+        texts.join(", ")
     );
+    let mut missing = Vec::new();
+    let mut texts = Vec::new();
+    for kind in kinds() {
+        let [outside, inside] = [false, true].map(|mode| times(&sums, kind, mode).load(Relaxed));
+        texts.push(format!("{kind} {outside}, {inside}"));
+        // In a short run what seldom succeeds may do so in one of the modes only.
+        let is_short = length < LONG && outside + inside > 0;
+        if outside == 0 && !is_short {
+            missing.push(format!("{kind} out of Dune mode"));
+        }
+        if inside == 0 && !is_short {
+            missing.push(format!("{kind} in Dune mode"));
+        }
+    }
+    println!("report: out of Dune mode, in it: {}", texts.join("; "));
     assert_nothing_in_use();
+    if seconds >= length {
+        assert!(missing.is_empty(), "never done: {}", missing.join(", "));
+        assert_ne!(killed, 0, "no process was killed");
+    }
 }
 
 struct World<'a> {
@@ -122,6 +189,8 @@ struct World<'a> {
     /// The threads' numbers, for signals.
     threads: Vec<AtomicI32>,
     end: Instant,
+    /// Who executes a program, if anybody does, and when.
+    executor: Option<(usize, Instant)>,
     /// All threads have sent their last signal.
     quiet: Barrier,
     sums: &'a Shared,
@@ -137,6 +206,7 @@ enum Mode {
 }
 
 const MODES: [Mode; 5] = [Mode::Dune, Mode::Dune, Mode::Dune, Mode::Ordinary, Mode::Visitor];
+const ORDINARY: usize = 3;
 
 static SENT: AtomicU64 = AtomicU64::new(0);
 static RECEIVED: AtomicU64 = AtomicU64::new(0);
@@ -148,7 +218,7 @@ extern "C" fn count(_: i32) {
 
 extern "C" fn tick(_: i32) {}
 
-fn process(seed: u64, life: Duration, sums: &Shared) {
+fn process(seed: u64, life: Duration, executor: Option<usize>, sums: &Shared) {
     let mut random = Random::new(seed);
     install_signal_probe();
     for (signal, handler) in [
@@ -157,12 +227,15 @@ fn process(seed: u64, life: Duration, sums: &Shared) {
     ] {
         set_plain_handler(signal, handler, libc::SA_RESTART | libc::SA_ONSTACK);
     }
+    let begin = Instant::now();
+    let at = begin + Duration::from_millis(random.below(life.as_millis() as u64));
     let world = World {
         regions: (0..REGIONS)
             .map(|number| Mutex::new(Region::new(number, &mut random).unwrap()))
             .collect(),
         threads: MODES.iter().map(|_| AtomicI32::new(0)).collect(),
-        end: Instant::now() + life,
+        end: begin + life,
+        executor: executor.map(|thread| (thread, at)),
         quiet: Barrier::new(MODES.len()),
         sums,
     };
@@ -195,7 +268,9 @@ fn work(world: &World<'_>, number: usize, mode: Mode, seed: u64) {
     // SAFETY: asks for a number.
     world.threads[number].store(unsafe { libc::gettid() }, SeqCst);
     let mut dune = (mode == Mode::Dune).then(|| Dune::enter().unwrap());
-    while Instant::now() < world.end && !FAILED.load(Relaxed) {
+    let executes = world.executor.filter(|(thread, _)| *thread == number);
+    let end = executes.map_or(world.end, |(_, at)| at);
+    while Instant::now() < end && !FAILED.load(Relaxed) {
         if mode == Mode::Visitor && random.percent(20) {
             dune = match dune.take() {
                 Some(inside) => {
@@ -209,13 +284,24 @@ fn work(world: &World<'_>, number: usize, mode: Mode, seed: u64) {
             };
         }
         assert_eq!(Dune::is_active(), dune.is_some(), "where the thread is");
-        if let Err(error) = one_thing(world, &mut random) {
-            FAILED.store(true, Relaxed);
-            eprintln!("thread {number}, in Dune mode: {}: {error}", dune.is_some());
-            // The others may wait for what this one holds.
-            std::process::exit(102);
+        let kind = choose(world, dune.is_some(), &mut random);
+        match one_thing(world, kind, &mut random) {
+            Ok(true) => {
+                times(world.sums, kind, dune.is_some()).fetch_add(1, Relaxed);
+            }
+            Ok(false) => {}
+            Err(error) => {
+                FAILED.store(true, Relaxed);
+                world.sums.word(FAILURES).fetch_add(1, SeqCst);
+                eprintln!("thread {number}, in Dune mode: {}: {kind}: {error}", dune.is_some());
+                // The others may wait for what this one holds.
+                std::process::exit(102);
+            }
         }
         world.sums.word(ACTIONS).fetch_add(1, Relaxed);
+    }
+    if executes.is_some() {
+        execute(world, dune.is_some());
     }
     world.quiet.wait();
     // Whatever was sent is delivered at the end of a system call.
@@ -223,37 +309,62 @@ fn work(world: &World<'_>, number: usize, mode: Mode, seed: u64) {
     world.threads[number].store(0, SeqCst);
 }
 
-fn one_thing(world: &World<'_>, random: &mut Random) -> Result<(), String> {
+/// What to do next: now and then what nobody in this mode has done yet.
+fn choose(world: &World<'_>, in_dune: bool, random: &mut Random) -> &'static str {
+    if random.percent(20) {
+        let is_new = |kind: &&'static str| times(world.sums, kind, in_dune).load(Relaxed) == 0;
+        let new: Vec<&str> = kinds().filter(|kind| *kind != EXECUTE).filter(is_new).collect();
+        if !new.is_empty() {
+            return random.pick::<&str>(&new);
+        }
+    }
     match random.below(64) {
-        0..4 => migrate(random),
-        4..12 => signal(world, random),
-        12..14 => {
+        0..4 => MIGRATE,
+        4..12 => SIGNAL,
+        12..14 => COMPUTE,
+        14..16 => FORKS[random.below(4).min(2) as usize],
+        16 => PROGRAM,
+        17 => THREAD,
+        _ => region::some_act(random),
+    }
+}
+
+/// Does it; false where there was nothing to do it to.
+fn one_thing(world: &World<'_>, kind: &str, random: &mut Random) -> Result<bool, String> {
+    match kind {
+        MIGRATE => Ok(migrate(random)),
+        SIGNAL => Ok(signal(world, random)),
+        COMPUTE => {
             let number = random.next();
             if compute(number % 3000) != std::hint::black_box(compute(number % 3000)) {
                 return Err("two sums of the same numbers differ".to_string());
             }
+            Ok(true)
         }
-        14..16 => return with_region(world, random, |region, random| fork(world, region, random)),
-        16 => return run_program(world),
-        17 => return with_region(world, random, short_thread),
-        _ => return with_region(world, random, |region, random| region.act(random).map(drop)),
+        PROGRAM => run_program().map(|()| true),
+        THREAD => with_region(world, random, short_thread),
+        _ => with_region(world, random, |region, random| {
+            match FORKS.iter().position(|fork| *fork == kind) {
+                Some(end) => fork(region, end, random),
+                None => region.act(kind, random),
+            }
+        }),
     }
-    Ok(())
 }
 
 /// Does something with a region that nobody else has just now.
 fn with_region(
     world: &World<'_>,
     random: &mut Random,
-    body: impl FnOnce(&mut Region, &mut Random) -> Result<(), String>,
-) -> Result<(), String> {
+    body: impl FnOnce(&mut Region, &mut Random) -> Result<bool, String>,
+) -> Result<bool, String> {
     match random.pick(&world.regions).try_lock() {
         Ok(mut region) => body(&mut region, random),
-        Err(_) => Ok(()),
+        Err(_) => Ok(false),
     }
 }
 
-fn migrate(random: &mut Random) {
+fn migrate(random: &mut Random) -> bool {
     let cpus = helpers::online_cpus();
     // SAFETY: a set of our own for the calling thread.
     unsafe {
@@ -262,26 +373,28 @@ fn migrate(random: &mut Random) {
         (0..cpus)
             .filter(|cpu| only == cpus || *cpu == only)
             .for_each(|cpu| libc::CPU_SET(cpu, &mut set));
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0
     }
 }
 
 /// One that queues: none may be lost.
-fn signal(world: &World<'_>, random: &mut Random) {
+fn signal(world: &World<'_>, random: &mut Random) -> bool {
     let thread = random.pick(&world.threads).load(SeqCst);
     if thread == 0 {
-        return;
+        return false;
     }
     SENT.fetch_add(1, SeqCst);
     // It lives until all have stopped sending. There may be too many already.
-    if queue_signal(thread, libc::SIGRTMIN() + 1).is_err() {
+    let queued = queue_signal(thread, libc::SIGRTMIN() + 1).is_ok();
+    if !queued {
         SENT.fetch_sub(1, SeqCst);
     }
+    queued
 }
 
-/// A child that looks at the region, changes it and ends in one way or another.
-fn fork(world: &World<'_>, region: &mut Region, random: &mut Random) -> Result<(), String> {
-    let (seed, end) = (random.next(), random.below(4));
+/// A child that looks at the region, changes it and ends as [`FORKS`] says.
+fn fork(region: &mut Region, end: usize, random: &mut Random) -> Result<bool, String> {
+    let seed = random.next();
     let was_active = Dune::is_active();
     let parent = std::process::id();
     // SAFETY: the child uses this region, of which it has the lock, and ends without running what is the parent's.
@@ -323,7 +436,6 @@ fn fork(world: &World<'_>, region: &mut Region, random: &mut Random) -> Result<(
     if child < 0 {
         return Err(format!("fork: {}", std::io::Error::last_os_error()));
     }
-    world.sums.word(FORKS).fetch_add(1, Relaxed);
     let expected = match end {
         0 => libc::SIGTERM,
         1 => libc::SIGKILL,
@@ -343,11 +455,10 @@ fn fork(world: &World<'_>, region: &mut Region, random: &mut Random) -> Result<(
     if end != 1 {
         region.after_child(seed);
     }
-    region.check_all()
+    region.check_all().map(|()| true)
 }
 
-fn run_program(world: &World<'_>) -> Result<(), String> {
-    world.sums.word(PROGRAMS).fetch_add(1, Relaxed);
+fn run_program() -> Result<(), String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let status = Command::new(program).arg("list").stdout(Stdio::null()).status();
     match status {
@@ -357,7 +468,7 @@ fn run_program(world: &World<'_>) -> Result<(), String> {
 }
 
 /// A thread of the caller's mode looks at the region and changes it.
-fn short_thread(region: &mut Region, random: &mut Random) -> Result<(), String> {
+fn short_thread(region: &mut Region, random: &mut Random) -> Result<bool, String> {
     let active = Dune::is_active();
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -365,8 +476,50 @@ fn short_thread(region: &mut Region, random: &mut Random) -> Result<(), String> 
                 return Err("a thread is not in the mode of its maker".to_string());
             }
             region.write_some(random)?;
-            region.check_all()
+            region.check_all().map(|()| true)
         });
         thread.join().unwrap_or_else(|_| Err("a thread panicked".to_string()))
     })
+}
+
+/// The other threads end wherever they are, this one becomes the process.
+fn execute(world: &World<'_>, in_dune: bool) -> ! {
+    // What was sent would end the new program, which has no handlers.
+    for signal in [libc::SIGRTMIN() + 1, libc::SIGALRM] {
+        // SAFETY: no handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    let pid = CString::new(std::process::id().to_string()).expect("digits");
+    let arguments = [
+        c"dune-tests".as_ptr(),
+        c"after-exec".as_ptr(),
+        pid.as_ptr(),
+        std::ptr::null(),
+    ];
+    times(world.sums, EXECUTE, in_dune).fetch_add(1, Relaxed);
+    // SAFETY: strings, and an array that ends with null.
+    unsafe { libc::execv(c"/proc/self/exe".as_ptr(), arguments.as_ptr()) };
+    world.sums.word(FAILURES).fetch_add(1, SeqCst);
+    panic!("execve: {}", std::io::Error::last_os_error());
+}
+
+/// What [`execute`] starts: it is the process `pid`, alone, out of Dune mode, with nothing of the device, and can enter.
+pub fn after_exec(pid: u32) -> ExitCode {
+    assert!(!Dune::is_active(), "a new program is in Dune mode");
+    // SAFETY: asks for a number.
+    let thread = unsafe { libc::gettid() } as u32;
+    assert_eq!(
+        (std::process::id(), thread),
+        (pid, pid),
+        "the first thread of the process"
+    );
+    let threads = std::fs::read_dir("/proc/self/task").expect("tasks").count();
+    assert_eq!(threads, 1, "threads of the old program");
+    assert_eq!(device_fds(), [], "files of the device");
+    let expected = compute(1000);
+    let dune = Dune::enter().expect("entering");
+    assert_eq!(compute(1000), expected);
+    assert_eq!(std::process::id(), pid);
+    dune.leave();
+    ExitCode::from(EXECUTED)
 }

@@ -66,6 +66,59 @@ pub struct Region {
 
 type Result = std::result::Result<(), String>;
 
+/// Whether there was anything to do it to.
+type Done = std::result::Result<bool, String>;
+
+const ADVICE: [(i32, &str); 10] = [
+    (libc::MADV_DONTNEED, "MADV_DONTNEED"),
+    (libc::MADV_FREE, "MADV_FREE"),
+    (libc::MADV_PAGEOUT, "MADV_PAGEOUT"),
+    (libc::MADV_COLD, "MADV_COLD"),
+    (libc::MADV_HUGEPAGE, "MADV_HUGEPAGE"),
+    (libc::MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE"),
+    (libc::MADV_MERGEABLE, "MADV_MERGEABLE"),
+    (libc::MADV_UNMERGEABLE, "MADV_UNMERGEABLE"),
+    (libc::MADV_COLLAPSE, "MADV_COLLAPSE"),
+    (libc::MADV_POPULATE_READ, "MADV_POPULATE_READ"),
+];
+
+/// What [`Region::act`] does, besides advice.
+const ACTS: [&str; 10] = [
+    "write",
+    "munmap",
+    "mmap",
+    "mprotect",
+    "mremap",
+    "process_vm_writev",
+    "ftruncate",
+    "mlock",
+    "new region",
+    "look",
+];
+
+/// One of [`acts`], by how often each is done.
+pub fn some_act(random: &mut Random) -> &'static str {
+    match random.below(32) {
+        0..8 => "write",
+        8..10 => "munmap",
+        10..13 => "mmap",
+        13..17 => "mprotect",
+        17 => "MADV_DONTNEED",
+        18..22 => random.pick(&ADVICE).1,
+        22 => "mremap",
+        23..25 => "process_vm_writev",
+        25 => "ftruncate",
+        26 => "mlock",
+        27 => "new region",
+        _ => "look",
+    }
+}
+
+/// All that [`Region::act`] does.
+pub fn acts() -> impl Iterator<Item = &'static str> {
+    ACTS.into_iter().chain(ADVICE.map(|(_, name)| name))
+}
+
 fn failed(what: &str) -> String {
     format!("{what}: {}", io::Error::last_os_error())
 }
@@ -244,24 +297,24 @@ impl Region {
         (mapped > 0).then_some((first, mapped))
     }
 
-    /// Does one thing to it, and looks at some pages. Its name.
-    pub fn act(&mut self, random: &mut Random) -> std::result::Result<&'static str, String> {
-        let done = match random.below(32) {
-            0..8 => self.write_some(random).map(|()| "write"),
-            8..10 => self.unmap(random).map(|()| "munmap"),
-            10..13 => self.map_again(random).map(|()| "mmap"),
-            13..17 => self.protect(random).map(|()| "mprotect"),
-            17..22 => self.advise(random).map(|()| "madvise"),
-            22 => self.relocate().map(|()| "mremap"),
-            23..25 => self.write_from_outside(random).map(|()| "process_vm_writev"),
-            25 => self.truncate(random).map(|()| "ftruncate"),
-            26 => self.lock_some(random).map(|()| "mlock"),
-            27 => self.renew(random).map(|()| "new region"),
-            _ => Ok("look"),
+    /// Does one of [`acts`] to it, and looks at some pages; false where there was nothing to do it to.
+    pub fn act(&mut self, act: &str, random: &mut Random) -> Done {
+        let done = match act {
+            "write" => self.write_some(random).map(|()| true),
+            "munmap" => self.unmap(random),
+            "mmap" => self.map_again(random),
+            "mprotect" => self.protect(random),
+            "mremap" => self.relocate(),
+            "process_vm_writev" => self.write_from_outside(random),
+            "ftruncate" => self.truncate(random),
+            "mlock" => self.lock_some(random),
+            "new region" => self.renew(random).map(|()| true),
+            "look" => Ok(true),
+            advice => self.advise(advice, random),
         }?;
         for _ in 0..4 {
             let page = self.some_page(random);
-            self.check(page).map_err(|error| format!("after {done}: {error}"))?;
+            self.check(page).map_err(|error| format!("after {act}: {error}"))?;
         }
         Ok(done)
     }
@@ -271,22 +324,23 @@ impl Region {
         (first..first + count.min(16)).try_for_each(|page| self.write(page, random.next() | 1))
     }
 
-    fn unmap(&mut self, random: &mut Random) -> Result {
+    fn unmap(&mut self, random: &mut Random) -> Done {
         let (first, count) = self.some_range(random);
         // SAFETY: a piece of this region.
         let result = unsafe { libc::munmap(self.address(first) as *mut _, count * PAGE) };
         done(result, "munmap")?;
+        let was_mapped = self.pages[first..first + count].iter().any(|page| page.mapped);
         self.pages[first..first + count]
             .iter_mut()
             .for_each(|page| page.mapped = false);
-        self.check(first)
+        self.check(first).map(|()| was_mapped)
     }
 
     /// Fills a hole.
-    fn map_again(&mut self, random: &mut Random) -> Result {
+    fn map_again(&mut self, random: &mut Random) -> Done {
         let from = self.some_page(random);
         let Some(first) = (from..self.pages.len()).find(|page| !self.pages[*page].mapped) else {
-            return Ok(());
+            return Ok(false);
         };
         let hole = self.pages[first..].iter().take_while(|page| !page.mapped).count();
         let count = 1 + random.below(hole as u64) as usize;
@@ -303,12 +357,12 @@ impl Region {
                 ..Page::FRESH
             };
         }
-        self.check(first)
+        self.check(first).map(|()| true)
     }
 
-    fn protect(&mut self, random: &mut Random) -> Result {
+    fn protect(&mut self, random: &mut Random) -> Done {
         let Some((first, count)) = self.some_mapped_range(random) else {
-            return Ok(());
+            return Ok(false);
         };
         let protection = *random.pick(&[libc::PROT_NONE, READ, READ, READ_WRITE, READ_WRITE, READ_WRITE]);
         // SAFETY: a piece of this region.
@@ -318,28 +372,16 @@ impl Region {
             .iter_mut()
             .for_each(|page| page.protection = protection);
         self.check(first)?;
-        self.write(first + count - 1, random.next() | 1)
+        self.write(first + count - 1, random.next() | 1).map(|()| true)
     }
 
-    fn advise(&mut self, random: &mut Random) -> Result {
-        const MADV_COLLAPSE: i32 = 25;
+    fn advise(&mut self, name: &str, random: &mut Random) -> Done {
+        let known = ADVICE.iter().find(|(_, known)| *known == name);
+        let (advice, _) = *known.ok_or_else(|| format!("there is no {name}"))?;
         let Some((first, count)) = self.some_mapped_range(random) else {
-            return Ok(());
+            return Ok(false);
         };
-        let advice = *random.pick(&[
-            libc::MADV_DONTNEED,
-            libc::MADV_DONTNEED,
-            libc::MADV_FREE,
-            libc::MADV_PAGEOUT,
-            libc::MADV_COLD,
-            libc::MADV_HUGEPAGE,
-            libc::MADV_NOHUGEPAGE,
-            libc::MADV_MERGEABLE,
-            libc::MADV_UNMERGEABLE,
-            MADV_COLLAPSE,
-            libc::MADV_POPULATE_READ,
-        ]);
-        let whole = advice == libc::MADV_HUGEPAGE || advice == MADV_COLLAPSE;
+        let whole = advice == libc::MADV_HUGEPAGE || advice == libc::MADV_COLLAPSE;
         let (first, count) = if whole { (0, self.pages.len()) } else { (first, count) };
         // SAFETY: a piece of this region.
         let result = unsafe { libc::madvise(self.address(first) as *mut _, count * PAGE, advice) };
@@ -357,17 +399,18 @@ impl Region {
                 _ => {}
             }
         }
-        self.check(first)
+        self.check(first)?;
+        Ok(result == 0)
     }
 
     /// Moves all of it to its other home, where it is one mapping.
-    fn relocate(&mut self) -> Result {
+    fn relocate(&mut self) -> Done {
         if self
             .pages
             .iter()
             .any(|page| !page.mapped || page.protection != READ_WRITE)
         {
-            return Ok(());
+            return Ok(false);
         }
         let (bytes, old) = (self.pages.len() * PAGE, self.start());
         self.home ^= 1;
@@ -385,16 +428,16 @@ impl Region {
         if got != new {
             // Not one mapping for Linux: pages that were mapped again do not merge with pages that were written before.
             self.home ^= 1;
-            return Ok(());
+            return Ok(false);
         }
         if load(old).is_ok() || load(old + bytes - 8).is_ok() {
             return Err(format!("region {}: readable where it was before mremap", self.number));
         }
-        Ok(())
+        Ok(true)
     }
 
     /// By what another process would use.
-    fn write_from_outside(&mut self, random: &mut Random) -> Result {
+    fn write_from_outside(&mut self, random: &mut Random) -> Done {
         let page = self.some_page(random);
         let value = random.next() | 1;
         for word in WORDS {
@@ -414,17 +457,17 @@ impl Region {
                 return Err(failed(&what));
             }
             if !expected {
-                return Ok(());
+                return Ok(true);
             }
         }
         self.pages[page].value = value;
         self.pages[page].lazily_freed = false;
-        self.check(page)
+        self.check(page).map(|()| true)
     }
 
-    fn truncate(&mut self, random: &mut Random) -> Result {
+    fn truncate(&mut self, random: &mut Random) -> Done {
         let Kind::File(file) = self.kind else {
-            return Ok(());
+            return Ok(false);
         };
         let pages = random.below(self.pages.len() as u64 + 1) as usize;
         // SAFETY: our own file.
@@ -435,21 +478,22 @@ impl Region {
         self.pages[from..].iter_mut().for_each(|page| page.value = 0);
         let last = self.pages.len() - 1;
         self.check(last)?;
-        self.check(pages.saturating_sub(1))
+        self.check(pages.saturating_sub(1)).map(|()| true)
     }
 
     /// Limits may forbid it.
-    fn lock_some(&mut self, random: &mut Random) -> Result {
+    fn lock_some(&mut self, random: &mut Random) -> Done {
         let Some((first, count)) = self.some_mapped_range(random) else {
-            return Ok(());
+            return Ok(false);
         };
         let address = self.address(first) as *const libc::c_void;
         // SAFETY: a piece of this region.
-        unsafe {
-            libc::mlock(address, count.min(8) * PAGE);
+        let locked = unsafe {
+            let locked = libc::mlock(address, count.min(8) * PAGE);
             libc::munlock(address, count * PAGE);
-        }
-        self.check(first)
+            locked == 0
+        };
+        self.check(first).map(|()| locked)
     }
 
     /// What a child of fork finds and does: the same memory; its writes are its own, except to what is shared.

@@ -62,7 +62,7 @@ pub fn report(results: &Results) -> Result<String> {
 }
 
 fn table(page: &mut String, results: &Results) -> Result<()> {
-    *page += "<table><tr><th>bench<th>system<th>unit<th>median<th>mean<th>max<th>n<th>VM exits<th>VMREAD<th>VMWRITE<th>RDMSR\
+    *page += "<table><tr><th>bench<th>system<th>unit<th>median<th>mean<th>max<th>n<th>VM exits<th>VM entries<th>VMREAD<th>VMWRITE<th>RDMSR\
               <th>WRMSR<th>VMPTRLD …<th>INVEPT …<th>loads of CR …<th>CLI, STI<th>IPIs<th>target<th>then<th>why it is missed, and what to try next</tr>\n";
     for row in &results.rows {
         let class = match (row.met, row.recorded) {
@@ -82,7 +82,7 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
         writeln!(
             page,
             "<tr class=\"{class}\"><td>{}<td>{system}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}\
-             <td>{}<td>{}<td>{}<td>{}<td>{}<td class=\"why\">{}</tr>",
+             <td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td class=\"why\">{}</tr>",
             row.bench,
             short(&row.unit),
             row.value,
@@ -90,6 +90,7 @@ fn table(page: &mut String, results: &Results) -> Result<()> {
             row.max,
             row.n,
             number(row.vm_exits),
+            heavy(|heavy| heavy.entry),
             heavy(|heavy| heavy.vmread),
             heavy(|heavy| heavy.vmwrite),
             heavy(|heavy| heavy.rdmsr),

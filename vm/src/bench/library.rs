@@ -111,6 +111,15 @@ const JOBS: &[Job] = &[
         )],
     ),
     job(
+        "sthread: make, wait for its end",
+        ("sthread_make", "sthread"),
+        &[
+            (("sthread_make", "compartment"), "libdune: no thread of its own"),
+            (("sthread_make", "process (fork)"), "fork, waitpid"),
+            (("sthread_make", "thread"), "pthread_create, pthread_join"),
+        ],
+    ),
+    job(
         "compartment for a request: make, answer, give back",
         ("sthread", "compartment"),
         &[
@@ -162,14 +171,14 @@ fn rows() -> String {
     distinct(rows.filter(|bench| !of_programs(bench))).join(",")
 }
 
-/// Prints the table; whether libdune's figures are all there.
-pub fn print(results: &Results) -> bool {
+/// Prints the table. The rows that are missing, libdune's and others'.
+pub fn print(results: &Results) -> Vec<String> {
     println!("\n{:<54} {:<30} {:>10} {:>8}", "", "", "median", "x");
-    let mut is_whole = true;
+    let mut missing = Vec::new();
     for job in JOBS {
         let Some(own) = results.find(job.own.0, job.own.1).map(|row| row.value) else {
             println!("{:<54} {:<30} {:>10}", job.what, "libdune", "missing");
-            is_whole = false;
+            missing.push(named(job.own));
             continue;
         };
         println!("{:<54} {:<30} {own:>10}", job.what, "libdune");
@@ -181,16 +190,60 @@ pub fn print(results: &Results) -> bool {
                     row.value,
                     row.value as f64 / own.max(1) as f64
                 ),
-                None => println!("{:<54} {name:<30} {:>10}", "", "not here"),
+                None => {
+                    println!("{:<54} {name:<30} {:>10}", "", "missing");
+                    missing.push(named((bench, system)));
+                }
             }
         }
     }
-    is_whole
+    missing
+}
+
+/// A row, as who looks for it would call it.
+fn named((bench, system): Place) -> String {
+    format!("{bench} of \"{system}\"")
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::results::Environment;
     use super::*;
+
+    /// A run that has every row but one.
+    fn without(left_out: Place) -> Results {
+        let environment = Environment {
+            kernel: String::new(),
+            kernel_arguments: String::new(),
+            cpu_model: String::new(),
+            rustc: String::new(),
+            kernel_rustc: String::new(),
+            gcc: String::new(),
+        };
+        let mut results = Results::new(environment);
+        let places = JOBS
+            .iter()
+            .flat_map(|job| [job.own].into_iter().chain(job.others.iter().map(|other| other.0)));
+        for (bench, system) in places.filter(|place| *place != left_out) {
+            let line = format!(
+                r#"{{"bench":"{bench}","system":"{system}","value":5,"mean":5,"max":5,"n":1,"vm_exits":null}}"#
+            );
+            results.push(serde_json::from_str(&line).unwrap(), "");
+        }
+        results
+    }
+
+    #[test]
+    fn missing_rows_are_named() {
+        assert!(print(&without(("none", "none"))).is_empty());
+        for job in JOBS {
+            for place in [job.own].into_iter().chain(job.others.iter().map(|other| other.0)) {
+                let missing = print(&without(place));
+                assert!(missing.contains(&named(place)), "{place:?}: {missing:?}");
+                assert!(missing.iter().all(|name| *name == named(place)), "{missing:?}");
+            }
+        }
+    }
 
     #[test]
     fn each_row_is_asked_for_once() {

@@ -6,6 +6,7 @@ mod chart;
 mod compare;
 mod library;
 mod results;
+mod tables;
 mod targets;
 
 use std::fs;
@@ -27,6 +28,7 @@ use crate::verdict;
 pub use compare::against_baseline;
 pub use compare::compare;
 pub use results::Results;
+pub use tables::fill;
 
 use results::Environment;
 use results::Line;
@@ -48,11 +50,14 @@ const SHORT_MIB: u32 = 1024;
 const LONG_MIB: u32 = 2048;
 const TIMEOUT: Duration = Duration::from_secs(1200);
 
+/// What a quick run writes, in target/bench.
+pub const QUICK: &str = "results-quick.json";
+
 /// What to measure.
 pub struct Options {
     /// Part of the names of the rows.
     pub only: Option<String>,
-    /// One machine and no counting of heavy operations: what `make test` compares.
+    /// One machine, without the rows that take many seconds: what `make test` compares.
     pub quick: bool,
     /// What libdune is there for, and Linux' own ways to it, on one machine.
     pub library: bool,
@@ -60,6 +65,7 @@ pub struct Options {
 
 /// Measures and writes the results.
 pub fn run(options: &Options) -> Result<Results> {
+    paths::small_program()?;
     let mut results = if host::why_not_native().is_none() {
         native(options)?
     } else {
@@ -73,13 +79,20 @@ pub fn run(options: &Options) -> Result<Results> {
     fs::create_dir_all(&directory)?;
     let json = directory.join(if options.library {
         "library.json"
+    } else if options.quick {
+        QUICK
+    } else if options.only.is_some() {
+        "results-part.json"
     } else {
         "results.json"
     });
     fs::write(&json, serde_json::to_string_pretty(&results)? + "\n")?;
     println!("wrote {}", json.display());
-    if options.library && !library::print(&results) {
-        bail!("rows are missing");
+    if options.library {
+        let missing = library::print(&results);
+        if !missing.is_empty() {
+            bail!("rows are missing: {}", missing.join(", "));
+        }
     }
     if !options.is_short() {
         let report = directory.join("report.html");
@@ -92,6 +105,15 @@ pub fn run(options: &Options) -> Result<Results> {
 impl Options {
     fn is_short(&self) -> bool {
         self.quick || self.library
+    }
+
+    /// What runs where heavy operations are counted.
+    fn counting_command(&self) -> String {
+        let only = self
+            .only
+            .as_ref()
+            .map_or(String::new(), |only| format!(" --only '{only}'"));
+        format!("dune-bench --quick --system dune,dune-borrow{only}")
     }
 
     /// What runs on the first machine.
@@ -133,7 +155,7 @@ fn emulated(options: &Options) -> Result<Results> {
     let all = |results: &mut Results, line: &str| take(results, line, "");
     let memory_mib = if options.is_short() { SHORT_MIB } else { LONG_MIB };
     boot(&PLAIN, memory_mib, &module, &options.command(), &mut results, &all)?;
-    if options.is_short() {
+    if options.library {
         return Ok(results);
     }
     println!("the same, module with counters of heavy operations (counting costs instructions: they do not count)");
@@ -144,11 +166,14 @@ fn emulated(options: &Options) -> Result<Results> {
         &PLAIN,
         SHORT_MIB,
         &counting,
-        &(options.command() + " --system dune --quick"),
+        &options.counting_command(),
         &mut counted,
         &silent,
     )?;
-    results.take_heavy(&counted);
+    results.take_counted(&counted);
+    if options.quick {
+        return Ok(results);
+    }
     let (kernel, cpu_model, append) = USUAL;
     results
         .other_machines
@@ -239,9 +264,6 @@ fn collect(results: &mut Results, line: &str, column: &str) -> Result<bool> {
     };
     if let Some(unit) = text.strip_prefix("unit ") {
         results.unit = unit.to_string();
-        return Ok(false);
-    }
-    if text.starts_with("counted ") {
         return Ok(false);
     }
     let line: Line = serde_json::from_str(text).with_context(|| format!("not a row: {text}"))?;

@@ -20,7 +20,11 @@ pub struct Environment {
     pub kernel: String,
     pub kernel_arguments: String,
     pub cpu_model: String,
+    /// Of the programs.
     pub rustc: String,
+    /// Of kernel and module.
+    #[serde(default)]
+    pub kernel_rustc: String,
     pub gcc: String,
 }
 
@@ -28,12 +32,14 @@ impl Environment {
     pub fn emulated(kernel: &str, cpu_model: &str, append: &str) -> Result<Self> {
         let tree = paths::kernel_tree(kernel)?;
         let name = tree.file_name().context("a kernel's tree has a name")?;
+        let config = fs::read_to_string(tree.join(".config")).unwrap_or_default();
         Ok(Self {
             kernel: name.to_string_lossy().into_owned(),
             kernel_arguments: append.to_string(),
             cpu_model: cpu_model.to_string(),
             rustc: version("rustc"),
-            gcc: version("gcc"),
+            kernel_rustc: setting(&config, "CONFIG_RUSTC_VERSION_TEXT"),
+            gcc: setting(&config, "CONFIG_CC_VERSION_TEXT"),
         })
     }
 
@@ -43,14 +49,27 @@ impl Environment {
             .lines()
             .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1).map(str::to_string))
             .unwrap_or_default();
+        let kernel = read("/proc/sys/kernel/osrelease")?.trim().to_string();
+        let config = fs::read_to_string(format!("/lib/modules/{kernel}/build/.config"))
+            .or_else(|_| fs::read_to_string(format!("/boot/config-{kernel}")))
+            .unwrap_or_default();
         Ok(Self {
-            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_string(),
+            kernel,
             kernel_arguments: read("/proc/cmdline")?.trim().to_string(),
             cpu_model: model,
             rustc: version("rustc"),
-            gcc: version("gcc"),
+            kernel_rustc: setting(&config, "CONFIG_RUSTC_VERSION_TEXT"),
+            gcc: setting(&config, "CONFIG_CC_VERSION_TEXT"),
         })
     }
+}
+
+/// The text of a setting in a kernel's configuration.
+fn setting(config: &str, name: &str) -> String {
+    let text = config
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    text.map_or("unknown".to_string(), |text| text.trim_matches('"').to_string())
 }
 
 /// A row as dune-bench tells it.
@@ -118,12 +137,20 @@ impl Heavy {
         }
     }
 
-    /// Whether there are no more of the kinds for which there are targets.
-    pub fn is_within(&self, most: &Self) -> bool {
-        self.vmread <= most.vmread
-            && self.vmwrite <= most.vmwrite
-            && self.rdmsr <= most.rdmsr
-            && self.wrmsr <= most.wrmsr
+    /// Its kinds, with their names.
+    pub fn kinds(&self) -> [(&'static str, u64); HEAVY_KINDS] {
+        [
+            ("VMREAD", self.vmread),
+            ("VMWRITE", self.vmwrite),
+            ("VMPTRLD and its like", self.vmptrld),
+            ("INVEPT, INVVPID", self.invalidation),
+            ("RDMSR", self.rdmsr),
+            ("WRMSR", self.wrmsr),
+            ("loads of CR, DR, tables", self.load),
+            ("CLI, STI", self.interrupt_flag),
+            ("IPIs", self.ipi),
+            ("VM entries", self.entry),
+        ]
     }
 }
 
@@ -144,6 +171,9 @@ pub struct Row {
     /// How many of them were interrupts, which the operation did not make.
     #[serde(default)]
     pub interrupts: Option<u64>,
+    /// The same, of the run in which exits and heavy operations were counted.
+    #[serde(default)]
+    pub counted_interrupts: Option<u64>,
     pub heavy: Option<Heavy>,
     /// The machine, where it is not the first one.
     pub column: String,
@@ -195,6 +225,7 @@ impl Results {
             n: line.n,
             vm_exits: line.vm_exits,
             interrupts: line.interrupts,
+            counted_interrupts: None,
             heavy: line.heavy.as_ref().map(Heavy::of),
             column: column.to_string(),
             target: None,
@@ -212,11 +243,12 @@ impl Results {
             .find(|row| row.bench == bench && row.system == system && row.column.is_empty())
     }
 
-    /// Takes the heavy operations of another run of the same.
-    pub fn take_heavy(&mut self, counted: &Self) {
+    /// Takes heavy operations, exits and interrupts of another run of the same, in which they were counted together.
+    pub fn take_counted(&mut self, counted: &Self) {
         for row in &mut self.rows {
-            if let Some(other) = counted.find(&row.bench, &row.system) {
-                row.heavy = other.heavy;
+            let other = counted.find(&row.bench, &row.system);
+            if let Some(other) = other.filter(|other| other.heavy.is_some()) {
+                (row.vm_exits, row.counted_interrupts, row.heavy) = (other.vm_exits, other.interrupts, other.heavy);
             }
         }
     }

@@ -23,6 +23,7 @@ use crate::support::queue_signal;
 use crate::support::set_handler;
 use crate::support::set_timer;
 use crate::support::spawn;
+use crate::support::spawn_spinning;
 use crate::support::step_over;
 use crate::support::stepped_over;
 use crate::support::timer;
@@ -700,9 +701,7 @@ fn stop_and_continue() {
         std::thread::sleep(Duration::from_millis(10));
         shared.word(0).load(SeqCst) != before
     };
-    while shared.word(0).load(SeqCst) == 0 {
-        std::thread::yield_now();
-    }
+    let child = child.until(|| shared.word(0).load(SeqCst) != 0);
     for _ in 0..3 {
         child.kill(libc::SIGSTOP);
         let mut status = 0;
@@ -720,19 +719,9 @@ fn stop_and_continue() {
 fn default_action_ends_a_spinning_guest() {
     for signal in [libc::SIGTERM, libc::SIGALRM, libc::SIGQUIT, libc::SIGRTMIN()] {
         println!("signal {signal}");
-        let shared = Shared::new();
-        let child = spawn(|| {
-            let _dune = enter();
-            shared.word(0).store(1, SeqCst);
-            loop {
-                std::hint::spin_loop();
-            }
-        });
-        while shared.word(0).load(SeqCst) == 0 {
-            std::thread::yield_now();
-        }
+        let child = spawn_spinning(&Shared::new());
         child.kill(signal);
-        assert_eq!(child.wait().signal(), Some(signal));
+        assert_eq!(child.wait_soon().signal(), Some(signal));
     }
 }
 

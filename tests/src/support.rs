@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::io::Read;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::ptr;
 use std::sync::atomic::AtomicU64;
@@ -728,9 +729,11 @@ pub fn spawn_spinning(shared: &Shared) -> Child {
         dune.leave();
         shared.word(0).store(2, SeqCst);
     });
-    assert!(eventually(|| shared.word(0).load(SeqCst) == 1));
-    child
+    child.until(|| shared.word(0).load(SeqCst) == 1)
 }
+
+/// What a child has for a thing that takes no time.
+const CHILD_LIMIT: Duration = Duration::from_secs(8);
 
 /// A running child of [`spawn`]. Killed and reaped when dropped.
 #[derive(Debug)]
@@ -743,6 +746,64 @@ impl Child {
     pub fn kill(&self, signal: i32) {
         // SAFETY: our own child, not reaped yet.
         assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
+    }
+
+    /// Waits until that holds. It must not end before, and has some seconds.
+    #[track_caller]
+    pub fn until(self, condition: impl Fn() -> bool) -> Self {
+        let has_ended = || {
+            // SAFETY: our own child; it stays to be waited for.
+            unsafe {
+                let mut info = core::mem::zeroed();
+                let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+                assert_eq!(libc::waitid(libc::P_PID, self.pid as u32, &mut info, options), 0);
+                info.si_pid() == self.pid
+            }
+        };
+        within(CHILD_LIMIT, || condition() || has_ended());
+        if !condition() {
+            let state = self.state();
+            self.kill(libc::SIGKILL);
+            panic!("the child does not come to it: {state}{:#x?}", self.wait());
+        }
+        self
+    }
+
+    /// What Linux says of it: its state, the signals that wait and that it blocks, and where it is in the kernel.
+    fn state(&self) -> String {
+        let read = |name| fs::read_to_string(format!("/proc/{}/{name}", self.pid)).unwrap_or_default();
+        let fields = ["State", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "CoreDumping"];
+        let status = read("status");
+        let told = status
+            .lines()
+            .filter(|line| fields.iter().any(|field| line.starts_with(field)));
+        format!(
+            "{}\nstat: {}stack: {}",
+            told.collect::<Vec<_>>().join("\n"),
+            read("stat"),
+            read("stack")
+        )
+    }
+
+    /// Waits for its end, which is due: it says where the child is after some seconds.
+    #[track_caller]
+    pub fn wait_soon(self) -> Ended {
+        let mut output = libc::pollfd {
+            fd: self.output.as_ref().map_or(-1, AsRawFd::as_raw_fd),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut is_over = || {
+            // SAFETY: one descriptor of ours.
+            unsafe { libc::poll(&mut output, 1, 0) };
+            output.revents & libc::POLLHUP != 0
+        };
+        if !within(CHILD_LIMIT, &mut is_over) {
+            let state = self.state();
+            self.kill(libc::SIGKILL);
+            panic!("the child does not end: {state}{:#x?}", self.wait());
+        }
+        self.wait()
     }
 
     /// Waits for its end.

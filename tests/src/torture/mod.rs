@@ -52,7 +52,7 @@ pub const TESTS: &[Test] = &[
         .run_as(User::Root)
         .timeout_s(60)
         .lasts(SECONDS),
-    Test::asserting("torture_at_length", || torture(LONG))
+    Test::asserting("torture_at_length", || torture(60))
         .suite(Suite::Long)
         .run_as(User::Root)
         .timeout_s(400)
@@ -98,8 +98,17 @@ fn times<'a>(sums: &'a Shared, kind: &str, in_dune: bool) -> &'a AtomicU64 {
     sums.word(KINDS + 2 * number + usize::from(in_dune))
 }
 
-/// Seconds of a run that does everything both in and out of Dune mode.
-const LONG: u64 = 60;
+/// What was never done yet in a mode.
+fn missing(sums: &Shared) -> Vec<String> {
+    let modes = [(false, "out of"), (true, "in")];
+    let all = kinds().flat_map(|kind| modes.map(|(in_dune, mode)| (kind, in_dune, mode)));
+    all.filter(|(kind, in_dune, _)| times(sums, kind, *in_dune).load(Relaxed) == 0)
+        .map(|(kind, _, mode)| format!("{kind} {mode} Dune mode"))
+        .collect()
+}
+
+/// So many times its length a run goes on at most until each thing was done in both modes.
+const LONGER: u64 = 2;
 
 /// With what the program ends that a thread executes.
 const EXECUTED: u8 = 43;
@@ -113,7 +122,10 @@ fn torture(length: u64) {
     let sums = Shared::new();
     let begin = Instant::now();
     let (mut processes, mut killed) = (0, 0);
-    while begin.elapsed() < Duration::from_secs(seconds) {
+    // What seldom succeeds gets more time.
+    let lasts = |seconds| begin.elapsed() < Duration::from_secs(seconds);
+    let longer = seconds + LONGER * length;
+    while lasts(seconds) || seconds >= length && lasts(longer) && !missing(&sums).is_empty() {
         let _knob = random
             .percent(30)
             .then(|| Knob::set("fault_delay_us", random.below(40) as u32));
@@ -162,23 +174,16 @@ fn torture(length: u64) {
         "report: seed {seed}: {processes} processes, {killed} of them killed; {}",
         texts.join(", ")
     );
-    let mut missing = Vec::new();
-    let mut texts = Vec::new();
-    for kind in kinds() {
-        let [outside, inside] = [false, true].map(|mode| times(&sums, kind, mode).load(Relaxed));
-        texts.push(format!("{kind} {outside}, {inside}"));
-        // In a short run what seldom succeeds may do so in one of the modes only.
-        let is_short = length < LONG && outside + inside > 0;
-        if outside == 0 && !is_short {
-            missing.push(format!("{kind} out of Dune mode"));
-        }
-        if inside == 0 && !is_short {
-            missing.push(format!("{kind} in Dune mode"));
-        }
-    }
+    let texts: Vec<String> = kinds()
+        .map(|kind| {
+            let [outside, inside] = [false, true].map(|mode| times(&sums, kind, mode).load(Relaxed));
+            format!("{kind} {outside}, {inside}")
+        })
+        .collect();
     println!("report: out of Dune mode, in it: {}", texts.join("; "));
     assert_nothing_in_use();
     if seconds >= length {
+        let missing = missing(&sums);
         assert!(missing.is_empty(), "never done: {}", missing.join(", "));
         assert_ne!(killed, 0, "no process was killed");
     }

@@ -379,7 +379,10 @@ mod tests {
         assert!(!against_baseline(&old, &with(80_100, 82_500, 0)), "the least grew");
         assert!(!against_baseline(&old, &with(80_100, 80_000, 3)));
         let short = with(15_235, 15_232, 0);
-        assert!(!against_baseline(&short, &with(16_360, 15_232, 0)), "a tick in a short row");
+        assert!(
+            !against_baseline(&short, &with(16_360, 15_232, 0)),
+            "a tick in a short row"
+        );
         assert!(!against_baseline(&short, &with(15_235, 15_232, 2)));
     }
 

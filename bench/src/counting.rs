@@ -60,12 +60,12 @@ pub fn sum(one: &Done, other: &Done) -> Done {
     core::array::from_fn(|column| one[column] + other[column])
 }
 
-/// The median of each column.
-pub fn medians(done: &[Done]) -> Done {
+/// The lower quartile of each column: up to three of four operations may have met a tick of the clock, which adds to most.
+pub fn without_ticks(done: &[Done]) -> Done {
     core::array::from_fn(|column| {
         let mut values: Vec<u64> = done.iter().map(|done| done[column]).collect();
         values.sort_unstable();
-        values[values.len() / 2]
+        values[values.len() / 4]
     })
 }
 
@@ -256,7 +256,7 @@ impl Taker {
         };
         taker.take();
         let own: Vec<Done> = (0..TIMES).map(|_| taker.take()).collect();
-        taker.own = medians(&own);
+        taker.own = without_ticks(&own);
         taker
     }
 

@@ -20,6 +20,8 @@ pub(crate) static EPT_PAGES: AtomicUsize = AtomicUsize::new(0);
 pub(crate) static VCPUS_MADE: AtomicUsize = AtomicUsize::new(0);
 /// System calls that vCPUs which are gone had handed to the host loop.
 pub(crate) static SYSCALLS: AtomicUsize = AtomicUsize::new(0);
+/// Those of them that came without a RUN, behind another.
+pub(crate) static SHORTCUTS: AtomicUsize = AtomicUsize::new(0);
 
 /// One of what a counter counts. Holding it as a field counts right in every path, also where a half-made owner is dropped.
 pub(crate) struct Counted(&'static AtomicUsize);
@@ -47,5 +49,6 @@ pub(crate) fn show() -> (Dir, Dir) {
     let since_load = Dir::new(c"since_load", Some(&dir));
     since_load.add(c"vcpus", &VCPUS_MADE);
     since_load.add(c"syscalls", &SYSCALLS);
+    since_load.add(c"shortcuts", &SHORTCUTS);
     (since_load, dir)
 }

@@ -7,10 +7,12 @@
 
 mod rseq;
 mod run_page;
+mod shortcut;
 mod state;
 mod window;
 
 use self::run_page::AGAIN;
+use self::shortcut::Waiting;
 use self::window::Window;
 use crate::abi;
 use crate::arch::exit::InterruptionInfo;
@@ -34,6 +36,7 @@ use crate::vmx::host_state::HostState;
 use crate::vmx::owner;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
+use core::ptr::NonNull;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
@@ -72,6 +75,9 @@ struct Soft {
 /// A vCPU. Used by its owner only (see [`Space::with_vcpu`]), but for [`Vcpu::is_abandoned`].
 pub(crate) struct Vcpu {
     pub(crate) owner: Task,
+    /// The one that has it.
+    space: NonNull<Space>,
+    waiting: Waiting,
     vmcs: KBox<Vmcs>,
     run: Page,
     _vpid: Vpid,
@@ -100,7 +106,7 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// A vCPU of the calling thread. ENOMEM.
+    /// A vCPU of the calling thread, for `space`, which ends it before it ends itself. ENOMEM.
     pub(crate) fn new(space: &Space, charge: Charge) -> Result<KBox<Self>> {
         let capabilities = &space.capabilities;
         let vpid = if capabilities.has_vpid() {
@@ -111,6 +117,8 @@ impl Vcpu {
         let vcpu = KBox::new(
             Self {
                 owner: Task::current(),
+                space: NonNull::from(space),
+                waiting: Waiting::default(),
                 vmcs: Vmcs::new(capabilities.revision_id)?,
                 run: Page::new()?,
                 vpid: vpid.number(),
@@ -214,6 +222,9 @@ impl Vcpu {
         if regs::data_selectors() != 0 {
             return Err(ENXIO);
         }
+        if let Some(answer) = self.settle_waiting(space) {
+            return answer;
+        }
         self.take_dirty()?;
         self.host_ran = true;
         loop {
@@ -224,12 +235,9 @@ impl Vcpu {
             }
             let flow = match self.enter_once(space) {
                 Window::Syscall => {
-                    self.syscalls = self.syscalls.wrapping_add(1);
-                    let number = self.forward();
-                    if PMU_CALLS.contains(&number) {
-                        self.host.forget_pmu();
-                    }
-                    return Ok(number);
+                    let forward = self.forwarded();
+                    self.owner.set_user_result(abi::EXIT_SYSCALL, Some(forward.call));
+                    return Ok(forward.number);
                 }
                 Window::Exited(info) => match exit::handle(self, space, &info) {
                     Ok(flow) => flow,
@@ -318,6 +326,9 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        // SAFETY: The space ends its vCPUs before it ends.
+        let space = unsafe { self.space.as_ref() };
+        self.stop_waiting(space);
         counters::SYSCALLS.fetch_add(self.syscalls, Relaxed);
         if cfg!(dune_mutate_leak) {
             core::mem::forget(Page::new());

@@ -395,6 +395,10 @@ pub struct RunPage {
     /// Nonzero: RUN returns EINTR once the TSC, as user space reads it, is not below this: at the next interrupt or other
     /// exit that user space does not see.
     pub deadline: u64,
+    /// In, read at any time: address of the instruction behind the system call that the caller of RUN makes when RUN gave it
+    /// one. Nonzero: it puts that call's result into `gprs.rax` there, and calls RUN as before; so when the call comes back to
+    /// there the module may do both at once, and have the thread go on behind RUN with the guest's next call.
+    pub forward_behind: u64,
 }
 
 // The layout is ABI: nothing moves without a new ABI_VERSION.
@@ -415,6 +419,7 @@ const _: () = {
     assert!(size_of::<Sregs>() == 264);
     assert!(offset_of!(RunPage, counters) == 504);
     assert!(offset_of!(RunPage, deadline) == 1304);
+    assert!(offset_of!(RunPage, forward_behind) == 1312);
     assert!(size_of::<Counters>() == 8 * (EXIT_REASONS + 10 + HEAVY_KINDS));
     assert!(size_of::<Info>() == 72);
     assert!(size_of::<CreateVcpu>() == 32);

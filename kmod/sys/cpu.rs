@@ -3,8 +3,10 @@
 //! CPUs, preemption and interrupts (linux/smp.h, linux/preempt.h, linux/irqflags.h).
 
 use super::bindings;
+use core::borrow::Borrow;
 use core::ffi::c_void;
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 
 /// Token: preemption is off while it lives, so the thread stays on [`PreemptGuard::cpu`].
 pub(crate) struct PreemptGuard {
@@ -93,6 +95,30 @@ impl Drop for IrqOff {
     }
 }
 
+/// Interrupts that are off on this CPU, and are not turned on when this is dropped.
+pub(crate) struct IrqLeftOff(ManuallyDrop<IrqOff>);
+
+impl IrqLeftOff {
+    /// # Safety
+    ///
+    /// Interrupts must be off, and stay so while it lives.
+    pub(crate) unsafe fn new() -> Self {
+        // SAFETY: Reads per-CPU variables.
+        let here = unsafe { bindings::dune_here() };
+        Self(ManuallyDrop::new(IrqOff {
+            here,
+            _not_send: PhantomData,
+        }))
+    }
+}
+
+impl Borrow<IrqOff> for IrqLeftOff {
+    #[inline(always)]
+    fn borrow(&self) -> &IrqOff {
+        &self.0
+    }
+}
+
 /// The CPU this thread is on, which may change at any time unless a guard is held.
 pub(crate) fn cpu_hint() -> usize {
     // SAFETY: Reads a per-CPU variable.
@@ -120,6 +146,13 @@ pub(crate) fn kick(cpu: usize) {
     unsafe extern "C" fn nothing(_: *mut c_void) {}
     // SAFETY: `nothing` is sound anywhere.
     unsafe { call_on(cpu, nothing, core::ptr::null_mut()) };
+}
+
+/// When this returns each CPU has had interrupts on since it was called. With interrupts on.
+pub(crate) fn wait_for_interrupts() {
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+    // SAFETY: `nothing` is sound anywhere.
+    unsafe { bindings::dune_on_each_cpu(Some(nothing)) };
 }
 
 /// Whether executable huge EPT leaves can make this CPU raise a machine check (iTLB multihit).

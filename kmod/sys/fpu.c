@@ -14,9 +14,10 @@
 #include "compat.h"
 #include "helpers.h"
 
+/* Somebody else's notifier: KVM's. With interrupts off. */
 bool dune_user_return_pending(void)
 {
-	return test_thread_flag(TIF_USER_RETURN_NOTIFY);
+	return test_thread_flag(TIF_USER_RETURN_NOTIFY) && !dune_user_return_is_ours();
 }
 
 /* 0 where Linux uses no protection keys. */
@@ -32,10 +33,10 @@ void dune_pkru_write(u32 pkru)
 
 unsigned int dune_user_state_load(void)
 {
-	if (likely(!(read_thread_flags() & (_TIF_NEED_FPU_LOAD | _TIF_USER_RETURN_NOTIFY))))
-		return DUNE_USER_STATE_LOADED;
 	if (dune_user_return_pending())
 		return DUNE_USER_STATE_ELSEWHERE;
+	if (likely(!test_thread_flag(TIF_NEED_FPU_LOAD)))
+		return DUNE_USER_STATE_LOADED;
 #if DUNE_LENDS_FPU
 	return DUNE_USER_STATE_IN_MEMORY;
 #else

@@ -331,6 +331,11 @@ struct dune_here dune_irq_disable(void)
 	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
 }
 
+struct dune_here dune_here(void)
+{
+	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
+}
+
 void dune_irq_enable(void)
 {
 	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
@@ -520,6 +525,11 @@ unsigned long dune_copy_from_user(void *to, const void __user *from, unsigned lo
 	return copy_from_user(to, from, n);
 }
 
+unsigned long dune_copy_from_user_now(void *to, const void __user *from, unsigned long n)
+{
+	return copy_from_user_nofault(to, from, n) ? n : 0;
+}
+
 unsigned long dune_copy_to_user(void __user *to, const void *from, unsigned long n)
 {
 	return copy_to_user(to, from, n);
@@ -671,7 +681,11 @@ void dune_put_task(struct task_struct *task)
 
 const unsigned long dune_flags_before_entry = DUNE_BEFORE_ENTRY;
 const unsigned long dune_flag_cpuid_faults = _TIF_NOCPUID;
-const unsigned long dune_flags_before_settling = DUNE_BEFORE_ENTRY | _TIF_NOCPUID;
+/* In a window: which notifiers there are was looked at before. */
+const unsigned long dune_flags_before_settling = (DUNE_BEFORE_ENTRY & ~_TIF_USER_RETURN_NOTIFY) | _TIF_NOCPUID;
+const unsigned long dune_flag_user_return = _TIF_USER_RETURN_NOTIFY;
+/* Linux has looked already whether the thread has an I/O bitmap to load. */
+const unsigned long dune_flags_before_shortcut = (DUNE_BEFORE_ENTRY & ~_TIF_USER_RETURN_NOTIFY) | _TIF_IO_BITMAP;
 
 void dune_task_words(struct task_struct *task, struct dune_task_words *words)
 {
@@ -679,6 +693,11 @@ void dune_task_words(struct task_struct *task, struct dune_task_words *words)
 	words->nvcsw = &task->nvcsw;
 	words->nivcsw = &task->nivcsw;
 	words->regs = task_pt_regs(task);
+}
+
+bool dune_regs_are_plain(const struct pt_regs *regs)
+{
+	return regs->cs == __USER_CS && !(regs->flags & X86_EFLAGS_TF);
 }
 
 bool dune_task_is_exiting(const struct task_struct *task)

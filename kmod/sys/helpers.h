@@ -70,6 +70,8 @@ struct dune_here {
 	unsigned long interrupts;
 };
 struct dune_here dune_irq_disable(void);
+/* The same, where interrupts are off already. */
+struct dune_here dune_here(void);
 /* 1: that number stays where no interrupt came. */
 #if defined(DUNE_HAS_IRQ_COUNTS) || defined(DUNE_HAS_IRQ_STAT)
 enum { DUNE_INTERRUPTS_ARE_COUNTED = 1 };
@@ -108,6 +110,7 @@ struct page *dune_virt_to_page(const void *addr);
 u64 dune_virt_to_phys(const void *addr);
 void *dune_phys_to_virt(u64 pa);
 unsigned long dune_copy_from_user(void *to, const void __user *from, unsigned long n);
+unsigned long dune_copy_from_user_now(void *to, const void __user *from, unsigned long n);
 unsigned long dune_copy_to_user(void __user *to, const void *from, unsigned long n);
 
 /* The process and its mm. */
@@ -156,7 +159,11 @@ void dune_task_words(struct task_struct *task, struct dune_task_words *words);
 /* Of its flags: those with which a thread does not enter a guest as it is, and that by which CPUID faults. */
 extern const unsigned long dune_flags_before_entry;
 extern const unsigned long dune_flags_before_settling;	/* either */
+extern const unsigned long dune_flag_user_return;	/* of the first: a notifier, which may be ours alone */
+extern const unsigned long dune_flags_before_shortcut;
 extern const unsigned long dune_flag_cpuid_faults;
+/* Whether a system call or interrupt that came from 64-bit user mode goes back there without a trap behind the next instruction. */
+bool dune_regs_are_plain(const struct pt_regs *regs);
 bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 u64 dune_rseq(u32 *signature);
@@ -192,6 +199,11 @@ unsigned int dune_user_state_load(void);	/* one of these */
 u64 dune_fpu_lend(void);
 void dune_fpu_give_back(u64 xfd);
 bool dune_user_return_pending(void);
+/* See user_return.c. */
+void dune_user_return_wait(void *vcpu, void (*go_on)(void *vcpu));
+void dune_user_return_forget(void *vcpu);
+void dune_user_return_stop(void);
+bool dune_user_return_is_ours(void);
 u32 dune_pkru(void);
 void dune_pkru_write(u32 pkru);
 unsigned long dune_read_cr0(void);

@@ -25,6 +25,7 @@ pub(crate) mod seq;
 pub(crate) mod thread;
 pub(crate) mod trace;
 pub(crate) mod user;
+pub(crate) mod user_return;
 
 /// Tells the driver of Intel PT that VMX goes on or off on this CPU (asm/intel_pt.h).
 pub(crate) fn pt_vmx(on: bool) {

@@ -5,6 +5,7 @@
 use super::bindings;
 use super::cpu::IrqOff;
 use super::mm::Mm;
+use super::user_return;
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
@@ -62,6 +63,11 @@ impl Task {
     pub(crate) fn set_user_result(&self, exit_kind: u32, forward: Option<Forward>) {
         // SAFETY: The current thread is in a system call, so its registers are there and nobody else uses them.
         let regs = unsafe { &mut *self.words.regs };
+        Self::set_result(regs, exit_kind, forward);
+    }
+
+    #[inline(always)]
+    fn set_result(regs: &mut bindings::pt_regs, exit_kind: u32, forward: Option<Forward>) {
         regs.r12 = exit_kind as _;
         if let Some(Forward {
             args: [di, si, dx, r10, r8, r9],
@@ -76,6 +82,42 @@ impl Task {
         }
     }
 
+    /// Where it goes on in user mode. For the current task, in a system call.
+    #[inline(always)]
+    pub(crate) fn user_rip(&self) -> u64 {
+        // SAFETY: As above.
+        unsafe { (*self.words.regs).ip as u64 }
+    }
+
+    /// RAX in user mode, if the next instruction there is at `rip`, in 64-bit code, and no trap follows it. For the current
+    /// task, on its way to user mode.
+    #[inline(always)]
+    pub(crate) fn user_rax_at(&self, rip: u64) -> Option<u64> {
+        // SAFETY: As above, until the thread is in user mode.
+        let regs = unsafe { &*self.words.regs };
+        // SAFETY: Reads them.
+        (regs.ip as u64 == rip && unsafe { bindings::dune_regs_are_plain(regs) }).then_some(regs.ax as u64)
+    }
+
+    /// Sets RAX in user mode. As above.
+    #[inline(always)]
+    pub(crate) fn set_user_rax(&self, rax: u64) {
+        // SAFETY: As above.
+        unsafe { (*self.words.regs).ax = rax as _ };
+    }
+
+    /// As [`Self::set_user_result`], with what the system call returns and where it returns to, an address of before. As above.
+    #[inline(always)]
+    pub(crate) fn return_to_user(&self, rip: u64, rax: u64, exit_kind: u32, forward: Forward) {
+        // SAFETY: As above.
+        let regs = unsafe { &mut *self.words.regs };
+        Self::set_result(regs, exit_kind, Some(forward));
+        regs.ax = rax as _;
+        regs.ip = rip as _;
+        // As SYSRET wants it.
+        regs.cx = rip as _;
+    }
+
     #[inline(always)]
     fn flags(&self) -> u64 {
         // SAFETY: A word of the task, which is allocated.
@@ -84,12 +126,21 @@ impl Task {
 
     /// Whether it is not to enter a guest as it is: [`pending`] or `regs::load_user_state` tells why. For the current task.
     #[inline(always)]
-    pub(crate) fn has_work(&self) -> bool {
-        // SAFETY: A constant.
-        self.flags() & unsafe { bindings::dune_flags_before_entry } as u64 != 0
+    pub(crate) fn has_work(&self, irq: &IrqOff) -> bool {
+        // SAFETY: Constants.
+        let (all, user_return) = unsafe { (bindings::dune_flags_before_entry, bindings::dune_flag_user_return) };
+        let work = self.flags() & all as u64;
+        work != 0 && (work != user_return as u64 || !user_return::is_ours(irq))
     }
 
-    /// The same, or CPUID faults in it.
+    /// The same of one that is on its way to user mode, where Linux has looked for work already.
+    #[inline(always)]
+    pub(crate) fn has_work_behind_call(&self, irq: &IrqOff) -> bool {
+        // SAFETY: A constant.
+        self.flags() & unsafe { bindings::dune_flags_before_shortcut } as u64 != 0 || !user_return::is_ours(irq)
+    }
+
+    /// In a window: [`Self::has_work`] by now, or CPUID faults in it.
     #[inline(always)]
     pub(crate) fn has_work_or_cpuid_faults(&self) -> bool {
         // SAFETY: Constants.

@@ -26,6 +26,19 @@ pub(crate) fn read<T: Plain>(user: u64) -> Result<T> {
     Ok(unsafe { v.assume_init() })
 }
 
+/// The same where nobody may wait, with interrupts off, say: EFAULT also for memory that is not there at the moment.
+pub(crate) fn read_now<T: Plain>(user: u64) -> Result<T> {
+    let mut v = MaybeUninit::<T>::uninit();
+    // SAFETY: As above.
+    let left =
+        unsafe { bindings::dune_copy_from_user_now(v.as_mut_ptr().cast(), user as *const _, size_of::<T>() as _) };
+    if left != 0 {
+        return Err(EFAULT);
+    }
+    // SAFETY: As above.
+    Ok(unsafe { v.assume_init() })
+}
+
 /// Writes `v` to `user`. EFAULT.
 pub(crate) fn write<T: Plain>(user: u64, v: &T) -> Result {
     // SAFETY: `v` has no padding that could leak; the copy checks the user's address.

@@ -40,12 +40,23 @@ impl Vcpu {
             return;
         }
         if let Some(rseq) = thread::rseq() {
-            let _ = self.abort_section(&rseq);
+            if let Ok(address) = user::read(rseq.section) {
+                let _ = self.abort_section(&rseq, address);
+            }
         }
     }
 
-    fn abort_section(&mut self, rseq: &thread::Rseq) -> Result {
-        let address: u64 = user::read(rseq.section)?;
+    /// The same, of the section that the guest was in when `rseq_cs` was still `address`.
+    pub(super) fn abort_rseq_section(&mut self, address: u64) {
+        if cfg!(dune_mutate_rseq) {
+            return;
+        }
+        if let Some(rseq) = thread::rseq() {
+            let _ = self.abort_section(&rseq, address);
+        }
+    }
+
+    fn abort_section(&mut self, rseq: &thread::Rseq, address: u64) -> Result {
         if address == 0 || !self.is_set_up {
             return Ok(());
         }

@@ -6,6 +6,7 @@
 //! checked before it is used.
 
 use super::Vcpu;
+use super::PMU_CALLS;
 use crate::abi;
 use crate::abi::RunPage;
 use crate::sys::mem::Page;
@@ -30,6 +31,12 @@ pub(super) const AGAIN: abi::Exit = abi::Exit {
     interruption_error_code: 0,
     instruction_error: 0,
 };
+
+/// A system call of the guest's: its number, for RAX, and its arguments, for the registers where SYSCALL wants them.
+pub(super) struct Forwarded {
+    pub(super) number: u64,
+    pub(super) call: thread::Forward,
+}
 
 impl Vcpu {
     pub(crate) fn run_page(&self) -> &Page {
@@ -123,9 +130,17 @@ impl Vcpu {
         0
     }
 
-    /// Hands a system call to user space: its arguments in the registers where SYSCALL wants them.
+    /// The guest's RAX.
     #[inline(always)]
-    pub(super) fn forward(&self) -> u64 {
+    pub(super) fn set_rax(&self, rax: u64) {
+        // SAFETY: The page is there.
+        unsafe { addr_of_mut!((*self.run_ptr()).gprs.rax).write_volatile(rax) };
+    }
+
+    /// A system call for user space to make.
+    #[inline(always)]
+    pub(super) fn forwarded(&mut self) -> Forwarded {
+        self.syscalls = self.syscalls.wrapping_add(1);
         let run = self.run_ptr();
         // SAFETY: The page is there; each field is read once.
         let (number, args) = unsafe {
@@ -142,9 +157,14 @@ impl Vcpu {
                 ],
             )
         };
-        self.owner
-            .set_user_result(abi::EXIT_SYSCALL, Some(thread::Forward { args }));
         // Linux takes the low 32 bits; zero-extended they are never taken for an error of ours.
-        number as u32 as u64
+        let number = number as u32 as u64;
+        if PMU_CALLS.contains(&number) {
+            self.host.forget_pmu();
+        }
+        Forwarded {
+            number,
+            call: thread::Forward { args },
+        }
     }
 }

@@ -16,6 +16,7 @@ use crate::exit::Exit;
 use crate::exit::ExitInfo;
 use crate::space::Space;
 use crate::sys::cpu;
+use crate::sys::cpu::IrqLeftOff;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpu::PreemptGuard;
 use crate::sys::heavy;
@@ -33,6 +34,7 @@ use crate::vmx::ops;
 use crate::vmx::owner;
 use crate::vmx::vmcs::CurrentVmcs;
 use crate::vmx::vmcs::Loaded;
+use core::borrow::Borrow;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
@@ -62,6 +64,34 @@ pub(super) enum Window {
     UserMode,
 }
 
+/// The interrupts that are off in a window with an entry.
+pub(super) trait Interrupts: Borrow<IrqOff> {
+    /// Whether they come on when the window ends: in RUN. Else the thread is on its way to user mode.
+    const COME_ON: bool;
+
+    /// Ends the window behind a system call, with what `restore_tss_limit_and_dr7` and `guest_timing_exit` do.
+    fn end_window(self);
+}
+
+impl Interrupts for IrqOff {
+    const COME_ON: bool = true;
+
+    #[inline(always)]
+    fn end_window(self) {
+        IrqOff::end_window(self);
+    }
+}
+
+impl Interrupts for IrqLeftOff {
+    const COME_ON: bool = false;
+
+    #[inline(always)]
+    fn end_window(self) {
+        regs::restore_tss_limit_and_dr7(self.borrow());
+        thread::guest_timing_exit(self.borrow());
+    }
+}
+
 impl Vcpu {
     /// Calls `f` with the VMCS current, in a window without an entry. ENODEV when VMX was taken away.
     pub(super) fn with_vmcs(&mut self, f: impl FnOnce(&mut CurrentVmcs<'_>, &VmxCapabilities)) -> Result {
@@ -89,56 +119,64 @@ impl Vcpu {
         Err(ENODEV)
     }
 
-    /// One window: load, enter, exit, read why.
+    /// One window of RUN: load, enter, exit, read why.
     pub(super) fn enter_once(&mut self, space: &Space) -> Window {
         let irq = IrqOff::new();
         // Dropped before `irq`.
         let mut fpu = FpuLoan::none();
-        if self.owner.has_work() {
+        if self.owner.has_work(&irq) {
             match self.work_before_entry(&irq) {
                 Ok(loan) => fpu = loan,
                 Err(window) => return window,
             }
         }
-        let (mut vmcs, moved) = match self.vmcs.load(&irq) {
+        self.window(space, irq, fpu)
+    }
+
+    /// The window of a thread that is fit to enter.
+    #[inline(always)]
+    pub(super) fn window<I: Interrupts>(&mut self, space: &Space, interrupts: I, fpu: FpuLoan) -> Window {
+        // Parameters are dropped from the last to the first: `fpu` with interrupts off.
+        let irq: &IrqOff = interrupts.borrow();
+        let (mut vmcs, moved) = match self.vmcs.load(irq) {
             Loaded::Here { vmcs, moved } => (vmcs, moved),
             Loaded::Elsewhere => return Window::Elsewhere,
             Loaded::Unusable => return Window::Unusable,
         };
         let moved = moved || self.host.is_new();
-        self.host.refresh(&mut vmcs, moved, &self.owner, &irq);
+        self.host.refresh(&mut vmcs, moved, &self.owner, irq);
         if self.next.any {
             self.write_next(&mut vmcs);
         }
 
         // From here on an invalidation interrupts this CPU.
-        let stale = space.ept.translations.enter(&irq);
+        let stale = space.ept.translations.enter(irq);
         if (stale && !self.flush_ept()) || (moved && !self.flush_vpid()) {
             // Never with translations that could not be flushed.
-            space.ept.translations.forget(&irq);
+            space.ept.translations.forget(irq);
             self.host = HostState::new();
-            vmcs.end(&irq);
+            vmcs.end(irq);
             self.put_pkru_away();
             return Window::Unusable;
         }
         let last_space = &vmcs.percpu().last_space;
         if last_space.load(Relaxed) != space.number {
             last_space.store(space.number, Relaxed);
-            cpu::branch_prediction_barrier(&irq);
+            cpu::branch_prediction_barrier(irq);
         }
         // It is Linux' own now, beside KVM too (`load_user_state`).
         // SAFETY: Canonical, as `check` and `set_lstar` want; Linux' is put back below, before interrupts come on.
-        unsafe { regs::write_lstar(self.soft.lstar, &irq) };
-        self.host.quiet(&irq);
-        thread::guest_timing_enter(&irq);
+        unsafe { regs::write_lstar(self.soft.lstar, irq) };
+        self.host.quiet(irq);
+        thread::guest_timing_enter(irq);
         let mut turns = MOST_TURNS;
         let info = loop {
             // SAFETY: `setup` was written before the first entry (`take_dirty`), the host state is fresh, the FPU loaded.
-            let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &mut self.host_ran, &irq) };
+            let entered = unsafe { enter::enter(self.run_ptr(), &self.vmcs.entry, &mut self.host_ran, irq) };
             if entered != Entered::Exit {
-                self.leave_guest(space, &irq);
+                self.leave_guest(space, irq);
                 self.put_pkru_away();
-                thread::guest_timing_exit(&irq);
+                thread::guest_timing_exit(irq);
                 let instruction_error = match entered {
                     Entered::FailValid => {
                         let error = vmcs.read(exit_info::INSTRUCTION_ERROR) as u32;
@@ -149,64 +187,66 @@ impl Vcpu {
                         error
                     }
                     _ => {
-                        vmcs.end(&irq);
+                        vmcs.end(irq);
                         return Window::Unusable;
                     }
                 };
-                vmcs.end(&irq);
+                vmcs.end(irq);
                 return Window::Failed { instruction_error };
             }
             let raw_reason = exit::read_reason(&mut vmcs);
             turns -= 1;
-            match exit::look(self, space, raw_reason, turns != 0, &mut vmcs, &irq) {
+            match exit::look(self, space, raw_reason, turns != 0, &mut vmcs, irq) {
                 Exit::Settled => {}
                 Exit::Other(info) => break info,
                 // The end of the window for this one is apart, and short.
                 Exit::Syscall => {
-                    self.leave_guest(space, &irq);
-                    self.host.restore_after_exit(&irq);
-                    let is_fine = vmcs.end(&irq);
+                    self.leave_guest(space, irq);
+                    self.host.restore_after_exit(irq);
+                    if I::COME_ON {
+                        self.wait_for_call(irq);
+                    }
+                    let is_fine = vmcs.end(irq);
                     drop(fpu);
-                    // With what `restore_tss_limit_and_dr7` does.
-                    irq.end_window();
+                    interrupts.end_window();
                     return if is_fine { Window::Syscall } else { Window::Unusable };
                 }
             }
         };
-        self.leave_guest(space, &irq);
-        self.host.restore_after_exit(&irq);
-        regs::restore_tss_limit_and_dr7(&irq);
+        self.leave_guest(space, irq);
+        self.host.restore_after_exit(irq);
+        regs::restore_tss_limit_and_dr7(irq);
         if info.cpl == 3 {
             self.put_pkru_away();
         }
         if info.is_nmi() {
-            enter::handle_nmi(&irq);
+            enter::handle_nmi(irq);
         } else if info.is_machine_check() {
-            enter::handle_machine_check(&irq);
+            enter::handle_machine_check(irq);
         } else if info.is_device_not_available() {
-            cpu::clear_xfd_error(&irq);
+            cpu::clear_xfd_error(irq);
         }
         // Before interrupts come on, below.
-        if !vmcs.end(&irq) {
+        if !vmcs.end(irq) {
             // Somebody else uses VMX.
-            thread::guest_timing_exit(&irq);
+            thread::guest_timing_exit(irq);
             return Window::Unusable;
         }
-        if info.is_external_interrupt() {
+        if info.is_external_interrupt() && I::COME_ON {
             if !IrqOff::COUNTS_INTERRUPTS {
                 self.rseq_aborted_at.0 = !0;
             }
-            thread::note_quiescent(&irq);
-            thread::note_rseq_interrupted(&irq);
+            thread::note_quiescent(irq);
+            thread::note_rseq_interrupted(irq);
             // Taken now, while the time still counts as the guest's: the tick must find it so.
             let _stay = PreemptGuard::new();
             drop(fpu);
-            drop(irq);
+            drop(interrupts);
             let irq = IrqOff::new();
             thread::guest_timing_exit(&irq);
             drop(irq);
         } else {
-            thread::guest_timing_exit(&irq);
+            thread::guest_timing_exit(irq);
         }
         Window::Exited(info)
     }

@@ -35,6 +35,7 @@ use crate::sys::power::Power;
 use crate::sys::power::PowerHooks;
 use crate::sys::regs;
 use crate::sys::thread;
+use crate::sys::user_return;
 use core::cell::UnsafeCell;
 use core::ffi::CStr;
 use core::sync::atomic::AtomicBool;
@@ -251,9 +252,11 @@ unsafe extern "C" fn own_cpu(cpu: c_uint) -> c_int {
 
 unsafe extern "C" fn disown_cpu(cpu: c_uint) -> c_int {
     {
-        let _irq = IrqOff::new();
+        let irq = IrqOff::new();
         // SAFETY: Interrupts are off.
         unsafe { vmx_off_here() };
+        // Nothing enters here any more, so nothing waits anew.
+        user_return::stop(&irq);
     }
     // SAFETY: Hotplug callbacks of one CPU do not run at once; VMX is off, so the region is free.
     unsafe { *percpu::of(cpu as usize).vmxon_region.get() = None };
@@ -276,9 +279,11 @@ unsafe extern "C" fn borrow_cpu(cpu: c_uint) -> c_int {
 }
 
 unsafe extern "C" fn give_back_cpu(_cpu: c_uint) -> c_int {
-    let _irq = IrqOff::new();
+    let irq = IrqOff::new();
     // SAFETY: Interrupts are off.
     unsafe { stop_here() };
+    // As above.
+    user_return::stop(&irq);
     0
 }
 

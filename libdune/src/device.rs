@@ -25,6 +25,7 @@ use dune_abi::DUNE_GET_INFO;
 
 use crate::error::Error;
 use crate::error::Result;
+use crate::host_loop::forward_behind;
 use crate::sys;
 use crate::sys::Errno;
 
@@ -110,10 +111,14 @@ pub(crate) fn create_vcpu(fd: i32) -> core::result::Result<Vcpu, Errno> {
         Err(errno) => Err(errno),
     };
     match mapped {
-        Ok(run) => Ok(Vcpu {
-            number: create.vcpu,
-            run,
-        }),
+        Ok(run) => {
+            // SAFETY: The page was just mapped; nobody else uses the vCPU.
+            unsafe { (&raw mut (*run).forward_behind).write_volatile(forward_behind()) };
+            Ok(Vcpu {
+                number: create.vcpu,
+                run,
+            })
+        }
         Err(errno) => {
             // SAFETY: The vCPU is ours and nothing runs on it.
             let _ = unsafe { sys::request(fd, DUNE_DESTROY_VCPU, u64::from(create.vcpu)) };

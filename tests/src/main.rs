@@ -43,6 +43,7 @@ mod runner;
 mod sched;
 mod scope;
 mod seeing;
+mod shortcut;
 mod signal;
 mod signal_matrix;
 mod spaces;
@@ -77,6 +78,7 @@ const TOPICS: &[(&str, &[Test])] = topics![
     machine,
     enter,
     syscall,
+    shortcut,
     terminal,
     compat,
     c_abi,

@@ -203,7 +203,8 @@ struct Seen {
     executed: u64,
 }
 
-fn total(name: &str) -> u64 {
+/// A counter of the module since it was loaded.
+pub fn total(name: &str) -> u64 {
     let text = fs::read_to_string(format!("/sys/kernel/debug/dune/since_load/{name}")).unwrap();
     text.trim().parse().unwrap()
 }

@@ -581,6 +581,11 @@ impl RawGuest {
         self.run = ptr::null_mut();
     }
 
+    /// The run page itself.
+    pub fn run_pointer(&self) -> *mut RunPage {
+        self.run
+    }
+
     /// A copy of the run page.
     pub fn run_page(&self) -> RunPage {
         // SAFETY: mapped as long as the guest lives.

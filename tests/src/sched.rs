@@ -215,10 +215,11 @@ fn guest_time_is_user_time() {
 
 /// Each of membarrier's fences aborts the section that the thread is in, not only the first since it was switched.
 fn fences_abort_rseq_sections() {
-    for_each_rseq(fences_abort_sections);
+    for_each_rseq(|area| fences_abort_sections(area, || ()));
 }
 
-fn fences_abort_sections(area: u64) {
+/// `before` is done right before each section.
+pub fn fences_abort_sections(area: u64, before: fn()) {
     const FENCES: u64 = 12;
     const FENCE: i32 = 1 << 7;
     const REGISTER: i32 = 1 << 8;
@@ -248,6 +249,7 @@ fn fences_abort_sections(area: u64) {
         });
         for round in 1..=FENCES {
             begun.store(round, SeqCst);
+            before();
             aborted += u64::from(restartable(area, SECTION_TURNS, &0));
             while fenced.load(SeqCst) != round {
                 std::hint::spin_loop();

@@ -39,6 +39,7 @@ extern "C" {
 
     fn dune_run_behind();
     fn dune_forward_syscall();
+    fn dune_forward_behind();
     fn dune_signalled();
     fn dune_decided();
     fn dune_decided_end();
@@ -52,6 +53,11 @@ pub(super) fn run_behind() -> u64 {
 /// The instruction that makes the program's system call.
 pub(super) fn forward_syscall() -> u64 {
     dune_forward_syscall as *const () as u64
+}
+
+/// The instruction behind it.
+pub(crate) fn forward_behind() -> u64 {
+    dune_forward_behind as *const () as u64
 }
 
 /// Where to go on instead of making it, when a signal came.

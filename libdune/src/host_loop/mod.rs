@@ -28,6 +28,7 @@ mod touch;
 mod upcall;
 
 pub(crate) use asm::enter_guest;
+pub(crate) use asm::forward_behind;
 pub(crate) use asm::leave_guest;
 pub(crate) use context::HostContext;
 pub(crate) use context::State;

@@ -31,6 +31,7 @@
 #include <linux/user_namespace.h>
 #include <linux/userfaultfd_k.h>
 #include <linux/version.h>
+#include <linux/workqueue.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/cpufeature.h>
 #include <asm/debugreg.h>
@@ -406,6 +407,26 @@ void dune_on_each_cpu(void (*f)(void *))
 {
 	DUNE_HEAVY(DUNE_HEAVY_IPI);
 	on_each_cpu(f, NULL, 1);
+}
+
+static void (*dune_later_function)(void);
+
+static void dune_later_now(struct work_struct *work)
+{
+	dune_later_function();
+}
+
+static DECLARE_DELAYED_WORK(dune_later_work, dune_later_now);
+
+void dune_later(void (*f)(void), unsigned int ms)
+{
+	dune_later_function = f;
+	schedule_delayed_work(&dune_later_work, msecs_to_jiffies(ms));
+}
+
+void dune_later_cancel(void)
+{
+	cancel_delayed_work_sync(&dune_later_work);
 }
 
 void dune_sleep_ms(unsigned int ms)

@@ -293,6 +293,10 @@ void dune_on_each_cpu(void (*f)(void *));
 void dune_power_register(int (*suspend)(void), void (*resume)(void), void (*shutdown)(void));
 void dune_power_unregister(void);
 void dune_sleep_ms(unsigned int ms);
+/* Has f called once in a thread of Linux, so long from now or when it was to be called anyway. One f only. */
+void dune_later(void (*f)(void), unsigned int ms);
+/* It is not called any more, and not being called. */
+void dune_later_cancel(void);
 
 /* The guest. */
 void dune_guest_timing_enter(void);

@@ -15,6 +15,7 @@ pub(crate) mod cpuhp;
 pub(crate) mod debugfs;
 pub(crate) mod heavy;
 pub(crate) mod kvm;
+pub(crate) mod later;
 pub(crate) mod lock;
 pub(crate) mod mem;
 pub(crate) mod mm;

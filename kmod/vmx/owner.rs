@@ -5,13 +5,13 @@
 //! ```text
 //!               own                             borrow
 //!   kvm_intel   not in the kernel               loaded or built in
-//!   VMX is on   from load to unload, by us      while a space exists, by KVM: we hold a virtual machine of it
+//!   VMX is on   from load to unload, by us      while a space exists, and a second, by KVM: we hold a virtual machine of it
 //!   VMCS        ours is current all the time    ours is current in windows only, KVM's is put back (vmcs.rs)
 //! ```
 //!
 //! A module notifier tells when kvm_intel comes or goes. When it is about to load, VMX goes off on every CPU; spaces that
-//! exist stay, and the next RUN of each borrows. It cannot go while a space exists, because the virtual machine that we hold
-//! keeps it; when it has gone VMX is turned on again.
+//! exist stay, and the next RUN of each borrows. It cannot go while a space exists, and for a second more, because the virtual
+//! machine that we hold keeps it; when it has gone VMX is turned on again.
 
 use super::capability;
 use super::ops;
@@ -25,6 +25,9 @@ use crate::sys::cpu;
 use crate::sys::cpu::IrqOff;
 use crate::sys::cpuhp::Cpuhp;
 use crate::sys::kvm::VmFile;
+use crate::sys::later;
+use crate::sys::later::later;
+use crate::sys::later::Later;
 use crate::sys::lock::OwnerMutex;
 use crate::sys::mem::Page;
 use crate::sys::module;
@@ -51,7 +54,7 @@ struct State {
     kvm: Presence,
     /// While we own VMX: only where kvm_intel is absent.
     owned: Option<Owned>,
-    /// While we borrow it: only where kvm_intel is live and a space exists.
+    /// While we borrow it: only where kvm_intel is live and a space exists, or existed a second ago.
     borrowed: Option<Borrowed>,
     /// Spaces that use VMX now.
     spaces: usize,
@@ -450,6 +453,8 @@ fn host_lstar() -> Result<u64> {
 
 /// Turns VMX off. At module unload, when no space is left.
 pub(crate) fn stop() {
+    // Without a space nobody asks for it again.
+    later::cancel();
     with(|state| {
         state.owned = None;
         state.borrowed = None;
@@ -502,8 +507,23 @@ impl Drop for Use {
     fn drop(&mut self) {
         with(|state| {
             state.spaces -= 1;
+            if state.spaces == 0 && state.borrowed.is_some() {
+                later::<GiveBack>();
+            }
+        });
+    }
+}
+
+/// Gives back VMX that is borrowed and not used, so that kvm_intel can be unloaded. To borrow it and to give it back takes long,
+/// and one process often follows another.
+struct GiveBack;
+
+impl Later for GiveBack {
+    const MS: u32 = 1000;
+
+    fn run() {
+        with(|state| {
             if state.spaces == 0 {
-                // kvm_intel can be unloaded again.
                 state.borrowed = None;
             }
         });

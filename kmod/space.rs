@@ -297,6 +297,14 @@ impl Space {
         }
         // SAFETY: Nobody finds it any more but the notifier's callbacks, which do not free it before `put` below.
         let this = unsafe { this.as_ref() };
+        let mut in_use = false;
+        for place in this.places.iter() {
+            // SAFETY: The last reference to the last file is gone, so nobody runs or frees it.
+            in_use |= unsafe { place.vcpu.load(Relaxed).as_mut() }.is_some_and(|vcpu| vcpu.stop_waiting(this.mm));
+        }
+        if in_use {
+            cpu::wait_for_interrupts();
+        }
         for place in this.places.iter() {
             let vcpu = place.vcpu.swap(null_mut(), Relaxed);
             if !vcpu.is_null() {

@@ -327,8 +327,10 @@ impl Vcpu {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         // SAFETY: The space ends its vCPUs before it ends.
-        let space = unsafe { self.space.as_ref() };
-        self.stop_waiting(space);
+        let mm = unsafe { self.space.as_ref() }.mm;
+        // Where that is not so, `Space::put` has waited.
+        self.stop_waiting(mm);
+        counters::SHORTCUTS.fetch_add(self.shortcuts(), Relaxed);
         counters::SYSCALLS.fetch_add(self.syscalls, Relaxed);
         if cfg!(dune_mutate_leak) {
             core::mem::forget(Page::new());

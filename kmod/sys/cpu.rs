@@ -148,6 +148,12 @@ pub(crate) fn kick(cpu: usize) {
     unsafe { call_on(cpu, nothing, core::ptr::null_mut()) };
 }
 
+/// Has an interrupt come to this CPU as soon as they are on.
+pub(crate) fn interrupt_soon(_: &IrqOff) {
+    // SAFETY: Queues a work that does nothing.
+    unsafe { bindings::dune_interrupt_soon() };
+}
+
 /// When this returns each CPU has had interrupts on since it was called. With interrupts on.
 pub(crate) fn wait_for_interrupts() {
     unsafe extern "C" fn nothing(_: *mut c_void) {}

@@ -10,6 +10,7 @@
 #include <linux/device.h>
 #include <linux/entry-common.h>
 #include <linux/fs.h>
+#include <linux/irq_work.h>
 #include <linux/kobject.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
@@ -335,6 +336,17 @@ struct dune_here dune_irq_disable(void)
 struct dune_here dune_here(void)
 {
 	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
+}
+
+static void dune_nothing(struct irq_work *work)
+{
+}
+
+static DEFINE_PER_CPU(struct irq_work, dune_interrupt) = IRQ_WORK_INIT_HARD(dune_nothing);
+
+void dune_interrupt_soon(void)
+{
+	irq_work_queue(this_cpu_ptr(&dune_interrupt));
 }
 
 void dune_irq_enable(void)

@@ -80,6 +80,7 @@ enum { DUNE_INTERRUPTS_ARE_COUNTED = 0 };
 #endif
 void dune_window_end(void);
 void dune_irq_enable(void);
+void dune_interrupt_soon(void);
 void dune_preempt_disable(void);
 void dune_preempt_enable(void);
 unsigned int dune_cpu(void);

@@ -37,9 +37,11 @@ static void dune_going_to_user_mode(struct user_return_notifier *notifier)
 {
 	struct dune_user_return *here = container_of(notifier, struct dune_user_return, notifier);
 
-	/* By the first two the vCPU is there: see dune_user_return_forget. */
-	if (here->task == current && here->mm == current->mm && here->vcpu)
-		here->go_on(here->vcpu);
+	/* Once: another CPU may take it away. By the other two it is there then: see dune_user_return_forget. */
+	void *vcpu = READ_ONCE(here->vcpu);
+
+	if (vcpu && here->task == current && here->mm == current->mm)
+		here->go_on(vcpu);
 	else
 		dune_user_return_off(here);
 }

@@ -10,14 +10,13 @@
 use super::window::Window;
 use super::Vcpu;
 use crate::abi;
-use crate::counters;
 use crate::exit;
 use crate::exit::ExitInfo;
 use crate::exit::Flow;
 use crate::space::Space;
-use crate::sys::cpu;
 use crate::sys::cpu::IrqLeftOff;
 use crate::sys::cpu::IrqOff;
+use crate::sys::mm::Mm;
 use crate::sys::regs;
 use crate::sys::regs::FpuLoan;
 use crate::sys::thread;
@@ -26,7 +25,6 @@ use crate::sys::user_return;
 use crate::sys::user_return::GoesToUserMode;
 use core::borrow::Borrow;
 use core::ptr::addr_of;
-use core::sync::atomic::Ordering::Relaxed;
 use kernel::prelude::*;
 
 /// What of a vCPU waits for its thread.
@@ -80,14 +78,16 @@ impl Vcpu {
         }
     }
 
-    /// The vCPU ends. `space`: its own.
-    pub(super) fn stop_waiting(&mut self, space: &Space) {
+    /// It is about to end: no CPU begins to use it from here on. Whether its thread may be on its way to user mode, with interrupts
+    /// off, and use it still: not where the caller is that thread, or that is past user mode of `mm`.
+    pub(crate) fn stop_waiting(&mut self, mm: Mm) -> bool {
         user_return::forget::<Self>(self);
-        if self.owner.id() != thread::current_id() && !self.is_abandoned(space.mm) {
-            // Its thread may be on its way to user mode, with interrupts off.
-            cpu::wait_for_interrupts();
-        }
-        counters::SHORTCUTS.fetch_add(self.waiting.shortcuts, Relaxed);
+        self.owner.id() != thread::current_id() && !self.is_abandoned(mm)
+    }
+
+    /// For the counters, at its end.
+    pub(super) fn shortcuts(&self) -> usize {
+        self.waiting.shortcuts
     }
 
     /// Whether the next RUN would enter the guest as things are, but for the thread's flags.
@@ -97,11 +97,10 @@ impl Vcpu {
         dirty == 0 && !self.is_interrupt_requested() && !self.is_time_over() && regs::data_selectors() == 0
     }
 
-    /// The guest exited for something that RUN is to look at.
+    /// The guest exited for something that RUN is to look at. As long as this CPU counts as in the guest: what its guest has used
+    /// just now is there until then.
     #[cold]
-    fn keep_exit(&mut self, info: ExitInfo) {
-        self.waiting.exit = Some(info);
-        // What cannot be read now, a guest does not have in use.
+    pub(super) fn keep_section(&mut self) {
         self.waiting.section = thread::rseq().map_or(0, |rseq| user::read_now(rseq.section).unwrap_or(0));
     }
 }
@@ -113,7 +112,7 @@ impl GoesToUserMode for Vcpu {
         if !self.waiting.for_call {
             return;
         }
-        let Some(result) = self.owner.user_rax_at(behind) else {
+        let Some(result) = self.owner.user_rax_at(behind).filter(|_| behind != 0) else {
             return;
         };
         if self.owner.has_work_behind_call(irq.borrow()) || !self.would_run() {
@@ -133,7 +132,7 @@ impl GoesToUserMode for Vcpu {
                 self.waiting.for_call = true;
                 self.waiting.shortcuts = self.waiting.shortcuts.wrapping_add(1);
             }
-            Window::Exited(info) => self.keep_exit(info),
+            Window::Exited(info) => self.waiting.exit = Some(info),
             Window::Failed { .. } => self.drop_injection(),
             // RUN finds out again.
             _ => {}

@@ -213,6 +213,9 @@ impl Vcpu {
                 }
             }
         };
+        if !I::COME_ON {
+            self.keep_section();
+        }
         self.leave_guest(space, irq);
         self.host.restore_after_exit(irq);
         regs::restore_tss_limit_and_dr7(irq);
@@ -223,6 +226,10 @@ impl Vcpu {
             enter::handle_nmi(irq);
         } else if info.is_machine_check() {
             enter::handle_machine_check(irq);
+            if !I::COME_ON {
+                // What it left the thread to do on its way to user mode comes too late without.
+                cpu::interrupt_soon(irq);
+            }
         } else if info.is_device_not_available() {
             cpu::clear_xfd_error(irq);
         }

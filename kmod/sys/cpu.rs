@@ -101,14 +101,21 @@ pub(crate) struct IrqLeftOff(ManuallyDrop<IrqOff>);
 impl IrqLeftOff {
     /// # Safety
     ///
-    /// Interrupts must be off, and stay so while it lives.
-    pub(crate) unsafe fn new() -> Self {
-        // SAFETY: Reads per-CPU variables.
-        let here = unsafe { bindings::dune_here() };
+    /// Interrupts must be off, and stay so while it lives; `here` is of this CPU.
+    pub(super) unsafe fn new(here: bindings::dune_here) -> Self {
         Self(ManuallyDrop::new(IrqOff {
             here,
             _not_send: PhantomData,
         }))
+    }
+}
+
+impl IrqLeftOff {
+    /// As [`IrqOff::end_window`], but that interrupts stay off.
+    #[inline]
+    pub(crate) fn end_window(self) {
+        // SAFETY: Interrupts are off.
+        unsafe { bindings::dune_window_end_off() };
     }
 }
 

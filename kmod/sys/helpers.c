@@ -57,6 +57,7 @@
 
 #include "compat.h"
 #include "helpers.h"
+#include "here.h"
 
 unsigned int dune_param_gpa_bits;
 module_param_named(gpa_bits, dune_param_gpa_bits, uint, 0444);
@@ -307,35 +308,13 @@ void dune_owner_mutex_unlock(void)
 
 /* CPUs. */
 
-/*
- * Interrupts of the kinds in which perf programs the PMU on this CPU, and membarrier calls on it, and NMIs. Where the
- * kernel does not count them so (Kbuild looks): another number each time.
- */
-static __always_inline unsigned int dune_interrupt_count(void)
-{
-#if defined(DUNE_HAS_IRQ_COUNTS)
-	return this_cpu_read(irq_stat.counts[IRQ_COUNT_NMI]) + this_cpu_read(irq_stat.counts[IRQ_COUNT_APIC_TIMER]) +
-	       this_cpu_read(irq_stat.counts[IRQ_COUNT_CALL_FUNCTION]);
-#elif defined(DUNE_HAS_IRQ_STAT)
-	return this_cpu_read(irq_stat.__nmi_count) + this_cpu_read(irq_stat.apic_timer_irqs) +
-	       this_cpu_read(irq_stat.irq_call_count);
-#else
-	static DEFINE_PER_CPU(unsigned int, asked);
-
-	return this_cpu_inc_return(asked);
-#endif
-}
+DEFINE_PER_CPU(unsigned int, dune_interrupts_asked);
 
 struct dune_here dune_irq_disable(void)
 {
 	DUNE_HEAVY(DUNE_HEAVY_INTERRUPT_FLAG);
 	local_irq_disable();
-	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
-}
-
-struct dune_here dune_here(void)
-{
-	return (struct dune_here){ smp_processor_id(), dune_interrupt_count() };
+	return dune_here();
 }
 
 static void dune_nothing(struct irq_work *work)
@@ -728,11 +707,6 @@ void dune_task_words(struct task_struct *task, struct dune_task_words *words)
 	words->regs = task_pt_regs(task);
 }
 
-bool dune_regs_are_plain(const struct pt_regs *regs)
-{
-	return regs->cs == __USER_CS && !(regs->flags & X86_EFLAGS_TF);
-}
-
 bool dune_task_is_exiting(const struct task_struct *task)
 {
 	return READ_ONCE(task->flags) & PF_EXITING;
@@ -980,6 +954,12 @@ void dune_window_end(void)
 	local_irq_enable();
 }
 
+/* The same, but that interrupts stay off. */
+void dune_window_end_off(void)
+{
+	dune_put_back();
+	guest_timing_exit_irqoff();
+}
 
 int dune_rdmsr_safe(u32 msr, u64 *value)
 {

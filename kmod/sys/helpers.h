@@ -70,8 +70,6 @@ struct dune_here {
 	unsigned long interrupts;
 };
 struct dune_here dune_irq_disable(void);
-/* The same, where interrupts are off already. */
-struct dune_here dune_here(void);
 /* 1: that number stays where no interrupt came. */
 #if defined(DUNE_HAS_IRQ_COUNTS) || defined(DUNE_HAS_IRQ_STAT)
 enum { DUNE_INTERRUPTS_ARE_COUNTED = 1 };
@@ -79,6 +77,7 @@ enum { DUNE_INTERRUPTS_ARE_COUNTED = 1 };
 enum { DUNE_INTERRUPTS_ARE_COUNTED = 0 };
 #endif
 void dune_window_end(void);
+void dune_window_end_off(void);
 void dune_irq_enable(void);
 void dune_interrupt_soon(void);
 void dune_preempt_disable(void);
@@ -163,8 +162,6 @@ extern const unsigned long dune_flags_before_settling;	/* either */
 extern const unsigned long dune_flag_user_return;	/* of the first: a notifier, which may be ours alone */
 extern const unsigned long dune_flags_before_shortcut;
 extern const unsigned long dune_flag_cpuid_faults;
-/* Whether a system call or interrupt that came from 64-bit user mode goes back there without a trap behind the next instruction. */
-bool dune_regs_are_plain(const struct pt_regs *regs);
 bool dune_task_is_exiting(const struct task_struct *task);
 bool dune_task_has_mm(const struct task_struct *task, const struct mm_struct *mm);
 u64 dune_rseq(u32 *signature);
@@ -201,7 +198,7 @@ u64 dune_fpu_lend(void);
 void dune_fpu_give_back(u64 xfd);
 bool dune_user_return_pending(void);
 /* See user_return.c. */
-void dune_user_return_wait(void *vcpu, void (*go_on)(void *vcpu));
+void dune_user_return_wait(void *vcpu, void (*go_on)(void *vcpu, struct dune_here here));
 void dune_user_return_forget(void *vcpu);
 void dune_user_return_stop(void);
 bool dune_user_return_is_ours(void);

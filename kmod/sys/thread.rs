@@ -89,14 +89,12 @@ impl Task {
         unsafe { (*self.words.regs).ip as u64 }
     }
 
-    /// RAX in user mode, if the next instruction there is at `rip`, in 64-bit code, and no trap follows it. For the current
-    /// task, on its way to user mode.
+    /// RAX in user mode, if the next instruction there is at `rip`. For the current task, on its way to user mode.
     #[inline(always)]
     pub(crate) fn user_rax_at(&self, rip: u64) -> Option<u64> {
         // SAFETY: As above, until the thread is in user mode.
         let regs = unsafe { &*self.words.regs };
-        // SAFETY: Reads them.
-        (regs.ip as u64 == rip && unsafe { bindings::dune_regs_are_plain(regs) }).then_some(regs.ax as u64)
+        (regs.ip as u64 == rip).then_some(regs.ax as u64)
     }
 
     /// Sets RAX in user mode. As above.
@@ -131,13 +129,6 @@ impl Task {
         let (all, user_return) = unsafe { (bindings::dune_flags_before_entry, bindings::dune_flag_user_return) };
         let work = self.flags() & all as u64;
         work != 0 && (work != user_return as u64 || !user_return::is_ours(irq))
-    }
-
-    /// The same of one that is on its way to user mode, where Linux has looked for work already.
-    #[inline(always)]
-    pub(crate) fn has_work_behind_call(&self, irq: &IrqOff) -> bool {
-        // SAFETY: A constant.
-        self.flags() & unsafe { bindings::dune_flags_before_shortcut } as u64 != 0 || !user_return::is_ours(irq)
     }
 
     /// In a window: [`Self::has_work`] by now, or CPUID faults in it.

@@ -9,10 +9,13 @@
  */
 #include <linux/percpu.h>
 #include <linux/sched.h>
+#include <linux/sched/task_stack.h>
 #include <linux/smp.h>
 #include <linux/user-return-notifier.h>
+#include <asm/ptrace.h>
 
 #include "helpers.h"
+#include "here.h"
 
 struct dune_user_return {
 	struct user_return_notifier notifier;
@@ -22,10 +25,16 @@ struct dune_user_return {
 	struct task_struct *task;
 	struct mm_struct *mm;
 	void *vcpu;
-	void (*go_on)(void *vcpu);
+	void (*go_on)(void *vcpu, struct dune_here here);
 };
 
 static DEFINE_PER_CPU(struct dune_user_return, dune_user_return);
+
+/* Whether no other notifier is in the CPU's list. */
+static __always_inline bool dune_is_alone(const struct dune_user_return *here)
+{
+	return !here->notifier.link.next && here->notifier.link.pprev == here->list;
+}
 
 static void dune_user_return_off(struct dune_user_return *here)
 {
@@ -39,15 +48,24 @@ static void dune_going_to_user_mode(struct user_return_notifier *notifier)
 
 	/* Once: another CPU may take it away. By the other two it is there then: see dune_user_return_forget. */
 	void *vcpu = READ_ONCE(here->vcpu);
+	const struct pt_regs *regs;
 
-	if (vcpu && here->task == current && here->mm == current->mm)
-		here->go_on(vcpu);
-	else
+	if (unlikely(!vcpu || here->task != current || here->mm != current->mm)) {
 		dune_user_return_off(here);
+		return;
+	}
+	/* Linux has looked for work already; back to 64-bit code, without a trap behind its next instruction. */
+	regs = task_pt_regs(current);
+	if (likely(!(read_thread_flags() & dune_flags_before_shortcut) && dune_is_alone(here) &&
+		   regs->cs == __USER_CS && !(regs->flags & X86_EFLAGS_TF)))
+		here->go_on(vcpu, dune_here());
 }
 
-/* Has the current thread call go_on(vcpu) when it goes to user mode on this CPU. With interrupts off. */
-void dune_user_return_wait(void *vcpu, void (*go_on)(void *vcpu))
+/*
+ * Has the current thread call go_on(vcpu) when it goes to user mode on this CPU and nothing is to be done before. With interrupts
+ * off.
+ */
+void dune_user_return_wait(void *vcpu, void (*go_on)(void *vcpu, struct dune_here here))
 {
 	struct dune_user_return *here = this_cpu_ptr(&dune_user_return);
 
@@ -93,5 +111,5 @@ bool dune_user_return_is_ours(void)
 {
 	struct dune_user_return *here = this_cpu_ptr(&dune_user_return);
 
-	return here->list && !here->notifier.link.next && here->notifier.link.pprev == here->list;
+	return here->list && dune_is_alone(here);
 }

@@ -14,15 +14,16 @@ pub(crate) trait GoesToUserMode {
 }
 
 /// Has [`GoesToUserMode::go_to_user_mode`] called when the current thread goes to user mode on this CPU, each time, until another
-/// thread does so before.
+/// thread does so before. Only where the thread has no work left, no notifier but this is there, and it goes to 64-bit code without
+/// a trap behind the next instruction.
 ///
 /// # Safety
 ///
 /// Whenever the current thread goes to user mode, `waiting` may be used; [`forget`] comes before its end.
 pub(crate) unsafe fn wait<T: GoesToUserMode>(waiting: *mut T, _: &IrqOff) {
-    unsafe extern "C" fn go_on<T: GoesToUserMode>(waiting: *mut c_void) {
+    unsafe extern "C" fn go_on<T: GoesToUserMode>(waiting: *mut c_void, here: bindings::dune_here) {
         // SAFETY: By the caller of `wait`. Linux calls notifiers with interrupts off.
-        unsafe { (*waiting.cast::<T>()).go_to_user_mode(IrqLeftOff::new()) };
+        unsafe { (*waiting.cast::<T>()).go_to_user_mode(IrqLeftOff::new(here)) };
     }
     // SAFETY: By the caller; interrupts are off.
     unsafe { bindings::dune_user_return_wait(waiting.cast(), Some(go_on::<T>)) };

@@ -23,7 +23,6 @@ use crate::sys::thread;
 use crate::sys::user;
 use crate::sys::user_return;
 use crate::sys::user_return::GoesToUserMode;
-use core::borrow::Borrow;
 use core::ptr::addr_of;
 use kernel::prelude::*;
 
@@ -115,7 +114,7 @@ impl GoesToUserMode for Vcpu {
         let Some(result) = self.owner.user_rax_at(behind).filter(|_| behind != 0) else {
             return;
         };
-        if self.owner.has_work_behind_call(irq.borrow()) || !self.would_run() {
+        if !self.would_run() {
             return;
         }
         self.waiting.for_call = false;

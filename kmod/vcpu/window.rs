@@ -87,8 +87,7 @@ impl Interrupts for IrqLeftOff {
 
     #[inline(always)]
     fn end_window(self) {
-        regs::restore_tss_limit_and_dr7(self.borrow());
-        thread::guest_timing_exit(self.borrow());
+        IrqLeftOff::end_window(self);
     }
 }
 
@@ -120,6 +119,7 @@ impl Vcpu {
     }
 
     /// One window of RUN: load, enter, exit, read why.
+    #[inline(always)]
     pub(super) fn enter_once(&mut self, space: &Space) -> Window {
         let irq = IrqOff::new();
         // Dropped before `irq`.

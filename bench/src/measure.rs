@@ -3,8 +3,8 @@
 //! Ticks, VM exits and heavy operations of one operation, and the rows that they become.
 //!
 //! Every time is the median over single operations, less the median of measuring nothing; mean, least and maximum stand beside
-//! it. What was done in an operation (exits, heavy operations) is the lower quartile, so that ticks of the clock do not show where
-//! an operation is shorter than half the time between two. Heavy operations are there only where the module was built to count them
+//! it. What was done in an operation (exits, heavy operations) is the least, so that ticks of the clock do not show where an operation
+//! is shorter than the time between two. Heavy operations are there only where the module was built to count them
 //! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
 
 use dune_examples::ticks;
@@ -245,7 +245,7 @@ impl System<'_> {
 
 impl Row {
     fn set_done(&mut self, done: &[Done], is_counted: bool) {
-        let [exits, interrupts, heavy @ ..] = counting::without_ticks(done);
+        let [exits, interrupts, heavy @ ..] = counting::least(done);
         (self.vm_exits, self.interrupts) = (Some(exits), Some(interrupts));
         self.heavy = is_counted.then_some(heavy);
     }

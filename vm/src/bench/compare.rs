@@ -60,9 +60,11 @@ const IN_TURNS: (&[&str], f64) = (
 /// Instructions of an interrupt of the clock that comes while a guest runs: it is an exit, and behind the shortcut a RUN. Seen:
 /// 1,040 to 1,630.
 const TICK_COSTS: u64 = 1800;
-/// A tick comes each 38,000 to 57,000 instructions of the emulated machine, at any point of an operation (`change_phase` in
-/// bench/src/measure.rs), so that one may be in the median of what takes so long. It is not in the least.
+/// A tick comes each 38,000 to 57,000 instructions of the emulated machine. One may be in the median of what takes so long, and of
+/// what is done seldom: `change_phase` (bench/src/measure.rs) does not keep it out of step with the clock in each layout of the
+/// program (seen: dirty_scan_clean 4,052 and 5,680, its least 4,052 in both). It is not in the least, which judges there.
 const TICK_IN_MEDIAN_FROM: u64 = 10_000;
+const SELDOM: usize = 200;
 /// Nor in the least of exits and heavy operations, but from here on.
 const TICK_IN_LEAST_FROM: u64 = 35_000;
 /// What the first exit behind a tick of Linux has of these kinds.
@@ -204,7 +206,11 @@ fn figures(old: &Results, new: &Results, before: &Row, after: &Row) -> Vec<Figur
             .map_or([PERCENT; 2], |it| [it.least, it.median])
             .map(|most| most + more);
         let value = before.value.max(1);
-        let tick = if value >= TICK_IN_MEDIAN_FROM { TICK_COSTS } else { 0 };
+        let tick = if value >= TICK_IN_MEDIAN_FROM || after.n <= SELDOM {
+            TICK_COSTS
+        } else {
+            0
+        };
         let median = median.max(percent(value as f64, (value + tick) as f64) + more);
         vec![
             figure("least", before.min, after.min, least),
@@ -396,6 +402,11 @@ mod tests {
             !against_baseline(&short, &with(9_900, 8_990, 0)),
             "a tick in a short row"
         );
+        let mut seldom = with(9_900, 8_990, 0);
+        seldom.rows[0].n = SELDOM;
+        assert!(against_baseline(&short, &seldom));
+        seldom.rows[0].min = 9_400;
+        assert!(!against_baseline(&short, &seldom), "the least grew");
     }
 
     #[test]

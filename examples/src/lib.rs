@@ -55,7 +55,8 @@ pub fn unit() -> &'static str {
         unsafe { asm!(".rept 4096", "nop", ".endr", options(nomem, nostack, preserves_flags)) };
         ticks() - start
     }
-    let fastest = (0..8).map(|_| run()).min().unwrap_or(0);
+    // So many: the emulated clock comes in every one of some runs in a row at times.
+    let fastest = (0..64).map(|_| run()).min().unwrap_or(0);
     if (NOPS - 64..NOPS + 64).contains(&fastest) {
         "instructions (emulated machine)"
     } else {

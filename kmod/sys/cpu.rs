@@ -108,9 +108,7 @@ impl IrqLeftOff {
             _not_send: PhantomData,
         }))
     }
-}
 
-impl IrqLeftOff {
     /// As [`IrqOff::end_window`], but that interrupts stay off.
     #[inline]
     pub(crate) fn end_window(self) {
@@ -148,9 +146,11 @@ pub(crate) unsafe fn call_on(cpu: usize, f: unsafe extern "C" fn(*mut c_void), a
     unsafe { bindings::dune_call_on(cpu as u32, Some(f), arg) };
 }
 
+/// For interrupts that are all that is wanted.
+unsafe extern "C" fn nothing(_: *mut c_void) {}
+
 /// Does nothing, on another CPU: the interrupt itself is what makes a guest exit.
 pub(crate) fn kick(cpu: usize) {
-    unsafe extern "C" fn nothing(_: *mut c_void) {}
     // SAFETY: `nothing` is sound anywhere.
     unsafe { call_on(cpu, nothing, core::ptr::null_mut()) };
 }
@@ -163,7 +163,6 @@ pub(crate) fn interrupt_soon(_: &IrqOff) {
 
 /// When this returns each CPU has had interrupts on since it was called. With interrupts on.
 pub(crate) fn wait_for_interrupts() {
-    unsafe extern "C" fn nothing(_: *mut c_void) {}
     // SAFETY: `nothing` is sound anywhere.
     unsafe { bindings::dune_on_each_cpu(Some(nothing)) };
 }

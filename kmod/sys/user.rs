@@ -3,8 +3,10 @@
 //! Copies from and to user space (linux/uaccess.h).
 
 use super::bindings;
+use core::ffi::c_void;
 use core::mem::size_of;
 use core::mem::MaybeUninit;
+use kernel::ffi::c_ulong;
 use kernel::prelude::*;
 
 /// Types without padding or invalid values, that may be copied as bytes.
@@ -16,26 +18,29 @@ pub(crate) unsafe trait Plain: Copy {}
 
 /// Reads a `T` at `user`. EFAULT.
 pub(crate) fn read<T: Plain>(user: u64) -> Result<T> {
-    let mut v = MaybeUninit::<T>::uninit();
-    // SAFETY: `v` has room; the copy checks the user's address.
-    let left = unsafe { bindings::dune_copy_from_user(v.as_mut_ptr().cast(), user as *const _, size_of::<T>() as _) };
-    if left != 0 {
-        return Err(EFAULT);
-    }
-    // SAFETY: All bytes were written, and every pattern is a value.
-    Ok(unsafe { v.assume_init() })
+    // SAFETY: The copy checks the user's address.
+    read_by(user, |to, from, bytes| unsafe {
+        bindings::dune_copy_from_user(to, from, bytes)
+    })
 }
 
 /// The same where nobody may wait, with interrupts off, say: EFAULT also for memory that is not there at the moment.
 pub(crate) fn read_now<T: Plain>(user: u64) -> Result<T> {
-    let mut v = MaybeUninit::<T>::uninit();
     // SAFETY: As above.
-    let left =
-        unsafe { bindings::dune_copy_from_user_now(v.as_mut_ptr().cast(), user as *const _, size_of::<T>() as _) };
-    if left != 0 {
+    read_by(user, |to, from, bytes| unsafe {
+        bindings::dune_copy_from_user_now(to, from, bytes)
+    })
+}
+
+/// Reads a `T` by a copy that tells how many bytes it left.
+#[inline(always)]
+fn read_by<T: Plain>(user: u64, copy: impl FnOnce(*mut c_void, *const c_void, c_ulong) -> c_ulong) -> Result<T> {
+    let mut v = MaybeUninit::<T>::uninit();
+    // `v` has room.
+    if copy(v.as_mut_ptr().cast(), user as *const _, size_of::<T>() as _) != 0 {
         return Err(EFAULT);
     }
-    // SAFETY: As above.
+    // SAFETY: All bytes were written, and every pattern is a value.
     Ok(unsafe { v.assume_init() })
 }
 

@@ -4,13 +4,11 @@
 
 use std::arch::asm;
 use std::arch::global_asm;
-use std::mem::offset_of;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc;
 use std::time::Duration;
 use std::time::Instant;
 
-use dune_abi::RunPage;
 use libdune::Dune;
 
 use crate::framework::Need;
@@ -18,6 +16,7 @@ use crate::framework::Test;
 use crate::framework::User;
 use crate::module::assert_nothing_in_use;
 use crate::programs::total;
+use crate::raw::Ended;
 use crate::raw::RawGuest;
 use crate::sched::fences_abort_sections;
 use crate::support::count_signal;
@@ -44,6 +43,10 @@ pub const TESTS: &[Test] = &[
         for_each_rseq(|area| fences_abort_sections(area, call))
     })
     .needs(&[Need::Cpus(2)]),
+    Test::asserting(
+        "calls_may_be_said_to_come_back_anywhere",
+        calls_may_be_said_to_come_back_anywhere,
+    ),
     Test::asserting("vcpu_may_end_in_the_call", vcpu_may_end_in_the_call),
     Test::asserting(
         "device_may_be_closed_beside_a_shortcut",
@@ -141,19 +144,14 @@ fn signals_come_between_shortcuts() {
 }
 
 extern "C" {
-    /// RUNs the guest; then, so often, makes a system call where the run page says that it comes back, and RUN again. What is left of
-    /// the times, and the last RUN's RAX.
+    /// RUNs the guest; then, so often, makes a system call, and RUN again. What is left of the times, and the last RUN's RAX.
     ///
-    /// RDI: file. RSI: request. RDX: its argument. RCX: the call, RAX, RDI, RSI, RDX. R8: run page. R9: times.
+    /// RDI: file. RSI: request. RDX: its argument. RCX: the call, RAX, RDI, RSI, RDX. R8: times.
     #[link_name = "dune_test_run_and_call"]
-    fn run_and_call(
-        file: u64,
-        request: u64,
-        argument: u64,
-        call: *const [u64; 4],
-        run: *mut RunPage,
-        times: u64,
-    ) -> Left;
+    fn run_and_call(file: u64, request: u64, argument: u64, call: *const [u64; 4], times: u64) -> Left;
+    /// Where RUN comes back, and the call, in there.
+    static dune_test_run_behind: u8;
+    static dune_test_call_behind: u8;
 }
 
 global_asm!(
@@ -169,9 +167,7 @@ global_asm!(
     "mov r14, rsi",
     "mov r15, rdx",
     "mov rbp, rcx",
-    "mov rbx, r9",
-    "lea rcx, [rip + 4f]",
-    "mov [r8 + {behind}], rcx",
+    "mov rbx, r8",
     "2:",
     "mov r12d, -1",
     "mov eax, {ioctl}",
@@ -179,6 +175,8 @@ global_asm!(
     "mov rsi, r14",
     "mov rdx, r15",
     "syscall",
+    ".globl dune_test_run_behind",
+    "dune_test_run_behind:",
     // By the shortcut also from there.
     "test r12d, r12d",
     "jnz 5f",
@@ -189,7 +187,8 @@ global_asm!(
     "mov rsi, [rbp + 16]",
     "mov rdx, [rbp + 24]",
     "syscall",
-    "4:",
+    ".globl dune_test_call_behind",
+    "dune_test_call_behind:",
     "jmp 2b",
     "5:",
     "mov rdx, rbx",
@@ -200,7 +199,6 @@ global_asm!(
     "pop rbp",
     "pop rbx",
     "ret",
-    behind = const offset_of!(RunPage, forward_behind),
     ioctl = const libc::SYS_ioctl,
 );
 
@@ -212,14 +210,21 @@ struct Left {
 }
 
 /// As [`run_and_call`], until RUN fails or the calls are over. The errno, and how many calls were made.
-fn run_until_refused(guest: &RawGuest, call: [u64; 4], times: u64) -> (i32, u64) {
+fn run_until_refused(guest: &mut RawGuest, call: [u64; 4], times: u64) -> (i32, u64) {
+    let behind = &raw const dune_test_call_behind as u64;
+    guest.edit(|page| page.forward_behind = behind);
+    run_and_call_on(guest, call, times)
+}
+
+/// The same, wherever the run page says that calls come back.
+fn run_and_call_on(guest: &RawGuest, call: [u64; 4], times: u64) -> (i32, u64) {
     let (file, request) = (guest.device.fd as u64, u64::from(dune_abi::DUNE_RUN));
     let mut left = times;
     loop {
         // SAFETY: The guest is at CPL0 in memory of its own and does nothing but VMCALL.
-        let answer = unsafe { run_and_call(file, request, guest.vcpu as u64, &call, guest.run_pointer(), left) };
+        let answer = unsafe { run_and_call(file, request, guest.vcpu as u64, &call, left) };
         if answer.answer < 0 || answer.times == u64::MAX {
-            return (-answer.answer as i32, times - answer.times);
+            return (-answer.answer as i32, times.wrapping_sub(answer.times));
         }
         // EXIT_AGAIN.
         left = answer.times;
@@ -228,6 +233,32 @@ fn run_until_refused(guest: &RawGuest, call: [u64; 4], times: u64) -> (i32, u64)
 
 /// VMCALL for ever.
 const CALLS: &[u8] = &[0x0f, 0x01, 0xc1, 0xeb, 0xfb];
+
+/// `forward_behind` is user space's to choose: nowhere, in the kernel, no address at all, behind RUN itself.
+fn calls_may_be_said_to_come_back_anywhere() {
+    const TIMES: u64 = 300;
+    let [run, call] = [&raw const dune_test_run_behind, &raw const dune_test_call_behind].map(|at| at as u64);
+    let mut guest = RawGuest::new(CALLS);
+    guest.run();
+    for behind in [
+        0,
+        1,
+        call - 2,
+        call + 1,
+        run,
+        1 << 47,
+        0xffff_8000_0000_0000,
+        u64::MAX,
+        call,
+    ] {
+        guest.edit(|page| page.forward_behind = behind);
+        let (errno, calls) = run_and_call_on(&guest, [libc::SYS_getppid as u64, 0, 0, 0], TIMES);
+        assert!(errno <= 0, "RUN failed by errno {errno}, {behind:#x}");
+        // The last RUN has no call.
+        assert_eq!(calls, TIMES + 1, "{behind:#x}");
+        assert!(matches!(guest.run(), Ended::Call(_)), "{behind:#x}");
+    }
+}
 
 /// The call that comes back is the one that destroys the vCPU: nothing of it is used any more.
 fn vcpu_may_end_in_the_call() {
@@ -241,7 +272,7 @@ fn vcpu_may_end_in_the_call() {
             destroy,
             guest.vcpu as u64,
         ];
-        let (errno, calls) = run_until_refused(&guest, call, 100);
+        let (errno, calls) = run_until_refused(&mut guest, call, 100);
         assert_eq!((errno, calls), (libc::ENOENT, 1), "RUN of a vCPU that is gone");
     }
 }
@@ -260,7 +291,7 @@ fn device_may_be_closed_beside_a_shortcut() {
                 let mut guest = RawGuest::new(CALLS);
                 guest.run();
                 sender.send((guest.device.fd, guest.run_pointer() as usize)).unwrap();
-                let (errno, calls) = run_until_refused(&guest, [libc::SYS_getppid as u64, 0, 0, 0], ENOUGH);
+                let (errno, calls) = run_until_refused(&mut guest, [libc::SYS_getppid as u64, 0, 0, 0], ENOUGH);
                 assert_eq!(errno, libc::EBADF, "RUN of a file that is closed");
                 // Nothing of it is left but memory.
                 std::mem::forget(guest);

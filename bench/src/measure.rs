@@ -3,8 +3,7 @@
 //! Ticks, VM exits and heavy operations of one operation, and the rows that they become.
 //!
 //! Every time is the median over single operations, less the median of measuring nothing; mean, least and maximum stand beside
-//! it. What was done in an operation (exits, heavy operations) is the least, so that ticks of the clock do not show where an operation
-//! is shorter than the time between two. Heavy operations are there only where the module was built to count them
+//! it. What was done in an operation (exits, heavy operations) is the least. Heavy operations are there only where the module was built to count them
 //! (`DUNE_COUNT_OPS=y`), which costs ticks: `make bench` runs once with and once without.
 
 use dune_examples::ticks;
@@ -73,14 +72,6 @@ const WARM_UP: usize = 16;
 
 /// How often it is done at most where heavy operations are counted.
 const COUNTED: usize = 2000;
-
-/// What is done so seldom begins at another phase of the clock each time: in step with it most of the times would have a
-/// tick in them, or none, by the layout of the program.
-const SELDOM: usize = 200;
-/// Between two ticks of Linux' clock on the measured machine: 38,000 to 57,000 were seen.
-const BETWEEN_TICKS: u64 = 60_000;
-/// The fractional part of the golden ratio, of 2^64: multiples of it are spread evenly.
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl System<'_> {
     fn is_wanted(&self, bench: &str) -> bool {
@@ -162,9 +153,6 @@ impl System<'_> {
         };
         for i in 0..count {
             before_each();
-            if count <= SELDOM {
-                self.change_phase(i);
-            }
             self.take_counts();
             let before = counted();
             ticks.push(action(i).saturating_sub(empty));
@@ -178,19 +166,6 @@ impl System<'_> {
             row.set_done(&done, self.is_counting);
         }
         emit(&row);
-    }
-
-    /// Spends a part of the time between two ticks, another each turn. What the module does at its next exit, should there have
-    /// been a tick, is done then.
-    fn change_phase(&self, turn: usize) {
-        let part = GOLDEN.wrapping_mul(turn as u64) >> 32;
-        let (start, wait) = (ticks(), (part * BETWEEN_TICKS) >> 32);
-        while ticks() - start < wait {
-            core::hint::spin_loop();
-        }
-        if self.dune.is_some() {
-            counting::exit_once();
-        }
     }
 
     /// Where heavy operations are counted: this thread's vCPU takes what was done up to here.

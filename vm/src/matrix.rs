@@ -72,24 +72,14 @@ const HASWELL: &str = "corei7_haswell_4770";
 const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
 const LYNNFIELD: &str = "corei5_lynnfield_750";
 const BROADWELL: &str = "broadwell_ult";
-macro_rules! tiger_lake_without {
-    ($features:literal) => {
-        concat!(
-            "clearcpuid=",
-            $features,
-            " tsc_early_khz=50000 indirect_target_selection=off"
-        )
-    };
-}
 
 /// Boots with [`TIGER_LAKE_APPEND`].
 const TIGER_LAKE: &str = "tigerlake";
 /// What Bochs tells wrong of it, so that Linux warns: as many threads as cores (HT), no size of PKRU's state (PKU), and the same
-/// size of compacted state whatever is in it (XSAVES, XSAVEC). Its CPUID leaf 15H names the real CPU's TSC frequency, 48 times
-/// that of the emulated one. And Linux' own warning where it mitigates ITS in a module.
-const TIGER_LAKE_APPEND: &str = tiger_lake_without!("ht,pku,xsaves,xsavec");
+/// size of compacted state whatever is in it (XSAVES, XSAVEC). And Linux' own warning where it mitigates ITS in a module.
+const TIGER_LAKE_APPEND: &str = "clearcpuid=ht,pku,xsaves,xsavec indirect_target_selection=off";
 /// The same for the kernel `pkeys`, which knows what PKRU's state is like.
-const KEYS_APPEND: &str = tiger_lake_without!("ht,xsaves,xsavec");
+const KEYS_APPEND: &str = "clearcpuid=ht,xsaves,xsavec indirect_target_selection=off";
 
 /// A guest second may last so long on a busy host.
 const HOST_S_PER_GUEST_S: u64 = 60;

@@ -203,7 +203,7 @@ fn boot(
         cpu_model: cpu_model.to_string(),
         cpus: 1,
         memory_mib,
-        ips: machine::default_ips(kernel),
+        ips: machine::default_ips(PLAIN.0),
         append: append.to_string(),
         module_parameters: Some(Vec::new()),
         repeatable: true,

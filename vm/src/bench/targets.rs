@@ -62,7 +62,7 @@ const TARGETS: &[Target] = &[
         "appel1",
         20_000,
         Some(11_840),
-        "met where no interrupt of the clock falls into the loop, each of which is some 1,040. Next: a trap that pushes onto the \
+        "201 for each page with its share of the loops, of which the trap with its handler's unprotecting is most. Next: a trap that pushes onto the \
          handler's stack at once (IST1 moved while a handler runs)",
     ),
     target(

@@ -117,6 +117,9 @@ pub(crate) struct Idt(pub [[u64; 2]; 256]);
 #[repr(C, align(16))]
 pub(crate) struct Tss(pub [u32; 26]);
 
+/// See [`Block::signal`]; else that is 0.
+pub(crate) const SIGNAL_WAITS: u32 = 2;
+
 /// What is at the start of the block.
 #[repr(C)]
 pub(crate) struct Block {
@@ -135,7 +138,7 @@ pub(crate) struct Block {
     pub inner_last: AtomicU64,
     /// As long as it does not.
     pub inner_bytes: u64,
-    /// A signal waits for the trap entry to be done with its interrupt stack.
+    /// [`SIGNAL_WAITS`]: a signal waits for the trap entry to be done with its interrupt stack.
     pub signal: AtomicU32,
     /// Why CALL_FATAL was made: a `trap::Fatal`.
     pub fatal: AtomicU32,
@@ -149,6 +152,8 @@ pub(crate) struct Block {
     pub fatal_detail: AtomicU64,
     /// Where SYSCALL from CPL3 finds CPL0's stack.
     pub user_slot: *const cpl3::Slot,
+    /// The ways to CPL3 and back, of this CPU.
+    pub user_ways: cpl3::Ways,
     /// What it finds there while nobody waits for CPL3.
     pub user_idle: cpl3::Idle,
     /// CPL3's registers, from the host loop to the way out.
@@ -215,7 +220,9 @@ impl Block {
             (*block).has_xsave = fpu.has_xsave.into();
             (*block).process = process;
             (&raw mut (*block).here).write(paging::start_thread(&*process, table));
-            (*block).has_fsgsbase = ((*process).cr4 & CR4_FSGSBASE != 0).into();
+            let has_fsgsbase = (*process).cr4 & CR4_FSGSBASE != 0;
+            (*block).has_fsgsbase = has_fsgsbase.into();
+            (*block).user_ways = cpl3::Ways::new(fpu.has_xsave, has_fsgsbase);
             (*block).has_smap = ((*process).cr4 & CR4_SMAP != 0).into();
             let slot = cpl3::slot((*process).index(area));
             (*block).user_slot = slot;

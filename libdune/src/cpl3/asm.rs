@@ -12,7 +12,9 @@
 //!    `dune_user_trapped`. Both fill the frame in.
 //! 4. The *way out*, `dune_user_out`: extended state and segment bases are exchanged. Whoever interrupts here waits until
 //!    the end (`Block::signal`), since a handler of the program must find its FS base.
-//! 5. `dune_user_enter` returns to its caller.
+//! 5. It returns to the caller of `dune_user_enter`.
+//!
+//! Steps 1, 2 and 4 are there four times, by whether the CPU has XSAVE and FSGSBASE; the block says which ([`Ways`]).
 //!
 //! # Safety
 //!
@@ -35,12 +37,22 @@ use crate::abi::CALL_SELF;
 use crate::percpu;
 use crate::percpu::Block;
 
-#[allow(improper_ctypes)]
 extern "C" {
-    fn dune_user_enter();
+    fn dune_user_enter_fxsave_msr();
+    fn dune_user_enter_fxsave_fsgsbase();
+    fn dune_user_enter_xsave_msr();
+    fn dune_user_enter_xsave_fsgsbase();
     fn dune_user_in();
+    fn dune_user_in_fxsave_msr();
+    fn dune_user_in_fxsave_fsgsbase();
+    fn dune_user_in_xsave_msr();
+    fn dune_user_in_xsave_fsgsbase();
     fn dune_user_in_end();
     fn dune_user_out_begin();
+    fn dune_user_out_fxsave_msr();
+    fn dune_user_out_fxsave_fsgsbase();
+    fn dune_user_out_xsave_msr();
+    fn dune_user_out_xsave_fsgsbase();
     fn dune_user_unwaited();
     fn dune_user_unwaited_end();
     fn dune_user_taken();
@@ -48,14 +60,50 @@ extern "C" {
     fn dune_user_out_end();
 }
 
-/// The routine of step 1; RDI: frame, RSI: block.
-pub(super) fn enter() -> u64 {
-    dune_user_enter as *const () as u64
+/// The routines of steps 1, 2 and 4 for the thread's CPU. Step 1 gets RDI: frame, RSI: block.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ways {
+    enter: unsafe extern "C" fn(),
+    way_in: unsafe extern "C" fn(),
+    way_out: unsafe extern "C" fn(),
+}
+
+impl Ways {
+    pub fn new(has_xsave: bool, has_fsgsbase: bool) -> Self {
+        let (enter, way_in, way_out): (unsafe extern "C" fn(), unsafe extern "C" fn(), unsafe extern "C" fn()) =
+            match (has_xsave, has_fsgsbase) {
+                (false, false) => (
+                    dune_user_enter_fxsave_msr,
+                    dune_user_in_fxsave_msr,
+                    dune_user_out_fxsave_msr,
+                ),
+                (false, true) => (
+                    dune_user_enter_fxsave_fsgsbase,
+                    dune_user_in_fxsave_fsgsbase,
+                    dune_user_out_fxsave_fsgsbase,
+                ),
+                (true, false) => (
+                    dune_user_enter_xsave_msr,
+                    dune_user_in_xsave_msr,
+                    dune_user_out_xsave_msr,
+                ),
+                (true, true) => (
+                    dune_user_enter_xsave_fsgsbase,
+                    dune_user_in_xsave_fsgsbase,
+                    dune_user_out_xsave_fsgsbase,
+                ),
+            };
+        Self { enter, way_in, way_out }
+    }
 }
 
 /// Start and end of the assembly.
 pub(super) fn code() -> (u64, u64) {
-    (enter(), dune_user_out_end as *const () as u64)
+    (
+        dune_user_enter_fxsave_msr as *const () as u64,
+        dune_user_out_end as *const () as u64,
+    )
 }
 
 /// Whether CPL0 at `rip` is on the way in.
@@ -89,46 +137,86 @@ const MSR_GS_BASE: u32 = 0xc000_0101;
 global_asm!(
     ".pushsection .text.dune_user, \"ax\", @progbits",
     ".balign 16",
-    ".hidden dune_user_enter",
-    ".globl dune_user_enter",
-    "dune_user_enter:",
+    // 1.
+    ".macro dune_user_enter name, xsave, fsgsbase",
+    ".hidden \\name",
+    ".globl \\name",
+    "\\name:",
     "push rbp",
     "push rbx",
     "mov rbx, rsi",
     "mov rbp, [rbx + {slot}]",
     "push qword ptr [rbp + {slot_rsp}]",
-    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
-    "je 40f",
+    ".if \\fsgsbase",
     "rdgsbase rax",
-    "rdfsbase rcx",
-    "41:",
     "push rax",
-    "push rcx",
+    "rdfsbase rax",
+    "push rax",
+    ".else",
+    "mov ecx, {msr_gs_base}",
+    "rdmsr",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "push rax",
+    "mov ecx, {msr_fs_base}",
+    "rdmsr",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "push rax",
+    ".endif",
     "push rbx",
     "push rdi",
-    "cmp qword ptr [rbx + {has_xsave}], 0",
-    "je 42f",
     "mov rcx, [rdi + {host_fpu}]",
+    ".if \\xsave",
     "mov eax, {host_fpu_mask}",
     "xor edx, edx",
     "xsave64 [rcx]",
-    "mov rcx, [rdi + {fpu}]",
-    "mov eax, -1",
-    "mov edx, eax",
+    ".else",
+    "fxsave64 [rcx]",
+    ".endif",
+    ".endm",
+    "dune_user_enter dune_user_enter_fxsave_msr, 0, 0",
+    "jmp 42f",
+    "dune_user_enter dune_user_enter_fxsave_fsgsbase, 0, 1",
+    "jmp 42f",
+    "dune_user_enter dune_user_enter_xsave_msr, 1, 0",
+    "jmp 42f",
+    "dune_user_enter dune_user_enter_xsave_fsgsbase, 1, 1",
+    "42:",
     // From here on the thread waits for CPL3, and on the way in there are no handlers to jump out of.
     "mov [rbp + {slot_rsp}], rsp",
     ".hidden dune_user_in",
     ".globl dune_user_in",
     "dune_user_in:",
+    "jmp qword ptr [rbx + {way_in}]",
+    // 2.
+    ".macro dune_user_in name, xsave, fsgsbase",
+    ".hidden \\name",
+    ".globl \\name",
+    "\\name:",
+    "mov rcx, [rdi + {fpu}]",
+    ".if \\xsave",
+    "mov eax, -1",
+    "mov edx, eax",
     "xrstor64 [rcx]",
-    "43:",
-    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
-    "je 44f",
+    ".else",
+    "fxrstor64 [rcx]",
+    ".endif",
+    ".if \\fsgsbase",
     "mov rax, [rdi + {fs_base}]",
     "wrfsbase rax",
     "mov rax, [rdi + {gs_base}]",
     "wrgsbase rax",
-    "45:",
+    ".else",
+    "mov ecx, {msr_fs_base}",
+    "mov eax, [rdi + {fs_base}]",
+    "mov edx, [rdi + {fs_base} + 4]",
+    "wrmsr",
+    "mov ecx, {msr_gs_base}",
+    "mov eax, [rdi + {gs_base}]",
+    "mov edx, [rdi + {gs_base} + 4]",
+    "wrmsr",
+    ".endif",
     "push {user_ds}",
     "push qword ptr [rdi + {rsp}]",
     "push qword ptr [rdi + {rflags}]",
@@ -150,41 +238,14 @@ global_asm!(
     "mov r15, [rdi + {r15}]",
     "mov rdi, [rdi + {rdi}]",
     "iretq",
-    // Without FSGSBASE.
-    "44:",
-    "mov ecx, {msr_fs_base}",
-    "mov eax, [rdi + {fs_base}]",
-    "mov edx, [rdi + {fs_base} + 4]",
-    "wrmsr",
-    "mov ecx, {msr_gs_base}",
-    "mov eax, [rdi + {gs_base}]",
-    "mov edx, [rdi + {gs_base} + 4]",
-    "wrmsr",
-    "jmp 45b",
-    // Without XSAVE.
-    "46:",
-    "mov [rbp + {slot_rsp}], rsp",
-    "fxrstor64 [rcx]",
-    "jmp 43b",
+    ".endm",
+    "dune_user_in dune_user_in_fxsave_msr, 0, 0",
+    "dune_user_in dune_user_in_fxsave_fsgsbase, 0, 1",
+    "dune_user_in dune_user_in_xsave_msr, 1, 0",
+    "dune_user_in dune_user_in_xsave_fsgsbase, 1, 1",
     ".hidden dune_user_in_end",
     ".globl dune_user_in_end",
     "dune_user_in_end:",
-    "40:",
-    "mov ecx, {msr_fs_base}",
-    "rdmsr",
-    "shl rdx, 32",
-    "lea r8, [rax + rdx]",
-    "mov ecx, {msr_gs_base}",
-    "rdmsr",
-    "shl rdx, 32",
-    "add rax, rdx",
-    "mov rcx, r8",
-    "jmp 41b",
-    "42:",
-    "mov rcx, [rdi + {host_fpu}]",
-    "fxsave64 [rcx]",
-    "mov rcx, [rdi + {fpu}]",
-    "jmp 46b",
     ".balign 16",
     ".hidden dune_user_out_begin",
     ".globl dune_user_out_begin",
@@ -249,42 +310,33 @@ global_asm!(
     "dune_user_aborted:",
     "mov rdi, [rsp]",
     "mov qword ptr [rdi + {event}], {event_interrupted}",
+    "mov rcx, [rdi + {host_fpu}]",
+    "cmp qword ptr [rbx + {has_xsave}], 0",
+    "je 51f",
     "mov eax, -1",
     "mov edx, eax",
-    "cmp qword ptr [rbx + {has_xsave}], 0",
-    "jne 52f",
-    "jmp 58f",
-    // Without FSGSBASE.
-    "49:",
-    "mov ecx, {msr_fs_base}",
-    "rdmsr",
-    "mov [rdi + {fs_base}], eax",
-    "mov [rdi + {fs_base} + 4], edx",
-    "mov ecx, {msr_gs_base}",
-    "rdmsr",
-    "mov [rdi + {gs_base}], eax",
-    "mov [rdi + {gs_base} + 4], edx",
-    "jmp 50f",
+    "xrstor64 [rcx]",
+    "jmp 52f",
+    "51:",
+    "fxrstor64 [rcx]",
+    "52:",
+    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
+    "je 54f",
+    "mov rax, [rsp + {kept_fs_base}]",
+    "wrfsbase rax",
+    "mov rax, [rsp + {kept_gs_base}]",
+    "wrgsbase rax",
+    "jmp 55f",
     "54:",
     "mov ecx, {msr_fs_base}",
-    "pop rax",
-    "mov rdx, rax",
-    "shr rdx, 32",
+    "mov eax, [rsp + {kept_fs_base}]",
+    "mov edx, [rsp + {kept_fs_base} + 4]",
     "wrmsr",
     "mov ecx, {msr_gs_base}",
-    "pop rax",
-    "mov rdx, rax",
-    "shr rdx, 32",
+    "mov eax, [rsp + {kept_gs_base}]",
+    "mov edx, [rsp + {kept_gs_base} + 4]",
     "wrmsr",
     "jmp 55f",
-    // Without XSAVE.
-    "51:",
-    "mov rcx, [rdi + {fpu}]",
-    "fxsave64 [rcx]",
-    "58:",
-    "mov rcx, [rdi + {host_fpu}]",
-    "fxrstor64 [rcx]",
-    "jmp 53f",
     // SYSCALL from CPL3 while nobody waits for it: the program went there by itself. ENOSYS. (SYSRET: behind a SYSCALL at the end
     // of the canonical addresses it faults here, which ends the process with a report.)
     ".hidden dune_user_unwaited",
@@ -337,32 +389,64 @@ global_asm!(
     "push {flags}",
     "popfq",
     "59:",
-    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
-    "je 49b",
+    "jmp qword ptr [rbx + {way_out}]",
+    // 4.
+    ".macro dune_user_out name, xsave, fsgsbase",
+    ".hidden \\name",
+    ".globl \\name",
+    "\\name:",
+    ".if \\fsgsbase",
     "rdfsbase rax",
     "mov [rdi + {fs_base}], rax",
     "rdgsbase rax",
     "mov [rdi + {gs_base}], rax",
-    "50:",
-    "cmp qword ptr [rbx + {has_xsave}], 0",
-    "je 51b",
+    ".else",
+    "mov ecx, {msr_fs_base}",
+    "rdmsr",
+    "mov [rdi + {fs_base}], eax",
+    "mov [rdi + {fs_base} + 4], edx",
+    "mov ecx, {msr_gs_base}",
+    "rdmsr",
+    "mov [rdi + {gs_base}], eax",
+    "mov [rdi + {gs_base} + 4], edx",
+    ".endif",
     "mov rcx, [rdi + {fpu}]",
+    ".if \\xsave",
     "mov eax, -1",
     "mov edx, eax",
     "xsave64 [rcx]",
-    "52:",
     "mov rcx, [rdi + {host_fpu}]",
     "xrstor64 [rcx]",
-    "53:",
-    "pop rdi",
-    "pop rdi",
-    "cmp dword ptr [rbx + {has_fsgsbase}], 0",
-    "je 54b",
-    "pop rax",
+    ".else",
+    "fxsave64 [rcx]",
+    "mov rcx, [rdi + {host_fpu}]",
+    "fxrstor64 [rcx]",
+    ".endif",
+    ".if \\fsgsbase",
+    "mov rax, [rsp + {kept_fs_base}]",
     "wrfsbase rax",
-    "pop rax",
+    "mov rax, [rsp + {kept_gs_base}]",
     "wrgsbase rax",
+    ".else",
+    "mov ecx, {msr_fs_base}",
+    "mov eax, [rsp + {kept_fs_base}]",
+    "mov edx, [rsp + {kept_fs_base} + 4]",
+    "wrmsr",
+    "mov ecx, {msr_gs_base}",
+    "mov eax, [rsp + {kept_gs_base}]",
+    "mov edx, [rsp + {kept_gs_base} + 4]",
+    "wrmsr",
+    ".endif",
+    ".endm",
+    "dune_user_out dune_user_out_fxsave_msr, 0, 0",
+    "jmp 55f",
+    "dune_user_out dune_user_out_fxsave_fsgsbase, 0, 1",
+    "jmp 55f",
+    "dune_user_out dune_user_out_xsave_msr, 1, 0",
+    "jmp 55f",
+    "dune_user_out dune_user_out_xsave_fsgsbase, 1, 1",
     "55:",
+    "add rsp, {kept_bytes}",
     "mov rcx, [rbx + {slot}]",
     "pop qword ptr [rcx + {slot_rsp}]",
     ".hidden dune_user_out_end",
@@ -388,6 +472,12 @@ global_asm!(
     has_fsgsbase = const offset_of!(Block, has_fsgsbase),
     has_xsave = const offset_of!(Block, has_xsave),
     signal = const offset_of!(Block, signal),
+    way_in = const offset_of!(Block, user_ways) + offset_of!(Ways, way_in),
+    way_out = const offset_of!(Block, user_ways) + offset_of!(Ways, way_out),
+    // Above the slot's RSP: frame, block, FS base, GS base.
+    kept_fs_base = const 16,
+    kept_gs_base = const 24,
+    kept_bytes = const 32,
     slot_rsp = const offset_of!(Slot, rsp),
     slot_user_rsp = const offset_of!(Slot, user_rsp),
     user_ds = const percpu::USER_DS,

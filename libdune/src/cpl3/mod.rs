@@ -13,6 +13,7 @@ mod copy;
 mod syscall;
 
 use core::arch::asm;
+use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
 use crate::abi::IOPL_CPL0;
@@ -20,6 +21,7 @@ use crate::host_loop::State;
 use crate::percpu;
 use crate::percpu::Block;
 
+pub(crate) use asm::Ways;
 pub(crate) use copy::copy;
 pub(crate) use copy::recovery;
 pub(crate) use syscall::entry;
@@ -94,8 +96,8 @@ pub(crate) unsafe fn enter(frame: *mut Frame, block: *const Block) {
     // SAFETY: The caller's. The routine keeps RBX, RBP and RSP.
     unsafe {
         asm!(
-            "call {enter}",
-            enter = in(reg) asm::enter(),
+            "call qword ptr [rsi + {enter}]",
+            enter = const offset_of!(Block, user_ways),
             inout("rdi") frame => _,
             inout("rsi") block => _,
             out("r12") _,

@@ -53,6 +53,7 @@ use crate::hook;
 use crate::hook::Settled;
 use crate::layout;
 use crate::percpu;
+use crate::percpu::SIGNAL_WAITS;
 use crate::sys;
 use crate::sys::AltStack;
 use crate::sys::SigAction;
@@ -207,7 +208,7 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
     let asked = &block.signal;
     let mut state = *state;
     if hook::settle(&mut state, block) == Settled::Inside {
-        asked.store(1, Relaxed);
+        asked.store(SIGNAL_WAITS, Relaxed);
         clear_interrupt_request(context);
         // RIP may have been moved back to a call, or to where the hook's assembly looks for signals.
         write_place(context, &state.gprs, state.rip, state.rflags);
@@ -220,7 +221,7 @@ fn take_at(context: &mut HostContext, state: &State) -> Action {
         report::die_of_exception(context, Fatal::Unwaited as u32, None);
     }
     if place != Place::Program || trap::is_entry(state.rip) && state.sregs.cs.selector & 3 == 0 {
-        asked.store(1, Relaxed);
+        asked.store(SIGNAL_WAITS, Relaxed);
         clear_interrupt_request(context);
         come_out(context, state, place);
         return Action::Run;

@@ -18,6 +18,7 @@ use core::mem::offset_of;
 use super::dispatch::dune_trap_dispatch;
 use super::dispatch::dune_trap_plain;
 use super::dispatch::dune_trap_signalled;
+use super::dispatch::Outcome;
 use super::dispatch::LEVEL_DOUBLE_FAULT;
 use super::dispatch::LEVEL_TOO_DEEP;
 use super::dispatch::LEVEL_WINDOW;
@@ -31,6 +32,7 @@ use crate::cpl3::Slot;
 use crate::hook;
 use crate::layout;
 use crate::percpu::Block;
+use crate::percpu::SIGNAL_WAITS;
 
 /// Error code of a write at CPL0 to a page that is there.
 const PRESENT_WRITE: u32 = 3;
@@ -81,6 +83,11 @@ pub(crate) fn is_entry(rip: u64) -> bool {
     .into_iter()
     .any(|(start, end)| (start as u64..end as u64).contains(&rip))
 }
+
+// The plain way looks at both with one OR.
+const _: () = assert!(
+    Outcome::Resume as u8 == 0 && SIGNAL_WAITS as u8 & Outcome::Unhandled as u8 == 0 && SIGNAL_WAITS as u8 != 0
+);
 
 global_asm!(
     ".pushsection .text.dune_trap, \"ax\", @progbits",
@@ -334,13 +341,11 @@ global_asm!(
     ".globl \\name\\()_handler_part",
     "\\name\\()_handler_part:",
     "call {handler}",
-    "test al, al",
+    "or al, [rbx + {signal}]",
     "jnz 63f",
     "test byte ptr [rsp + {cs}], 3",
     "jnz 65f",
     "66:",
-    "cmp dword ptr [rbx + {signal}], 0",
-    "jne 64f",
     ".if \\all",
     "mov eax, -1",
     "mov edx, eax",
@@ -354,9 +359,15 @@ global_asm!(
     // Its other ways, off the IST stack: not the handler's; a signal waits; the handler goes on at CPL3, as IOPL 0 tells.
     ".macro dune_page_fault_else",
     "63:",
+    "test al, {unhandled}",
+    "jz 64f",
     "mov eax, {exception}",
     "jmp 37b",
     "64:",
+    "test byte ptr [rsp + {cs}], 3",
+    "jz 67f",
+    "and qword ptr [rsp + {rflags}], {not_iopl}",
+    "67:",
     "mov rdi, rsp",
     "mov rsi, rbx",
     "call {signalled}",
@@ -400,6 +411,7 @@ global_asm!(
     signal = const offset_of!(Block, signal),
     present_write = const PRESENT_WRITE,
     page_fault = const PAGE_FAULT,
+    unhandled = const Outcome::Unhandled as u8,
     exception = const CALL_EXCEPTION,
     dispatch = sym dune_trap_dispatch,
     handler = sym dune_trap_plain,

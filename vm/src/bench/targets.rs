@@ -62,22 +62,22 @@ const TARGETS: &[Target] = &[
         "appel1",
         20_000,
         Some(11_840),
-        "201 for each page with its share of the loops, of which the trap with its handler's unprotecting is most. Next: a trap that pushes onto the \
-         handler's stack at once (IST1 moved while a handler runs)",
+        "",
     ),
     target(
         "appel2",
         13_000,
         Some(7_665),
-        "130 for each page with its share of the loops, of which the trap is 131 by itself. Next: as appel1",
+        "150 for each page: the trap 130, the rest its share of the loops that protect and store. Next: a trap that pushes onto the \
+         handler's stack at once (IST1 moved while a handler runs), some 10 less for each",
     ),
     target("intercept", 60, None, ""),
     target(
         "intercept_cpl3",
         100,
         Some(60),
-        "some 105 are registers, segment bases and FPU control in and out, each once; 40 the deadline, the reason and the \
-         caller's loop. Next: a way in for a context that has not changed, which loads only what the kernel side changed",
+        "some 90 are registers, segment bases and FPU control in and out, each once; 40 the looks at addresses, flags and \
+         reason. Next: a way in for a context that has not changed, which loads only what the kernel side changed",
     ),
     target(
         "ptrace_getpid",

@@ -202,19 +202,14 @@ pub struct LikeOne {
 }
 
 impl LikeOne {
-    /// The leaf for an entry.
-    ///
-    /// # Errors
-    ///
-    /// The entry, where it is not like that one.
+    /// The leaf for an entry; `None` where that differs in more than the page.
     #[inline(always)]
-    pub const fn make(&self, entry: HostPte) -> Result<u64, HostPte> {
+    pub const fn make(&self, entry: HostPte) -> Option<u64> {
         let difference = entry.0 ^ self.entry;
         if difference & LeafMaker::LOOKED_AT == 0 {
-            Ok(self.leaf ^ (difference & HostPte::ADDRESS_MASK))
+            Some(self.leaf ^ (difference & HostPte::ADDRESS_MASK))
         } else {
-            // Not `entry`, which would be kept in a register for nothing.
-            Err(HostPte(difference ^ self.entry))
+            None
         }
     }
 }

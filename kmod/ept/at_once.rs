@@ -77,14 +77,18 @@ impl Ept {
         let Some(to) = tree.table_at(gpa, Level::Page4K) else {
             return AtOnce::Later;
         };
-        if !tree::set_at_once(&to[index], leaf, Level::Page4K) {
-            return AtOnce::Later;
-        }
         // Where accessed bits tell what was used of them.
-        let around = if around && self.traits.accessed_dirty {
-            install_around(from, to, index & !(AROUND - 1), maker, maker.like(entry, leaf))
+        let chunks = if around && self.traits.accessed_dirty {
+            chunk(from, index).zip(chunk(to, index))
         } else {
-            0
+            None
+        };
+        let around = match chunks {
+            // The first of its neighbourhood.
+            Some((from, to)) if is_empty(to) => install_all(from, to, maker, maker.like(entry, leaf)),
+            _ if !tree::set_at_once(&to[index], leaf, Level::Page4K) => return AtOnce::Later,
+            Some((from, to)) => install_missing(from, to, maker),
+            None => 0,
         };
         AtOnce::Mapped(Mapped::new(Level::Page4K, leaf, around))
     }
@@ -117,52 +121,80 @@ impl Format {
     }
 }
 
-/// Puts leaves of 4 KiB for [`AROUND`] entries of `from` from `first` on, where `to`, the EPT's table for the same 2 MiB, has
-/// nothing. Gives how many. Needs no flush.
+type Chunk = [AtomicU64; AROUND];
+
+/// The neighbourhood of an entry.
 #[inline(always)]
-fn install_around(
-    from: &[AtomicU64; ENTRIES],
-    to: &[AtomicU64; ENTRIES],
-    first: usize,
-    maker: LeafMaker,
-    like: LikeOne,
-) -> u64 {
-    let (Some(from), Some(to)) = (chunk(from, first), chunk(to, first)) else {
-        return 0;
+fn chunk(table: &[AtomicU64; ENTRIES], index: usize) -> Option<&Chunk> {
+    table.get(index & !(AROUND - 1)..)?.first_chunk()
+}
+
+/// Does `$once` for each entry of a chunk: the compiler makes more instructions of a loop.
+macro_rules! for_each {
+    ($i:ident, $once:expr) => {
+        for_each!(@ $i, $once, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
     };
-    let mut installed = 0u64;
-    // One by one, since the compiler makes four times as many instructions of a loop.
-    macro_rules! install {
-        ($($i:literal)*) => {
-            $(
-                match like.make(HostPte::new(from[$i].load(Relaxed))) {
-                    Ok(leaf) => {
-                        if to[$i].load(Relaxed) == 0 {
-                            to[$i].store(leaf, Relaxed);
-                            installed = installed.wrapping_add(1);
-                        }
-                    }
-                    Err(entry) => installed = installed.wrapping_add(install_unlike(&to[$i], &maker, entry)),
-                }
-            )*
-        };
-    }
-    install!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
-    installed
+    (@ $i:ident, $once:expr, $($n:literal)*) => {
+        $({ const $i: usize = $n; $once })*
+    };
 }
 
 #[inline(always)]
-fn chunk(table: &[AtomicU64; ENTRIES], first: usize) -> Option<&[AtomicU64; AROUND]> {
-    table.get(first..)?.first_chunk()
+fn is_empty(to: &Chunk) -> bool {
+    let mut all = 0;
+    for_each!(I, all |= to[I].load(Relaxed));
+    all == 0
 }
 
+/// Puts leaves of 4 KiB for the entries of `from` into `to`, the EPT's chunk for the same pages, which has none. Gives how many
+/// besides the one that is asked for, whose entry and leaf `like` has. Needs no flush.
+#[inline(always)]
+fn install_all(from: &Chunk, to: &Chunk, maker: LeafMaker, like: LikeOne) -> u64 {
+    const NEIGHBOURS: u64 = AROUND as u64 - 1;
+    match install_alike(from, to, like) {
+        0 => NEIGHBOURS,
+        unlike => NEIGHBOURS.wrapping_sub(install_unlike(from, to, maker, unlike)),
+    }
+}
+
+/// The same for those that differ in the page only. Gives a bit for each other. By itself, so that all that it needs is in registers.
+#[inline(never)]
+fn install_alike(from: &Chunk, to: &Chunk, like: LikeOne) -> u32 {
+    let mut unlike = 0;
+    for_each!(I, {
+        match like.make(HostPte::new(from[I].load(Relaxed))) {
+            Some(leaf) => to[I].store(leaf, Relaxed),
+            None => unlike |= 1 << I,
+        }
+    });
+    unlike
+}
+
+/// Puts leaves for those whose bits are set; how many there are none for.
 #[cold]
 #[inline(never)]
-fn install_unlike(to: &AtomicU64, maker: &LeafMaker, entry: HostPte) -> u64 {
-    let leaf = maker.make(entry);
-    if leaf == 0 || to.load(Relaxed) != 0 {
-        return 0;
+fn install_unlike(from: &Chunk, to: &Chunk, maker: LeafMaker, unlike: u32) -> u64 {
+    let pairs = from.iter().zip(to).enumerate();
+    pairs.fold(0u64, |absent, (index, (from, to))| {
+        absent.wrapping_add(u64::from(unlike & 1 << index != 0 && !install(from, to, &maker)))
+    })
+}
+
+/// Puts leaves where there are none; how many.
+#[inline(never)]
+fn install_missing(from: &Chunk, to: &Chunk, maker: LeafMaker) -> u64 {
+    let pairs = from.iter().zip(to);
+    pairs.fold(0u64, |installed, (from, to)| {
+        installed.wrapping_add(u64::from(to.load(Relaxed) == 0 && install(from, to, &maker)))
+    })
+}
+
+/// Puts the leaf for an entry where there is none; whether it has one.
+#[inline(always)]
+fn install(from: &AtomicU64, to: &AtomicU64, maker: &LeafMaker) -> bool {
+    let leaf = maker.make(HostPte::new(from.load(Relaxed)));
+    if leaf != 0 {
+        to.store(leaf, Relaxed);
     }
-    to.store(leaf, Relaxed);
-    1
+    leaf != 0
 }

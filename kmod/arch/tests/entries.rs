@@ -315,11 +315,10 @@ proptest! {
         let like = maker.like(one, EptEntry::from_raw(maker.make(one)));
         for other in [other, one.as_u64() ^ flips, one.as_u64() ^ (flips & 0x000f_ffff_ffff_f000), one.as_u64() ^ 1 << 5] {
             let other = HostPte::new(other);
-            match like.make(other) {
-                Ok(leaf) => prop_assert_eq!(leaf, maker.make(other)),
-                Err(entry) => prop_assert_eq!(entry, other),
+            if let Some(leaf) = like.make(other) {
+                prop_assert_eq!(leaf, maker.make(other));
             }
         }
-        prop_assert_eq!(like.make(one), Ok(maker.make(one)));
+        prop_assert_eq!(like.make(one), Some(maker.make(one)));
     }
 }

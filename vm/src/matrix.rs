@@ -280,6 +280,8 @@ pub fn rows(long: bool) -> Vec<Row> {
         ..green("without-mitigations", HASWELL, WITHOUT_MITIGATIONS)
     });
     rows.push(green("smap", BROADWELL, CPL3));
+    // Neither XSAVE nor FSGSBASE: ways of their own to CPL3 and back.
+    rows.push(green("without-xsave", LYNNFIELD, CPL3));
     // What `make run` and `make test` do on a machine with VT-x.
     rows.push(Row {
         load: false,

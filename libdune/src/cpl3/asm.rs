@@ -49,10 +49,6 @@ extern "C" {
     fn dune_user_in_xsave_fsgsbase();
     fn dune_user_in_end();
     fn dune_user_out_begin();
-    fn dune_user_out_fxsave_msr();
-    fn dune_user_out_fxsave_fsgsbase();
-    fn dune_user_out_xsave_msr();
-    fn dune_user_out_xsave_fsgsbase();
     fn dune_user_unwaited();
     fn dune_user_unwaited_end();
     fn dune_user_taken();
@@ -60,40 +56,41 @@ extern "C" {
     fn dune_user_out_end();
 }
 
-/// The routines of steps 1, 2 and 4 for the thread's CPU. Step 1 gets RDI: frame, RSI: block.
+/// The routines of steps 1 and 2 for the thread's CPU, of which the first gets RDI: frame, RSI: block; and which of step 4.
+///
+/// That one is not jumped to by its address: the registers are CPL3's choice still, and CPL3 may have taught the CPU where
+/// indirect branches go.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ways {
     enter: unsafe extern "C" fn(),
     way_in: unsafe extern "C" fn(),
-    way_out: unsafe extern "C" fn(),
+    way_out: WayOut,
+}
+
+#[repr(u32)]
+#[derive(Clone, Copy, Debug)]
+enum WayOut {
+    XsaveFsgsbase = 0,
+    FxsaveFsgsbase = 1,
+    XsaveMsr = 2,
+    FxsaveMsr = 3,
 }
 
 impl Ways {
     pub fn new(has_xsave: bool, has_fsgsbase: bool) -> Self {
-        let (enter, way_in, way_out): (unsafe extern "C" fn(), unsafe extern "C" fn(), unsafe extern "C" fn()) =
-            match (has_xsave, has_fsgsbase) {
-                (false, false) => (
-                    dune_user_enter_fxsave_msr,
-                    dune_user_in_fxsave_msr,
-                    dune_user_out_fxsave_msr,
-                ),
-                (false, true) => (
-                    dune_user_enter_fxsave_fsgsbase,
-                    dune_user_in_fxsave_fsgsbase,
-                    dune_user_out_fxsave_fsgsbase,
-                ),
-                (true, false) => (
-                    dune_user_enter_xsave_msr,
-                    dune_user_in_xsave_msr,
-                    dune_user_out_xsave_msr,
-                ),
-                (true, true) => (
-                    dune_user_enter_xsave_fsgsbase,
-                    dune_user_in_xsave_fsgsbase,
-                    dune_user_out_xsave_fsgsbase,
-                ),
-            };
+        let (enter, way_in): (unsafe extern "C" fn(), unsafe extern "C" fn()) = match (has_xsave, has_fsgsbase) {
+            (false, false) => (dune_user_enter_fxsave_msr, dune_user_in_fxsave_msr),
+            (false, true) => (dune_user_enter_fxsave_fsgsbase, dune_user_in_fxsave_fsgsbase),
+            (true, false) => (dune_user_enter_xsave_msr, dune_user_in_xsave_msr),
+            (true, true) => (dune_user_enter_xsave_fsgsbase, dune_user_in_xsave_fsgsbase),
+        };
+        let way_out = match (has_xsave, has_fsgsbase) {
+            (false, false) => WayOut::FxsaveMsr,
+            (false, true) => WayOut::FxsaveFsgsbase,
+            (true, false) => WayOut::XsaveMsr,
+            (true, true) => WayOut::XsaveFsgsbase,
+        };
         Self { enter, way_in, way_out }
     }
 }
@@ -389,12 +386,11 @@ global_asm!(
     "push {flags}",
     "popfq",
     "59:",
-    "jmp qword ptr [rbx + {way_out}]",
     // 4.
-    ".macro dune_user_out name, xsave, fsgsbase",
-    ".hidden \\name",
-    ".globl \\name",
-    "\\name:",
+    "cmp dword ptr [rbx + {way_out}], {fxsave_fsgsbase}",
+    "je 60f",
+    "ja 61f",
+    ".macro dune_user_out xsave, fsgsbase",
     ".if \\fsgsbase",
     "rdfsbase rax",
     "mov [rdi + {fs_base}], rax",
@@ -438,13 +434,18 @@ global_asm!(
     "wrmsr",
     ".endif",
     ".endm",
-    "dune_user_out dune_user_out_fxsave_msr, 0, 0",
+    "dune_user_out 1, 1",
     "jmp 55f",
-    "dune_user_out dune_user_out_fxsave_fsgsbase, 0, 1",
+    "61:",
+    "cmp dword ptr [rbx + {way_out}], {xsave_msr}",
+    "jne 62f",
+    "dune_user_out 1, 0",
     "jmp 55f",
-    "dune_user_out dune_user_out_xsave_msr, 1, 0",
+    "62:",
+    "dune_user_out 0, 0",
     "jmp 55f",
-    "dune_user_out dune_user_out_xsave_fsgsbase, 1, 1",
+    "60:",
+    "dune_user_out 0, 1",
     "55:",
     "add rsp, {kept_bytes}",
     "mov rcx, [rbx + {slot}]",
@@ -474,6 +475,8 @@ global_asm!(
     signal = const offset_of!(Block, signal),
     way_in = const offset_of!(Block, user_ways) + offset_of!(Ways, way_in),
     way_out = const offset_of!(Block, user_ways) + offset_of!(Ways, way_out),
+    fxsave_fsgsbase = const WayOut::FxsaveFsgsbase as u32,
+    xsave_msr = const WayOut::XsaveMsr as u32,
     // Above the slot's RSP: frame, block, FS base, GS base.
     kept_fs_base = const 16,
     kept_gs_base = const 24,

@@ -294,8 +294,10 @@ impl Vcpu {
     /// This CPU is the host's again, but for what a VM exit left wrong.
     #[inline(always)]
     fn leave_guest(&self, space: &Space, irq: &IrqOff) {
-        // SAFETY: Linux' own value.
-        unsafe { regs::write_lstar(self.host_lstar, irq) };
+        if !cfg!(dune_mutate_lstar) {
+            // SAFETY: Linux' own value.
+            unsafe { regs::write_lstar(self.host_lstar, irq) };
+        }
         self.host.unquiet(irq);
         space.ept.translations.leave(irq);
     }

@@ -387,6 +387,18 @@ type Mutant = (
     &'static [&'static str],
 );
 
+/// What is to be seen of a kernel that panics on a line with `$what` in it.
+macro_rules! panics_on {
+    ($what:literal) => {
+        &[
+            "the guest's kernel panicked",
+            $what,
+            "1 results were planned, 0 arrived",
+            "token",
+        ]
+    };
+}
+
 const MUTANTS: &[Mutant] = &[
     (
         "mutant-without-retry",
@@ -442,6 +454,20 @@ const MUTANTS: &[Mutant] = &[
         &["not ok swapgs_stays_in_the_guest"],
     ),
     (
+        "mutant-leaves-lstar",
+        HASWELL,
+        "DUNE_MUTATE=lstar",
+        "dune-tests run --only hello_enters_and_leaves",
+        panics_on!("double fault"),
+    ),
+    (
+        "mutant-forgets-sections-behind-a-shortcut",
+        HASWELL,
+        "DUNE_MUTATE=section",
+        "dune-tests run --only sections_behind_a_shortcut_are_aborted",
+        &["not ok sections_behind_a_shortcut_are_aborted"],
+    ),
+    (
         "mutant-keeps-rseq-sections",
         HASWELL,
         "DUNE_MUTATE=rseq",
@@ -452,18 +478,6 @@ const MUTANTS: &[Mutant] = &[
 
 /// Name of the row, when it runs, kernel, command, what the harness must complain of.
 type Mistake = (&'static str, When, &'static str, &'static str, &'static [&'static str]);
-
-/// What is to be seen of a kernel that panics on a line with `$what` in it.
-macro_rules! panics_on {
-    ($what:literal) => {
-        &[
-            "the guest's kernel panicked",
-            $what,
-            "1 results were planned, 0 arrived",
-            "token",
-        ]
-    };
-}
 
 const MISTAKES: &[Mistake] = &[
     (

@@ -437,7 +437,7 @@ fn one(file: &mut File, random: &mut Random, tally: &Tally<'_>) {
 /// Rubbish, or nearly right values, into a run page.
 fn scribble(page: &Map, random: &mut Random) {
     let run = page.start.cast::<RunPage>();
-    match random.below(4) {
+    match random.below(6) {
         0 => {
             for index in 0..63 {
                 page.write(index * 8, random.odd());
@@ -446,6 +446,10 @@ fn scribble(page: &Map, random: &mut Random) {
         1 => page.write(8 * random.below(63) as usize, random.odd()),
         // SAFETY: the run page of a vCPU, mapped for reading and writing.
         2 => unsafe { (&raw mut (*run).interrupt_request).write_volatile(random.below(2) as u32) },
+        // SAFETY: as above.
+        3 => unsafe { (&raw mut (*run).deadline).write_volatile(random.odd()) },
+        // SAFETY: as above.
+        4 => unsafe { (&raw mut (*run).forward_behind).write_volatile(random.odd()) },
         // SAFETY: as above.
         _ => unsafe { (&raw mut (*run).dirty).write_volatile(random.below(9) as u32) },
     }

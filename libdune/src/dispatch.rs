@@ -18,9 +18,10 @@ use crate::error::Result;
 use crate::sys;
 use crate::sys::Errno;
 
-/// PR_SYS_DISPATCH_OFF, PR_SYS_DISPATCH_ON.
+/// PR_SYS_DISPATCH_OFF, PR_SYS_DISPATCH_EXCLUSIVE_ON, PR_SYS_DISPATCH_INCLUSIVE_ON (Linux 6.17).
 pub(crate) const OFF: u64 = 0;
 pub(crate) const ON: u64 = 1;
+const INCLUSIVE_ON: u64 = 2;
 
 pub(crate) const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
 const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u64 = 0x4211;
@@ -51,8 +52,55 @@ impl Settings {
         self.mode != OFF
     }
 
+    /// What holds after a prctl with these arguments, which Linux accepts. Linux keeps a region whose calls alone are dispatched
+    /// as all the rest of memory, and tells it so; `None`: a mode that is newer than this.
+    pub fn accepted(self) -> Option<Self> {
+        match self.mode {
+            OFF | ON => Some(self),
+            INCLUSIVE_ON => Some(Self {
+                mode: ON,
+                offset: self.offset.wrapping_add(self.bytes),
+                bytes: self.bytes.wrapping_neg(),
+                ..self
+            }),
+            _ => None,
+        }
+    }
+
+    /// Arguments by which Linux gets there.
+    fn request(self) -> Self {
+        if self.mode == ON && self.offset != 0 && self.offset.wrapping_add(self.bytes) <= self.offset {
+            Self {
+                mode: INCLUSIVE_ON,
+                offset: self.offset.wrapping_add(self.bytes),
+                bytes: self.bytes.wrapping_neg(),
+                ..self
+            }
+        } else {
+            self
+        }
+    }
+
     /// Has Linux use them for the calling thread.
     pub fn give_to_linux(&self) -> core::result::Result<(), Errno> {
+        self.request().ask_linux()
+    }
+
+    /// Whether Linux, which has none now, accepts a prctl with these arguments; it still has none then. Its selector is not looked at.
+    pub fn are_accepted(self) -> core::result::Result<(), Errno> {
+        /// Looked at last.
+        const NOT_THE_USERS: u64 = 1 << 63;
+        if self.mode == OFF {
+            return self.ask_linux();
+        }
+        let selector = NOT_THE_USERS;
+        match (Self { selector, ..self }).ask_linux() {
+            Err(Errno(libc::EFAULT)) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn ask_linux(&self) -> core::result::Result<(), Errno> {
         let args = [
             PR_SET_SYSCALL_USER_DISPATCH as u64,
             self.mode,
@@ -71,8 +119,15 @@ struct Question {
     answer: core::result::Result<Settings, Errno>,
 }
 
-/// The settings of the calling thread, which is outside Dune mode. Costs a process.
+/// The settings of the calling thread, which is outside Dune mode. Costs a process, where Linux has dispatch at all.
 pub(crate) fn of_this_thread() -> Result<Settings> {
+    let any = Settings {
+        mode: ON,
+        ..Settings::OFF
+    };
+    if any.are_accepted().is_err_and(|errno| errno.0 == libc::EINVAL) {
+        return Ok(Settings::OFF);
+    }
     let mut answer = sys::with_signals_blocked(ask);
     if answer.is_err_and(|errno| errno.0 == libc::EPERM) && allow_tracing(PR_SET_PTRACER_ANY) {
         // Yama lets nobody but parents trace.

@@ -93,6 +93,8 @@ pub enum Need {
     Path(&'static str),
     /// No KVM yet: the module can have VMX for itself. Where Linux lets nobody but KVM turn VMX on, KVM is there from the start.
     OwnVmx,
+    /// Syscall user dispatch, which a kernel may be built without (from 7.x on).
+    UserDispatch,
     /// No kmemleak: a kernel that has it has KASAN too, which keeps back what was freed, so that counts of free memory say
     /// nothing; kmemleak itself looks for what is left over there.
     NoKmemleak,
@@ -108,6 +110,7 @@ impl Need {
             }
             Need::CpuFlag(flag) => (!crate::helpers::cpu_has(flag)).then(|| format!("the CPU has no {flag}")),
             Need::OwnVmx => crate::kvm::is_loaded().then(|| "KVM has VMX from the start".to_string()),
+            Need::UserDispatch => (!crate::user_dispatch::is_there()).then(|| "Linux has no user dispatch".to_string()),
             Need::NoKmemleak => has_kmemleak()
                 .then(|| "KASAN keeps back what was freed; kmemleak looks for what is left over".to_string()),
             Need::Path(path) => (!std::path::Path::new(path).exists()).then(|| format!("there is no {path}")),

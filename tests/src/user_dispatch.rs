@@ -18,6 +18,7 @@ use libdune::hook::Hooks;
 use libdune::Dune;
 use libdune::Error;
 
+use crate::framework::Need;
 use crate::framework::Test;
 use crate::support::count_signal;
 use crate::support::enter;
@@ -31,25 +32,35 @@ use crate::support::PAGE;
 use crate::support::SIGNALS;
 use crate::user::code;
 
+const NEEDS: &[Need] = &[Need::UserDispatch];
+
 pub const TESTS: &[Test] = &[
-    Test::asserting("user_dispatch_is_what_it_is_natively", dispatch_is_what_it_is_natively),
+    Test::asserting(
+        "user_dispatch_is_asked_for_as_natively",
+        dispatch_is_asked_for_as_natively,
+    ),
+    Test::asserting("user_dispatch_is_what_it_is_natively", dispatch_is_what_it_is_natively).needs(NEEDS),
     Test::asserting(
         "user_dispatch_ends_who_cannot_take_it",
         dispatch_ends_who_cannot_take_it,
-    ),
-    Test::asserting("user_dispatch_stays_with_its_thread", dispatch_stays_with_its_thread),
-    Test::asserting("user_dispatch_lets_signals_interrupt", dispatch_lets_signals_interrupt),
-    Test::asserting("user_dispatch_comes_behind_hooks", dispatch_comes_behind_hooks),
-    Test::asserting("user_dispatch_of_before_enter_holds", dispatch_of_before_enter_holds),
+    )
+    .needs(NEEDS),
+    Test::asserting("user_dispatch_stays_with_its_thread", dispatch_stays_with_its_thread).needs(NEEDS),
+    Test::asserting("user_dispatch_lets_signals_interrupt", dispatch_lets_signals_interrupt).needs(NEEDS),
+    Test::asserting("user_dispatch_comes_behind_hooks", dispatch_comes_behind_hooks).needs(NEEDS),
+    Test::asserting("user_dispatch_of_before_enter_holds", dispatch_of_before_enter_holds).needs(NEEDS),
     Test::asserting(
         "user_dispatch_that_is_unknown_is_told",
         dispatch_that_is_unknown_is_told,
-    ),
+    )
+    .needs(NEEDS),
 ];
 
 const PR_SET_SYSCALL_USER_DISPATCH: i64 = 59;
 const OFF: u64 = 0;
 const ON: u64 = 1;
+/// From Linux 6.17 on: calls from the region are dispatched, not all others.
+const INCLUSIVE_ON: u64 = 2;
 
 const ALLOW: u8 = 0;
 const BLOCK: u8 = 1;
@@ -240,6 +251,55 @@ fn both(body: fn()) -> [String; 2] {
     })
 }
 
+/// Whether Linux has it: it looks at the selector last, and at none where it has nothing of the kind.
+pub fn is_there() -> bool {
+    set(ON, 0, 0, 1 << 63) == Err(Some(libc::EFAULT))
+}
+
+/// Answers are Linux' own, whatever it has; and with a handler for SIGSYS, a sign of it, threads enter.
+fn dispatch_is_asked_for_as_natively() {
+    let answers = |inside: bool| {
+        spawn(|| {
+            set_handler(libc::SIGSYS, on_sigsys, 0, &[]);
+            let dune = inside.then(enter);
+            let kernels = 1 << 63;
+            for (mode, offset, bytes, selector) in [
+                (OFF, 0, 0, 0),
+                (OFF, 1, 0, 0),
+                (OFF, 0, 1, 0),
+                (OFF, 0, 0, selector()),
+                (ON, 0x1000, 0, selector()),
+                (ON, 0x1000, u64::MAX, selector()),
+                (ON, 0, 0, kernels),
+                (ON, 0x1000, 0, kernels),
+                (INCLUSIVE_ON, 0, 0, selector()),
+                (INCLUSIVE_ON, 0x1000, u64::MAX, selector()),
+                (INCLUSIVE_ON, 0x1000, 0x1000, kernels),
+                (77, 0, 0, 0),
+                (u64::MAX, 0, 0, kernels),
+            ] {
+                println!(
+                    "{mode:x} {offset:x} {bytes:x} {}: {:?}",
+                    selector == 0,
+                    set(mode, offset, bytes, selector)
+                );
+            }
+            let is_on = set(ON, 0, 0, selector());
+            println!("on: {is_on:?}");
+            set(OFF, 0, 0, 0).unwrap_or_else(|_| assert!(is_on.is_err()));
+            drop(dune);
+        })
+        .wait()
+    };
+    let [outside, inside] = [false, true].map(|inside| {
+        let ended = answers(inside);
+        ended.assert_success();
+        ended.output
+    });
+    assert_eq!(inside, outside);
+    assert!(outside.lines().count() == 14, "{outside}");
+}
+
 fn dispatch_is_what_it_is_natively() {
     let [outside, inside] = both(make_calls);
     assert_eq!(inside, outside);
@@ -254,13 +314,6 @@ fn make_calls() {
     // SAFETY: a call without arguments.
     let parent = i64::from(unsafe { libc::getppid() });
     set_handler(libc::SIGSYS, on_sigsys, 0, &[]);
-
-    lines.add("off with an offset", set(OFF, 1, 0, 0));
-    lines.add("off with a selector", set(OFF, 0, 0, selector()));
-    lines.add("an empty region", set(ON, 0x1000, 0, selector()));
-    lines.add("a region that goes round", set(ON, 0x1000, u64::MAX, selector()));
-    lines.add("a selector of the kernel's", set(ON, 0, 0, 1 << 63));
-    lines.add("no such mode", set(77, 0, 0, 0));
 
     set(ON, 0, 0, selector()).unwrap();
     lines.add("allowed", code.call(blocked, libc::SYS_getppid, [0; 4]) == parent);
@@ -292,6 +345,19 @@ fn make_calls() {
         set(ON, start, bytes, selector()).unwrap();
         let result = code.blocked(libc::SYS_getppid);
         lines.add(name, if result == parent { 0 } else { result });
+    }
+
+    // The other way round, where Linux has that.
+    for (name, page) in [
+        ("calls of the page alone", blocked),
+        ("of another page alone", Code::ALLOWED),
+    ] {
+        let answer = set(INCLUSIVE_ON, code.at(page, 0), PAGE as u64, selector());
+        lines.add(name, answer);
+        if answer.is_ok() {
+            let result = code.blocked(libc::SYS_getppid);
+            lines.add(name, if result == parent { 0 } else { result });
+        }
     }
 
     // As Linux' selftest: the selector stays, and the handler returns from the region.

@@ -69,28 +69,18 @@ pub(super) fn set(context: &mut HostContext, gprs: &Gprs) -> Action {
         bytes: gprs.r10,
         selector: gprs.r8,
     };
-    let result = check(&settings);
-    if result.is_ok() {
-        context.set_dispatch(settings);
-    }
+    let result = check(settings).map(|settings| context.set_dispatch(settings));
     set_result(context.run, result.map_or_else(|errno| -i64::from(errno), |()| 0));
     Action::Run
 }
 
-fn check(settings: &Settings) -> Result<(), i32> {
-    let Settings {
-        mode,
-        offset,
-        bytes,
-        selector,
-    } = *settings;
-    match mode {
-        dispatch::OFF if offset | bytes | selector == 0 => Ok(()),
-        dispatch::ON if offset != 0 && offset.wrapping_add(bytes) <= offset => Err(libc::EINVAL),
-        dispatch::ON if selector >= addr::USER_END => Err(libc::EFAULT),
-        dispatch::ON => Ok(()),
-        _ => Err(libc::EINVAL),
+/// What is to hold. Linux looks at the arguments, as far as it can without taking them.
+fn check(settings: Settings) -> Result<Settings, i32> {
+    settings.are_accepted().map_err(|errno| errno.0)?;
+    if settings.mode != dispatch::OFF && settings.selector >= addr::USER_END {
+        return Err(libc::EFAULT);
     }
+    settings.accepted().ok_or(libc::EINVAL)
 }
 
 /// What becomes of a call.

@@ -153,7 +153,7 @@ fn install_all(from: &Chunk, to: &Chunk, maker: LeafMaker, like: LikeOne) -> u64
     const NEIGHBOURS: u64 = AROUND as u64 - 1;
     match install_alike(from, to, like) {
         0 => NEIGHBOURS,
-        unlike => NEIGHBOURS.wrapping_sub(install_unlike(from, to, maker, unlike)),
+        unlike => NEIGHBOURS.saturating_sub(install_unlike(from, to, maker, unlike)),
     }
 }
 

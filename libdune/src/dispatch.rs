@@ -119,22 +119,25 @@ struct Question {
     answer: core::result::Result<Settings, Errno>,
 }
 
-/// The settings of the calling thread, which is outside Dune mode. Costs a process, where Linux has dispatch at all.
+/// The settings of the calling thread, which is outside Dune mode. Costs a process.
 pub(crate) fn of_this_thread() -> Result<Settings> {
-    let any = Settings {
-        mode: ON,
-        ..Settings::OFF
-    };
-    if any.are_accepted().is_err_and(|errno| errno.0 == libc::EINVAL) {
-        return Ok(Settings::OFF);
-    }
     let mut answer = sys::with_signals_blocked(ask);
     if answer.is_err_and(|errno| errno.0 == libc::EPERM) && allow_tracing(PR_SET_PTRACER_ANY) {
         // Yama lets nobody but parents trace.
         answer = sys::with_signals_blocked(ask);
         allow_tracing(0);
     }
-    answer.map_err(|errno| Error::UnknownDispatch { errno: errno.0 })
+    answer.or_else(|errno| {
+        let any = Settings {
+            mode: ON,
+            ..Settings::OFF
+        };
+        match any.are_accepted() {
+            // Linux has nothing of the kind.
+            Err(Errno(libc::EINVAL)) => Ok(Settings::OFF),
+            _ => Err(Error::UnknownDispatch { errno: errno.0 }),
+        }
+    })
 }
 
 fn allow_tracing(by: u64) -> bool {
@@ -188,4 +191,48 @@ extern "C" fn answer(question: *mut c_void) -> c_int {
         ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, bytes, &raw mut settings as u64).map(|_| settings);
     let _ = ptrace(libc::PTRACE_DETACH.into(), 0, 0);
     0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REGION: Settings = Settings {
+        mode: INCLUSIVE_ON,
+        selector: 0,
+        offset: 0x1000,
+        bytes: 0x10,
+    };
+
+    #[test]
+    fn region_of_its_own_is_all_but_the_rest() {
+        for region in [REGION, Settings { offset: 0, ..REGION }] {
+            let kept = region.accepted().unwrap();
+            assert_eq!((kept.mode, kept.offset), (ON, region.offset + region.bytes));
+            let is_let_through = |rip: u64| rip.wrapping_sub(kept.offset) < kept.bytes;
+            for (rip, expected) in [
+                (region.offset, false),
+                (region.offset + 0xf, false),
+                (region.offset + 0x10, true),
+                (u64::MAX, true),
+            ] {
+                assert_eq!(is_let_through(rip), expected, "{rip:#x}");
+            }
+            assert_eq!(kept.request(), region);
+        }
+    }
+
+    #[test]
+    fn other_settings_are_kept_as_they_are() {
+        let all = Settings {
+            mode: ON,
+            ..Settings::OFF
+        };
+        let but_a_region = Settings { mode: ON, ..REGION };
+        for settings in [Settings::OFF, all, but_a_region] {
+            assert_eq!(settings.accepted(), Some(settings));
+            assert_eq!(settings.request(), settings);
+        }
+        assert_eq!(Settings { mode: 3, ..REGION }.accepted(), None);
+    }
 }

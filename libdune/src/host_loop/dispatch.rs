@@ -182,31 +182,6 @@ mod tests {
     };
 
     #[test]
-    fn settings_are_checked_as_by_linux() {
-        assert_eq!(check(&Settings::OFF), Ok(()));
-        assert_eq!(check(&ON), Ok(()));
-        let nothing_is_let_through = Settings {
-            offset: 0,
-            bytes: 0,
-            ..ON
-        };
-        assert_eq!(check(&nothing_is_let_through), Ok(()));
-        for wrong in [
-            Settings {
-                mode: dispatch::OFF,
-                ..ON
-            },
-            Settings { mode: 7, ..ON },
-            Settings { bytes: 0, ..ON },
-            Settings { bytes: u64::MAX, ..ON },
-        ] {
-            assert_eq!(check(&wrong), Err(libc::EINVAL), "{wrong:?}");
-        }
-        let selector = addr::USER_END;
-        assert_eq!(check(&Settings { selector, ..ON }), Err(libc::EFAULT));
-    }
-
-    #[test]
     fn the_region_goes_before_the_selector() {
         for (rip, byte, is_made) in [
             (0xfff, Some(BLOCK), false),

@@ -63,8 +63,8 @@ extern "C" {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ways {
-    enter: unsafe extern "C" fn(),
-    way_in: unsafe extern "C" fn(),
+    enter: u64,
+    way_in: u64,
     way_out: WayOut,
 }
 
@@ -79,11 +79,23 @@ enum WayOut {
 
 impl Ways {
     pub fn new(has_xsave: bool, has_fsgsbase: bool) -> Self {
-        let (enter, way_in): (unsafe extern "C" fn(), unsafe extern "C" fn()) = match (has_xsave, has_fsgsbase) {
-            (false, false) => (dune_user_enter_fxsave_msr, dune_user_in_fxsave_msr),
-            (false, true) => (dune_user_enter_fxsave_fsgsbase, dune_user_in_fxsave_fsgsbase),
-            (true, false) => (dune_user_enter_xsave_msr, dune_user_in_xsave_msr),
-            (true, true) => (dune_user_enter_xsave_fsgsbase, dune_user_in_xsave_fsgsbase),
+        let (enter, way_in) = match (has_xsave, has_fsgsbase) {
+            (false, false) => (
+                dune_user_enter_fxsave_msr as *const () as u64,
+                dune_user_in_fxsave_msr as *const () as u64,
+            ),
+            (false, true) => (
+                dune_user_enter_fxsave_fsgsbase as *const () as u64,
+                dune_user_in_fxsave_fsgsbase as *const () as u64,
+            ),
+            (true, false) => (
+                dune_user_enter_xsave_msr as *const () as u64,
+                dune_user_in_xsave_msr as *const () as u64,
+            ),
+            (true, true) => (
+                dune_user_enter_xsave_fsgsbase as *const () as u64,
+                dune_user_in_xsave_fsgsbase as *const () as u64,
+            ),
         };
         let way_out = match (has_xsave, has_fsgsbase) {
             (false, false) => WayOut::FxsaveMsr,

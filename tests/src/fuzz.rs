@@ -123,6 +123,10 @@ pub fn run(cases: u64, batch: fn(&mut Random, &Tally<'_>, u64)) -> Shared {
     println!("report: seed {seed}, {cases} cases");
     helpers::pin_to_cpu(0).unwrap();
     let watch = std::path::Path::new(HOST_STATE).exists();
+    assert!(
+        watch || !helpers::is_emulated(),
+        "the module tells nothing of the host's CPU"
+    );
     let (state, tainted) = (watch.then(host_state), taint());
     let shared = Shared::new();
     for number in 0..cases.div_ceil(BATCH) {

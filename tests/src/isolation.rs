@@ -82,13 +82,45 @@ const GP: u64 = 13;
 /// The host's state as the module's debug knob shows it.
 pub const HOST_STATE: &str = "/sys/module/dune/parameters/host_state";
 
+/// What [`host_state`] has on every CPU.
+const NAMES: [&str; 19] = [
+    "CR0",
+    "CR4",
+    "CR8",
+    "DR7",
+    "GDTR",
+    "IDTR",
+    "LDTR",
+    "TR",
+    "CS",
+    "SS",
+    "EFER",
+    "STAR",
+    "LSTAR",
+    "CSTAR",
+    "FMASK",
+    "GS_BASE",
+    "KERNEL_GS_BASE",
+    "PAT",
+    "APIC_BASE",
+];
+
 /// By name: every register of the host's CPU that a guest must not change.
 pub fn host_state() -> BTreeMap<String, String> {
     let text = std::fs::read_to_string(HOST_STATE).unwrap();
     let lines = text.lines().filter_map(|line| line.split_once(' '));
-    lines
+    let state: BTreeMap<String, String> = lines
         .map(|(name, value)| (name.to_string(), value.to_string()))
-        .collect()
+        .collect();
+    // The module leaves out what the CPU has not.
+    let xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
+    let xsaves = xsave && core::arch::x86_64::__cpuid_count(0xd, 1).eax & 1 << 3 != 0;
+    let more = [(xsave, "XCR0"), (xsaves, "XSS")];
+    let more = more.into_iter().filter_map(|(has, name)| has.then_some(name));
+    for name in NAMES.into_iter().chain(more) {
+        assert!(state.contains_key(name), "{name}: {state:?}");
+    }
+    state
 }
 
 /// What may come of an instruction: one of these vectors; [`DONE`]: it ran.
@@ -1056,11 +1088,6 @@ fn debug_registers_survive_an_exit() {
 fn host_state_survives_a_hostile_guest() {
     helpers::pin_to_cpu(0).unwrap();
     let before = host_state();
-    for name in [
-        "CR0", "CR4", "CR8", "DR7", "EFER", "LSTAR", "STAR", "FMASK", "GDTR", "IDTR", "LDTR", "TR",
-    ] {
-        assert!(before.contains_key(name), "{name}: {before:?}");
-    }
     for body in [
         port_io_faults as fn(),
         control_registers_obey_the_policy,

@@ -55,6 +55,11 @@ pub const TESTS: &[Test] = &[
         .suite(Suite::Debug)
         .needs(&[Need::Path("/proc/self/fail-nth")])
         .timeout_s(120),
+    Test::asserting("each_call_may_find_no_memory", each_call_may_find_no_memory)
+        .run_as(User::Root)
+        .suite(Suite::Debug)
+        .needs(&[Need::Path("/proc/self/fail-nth")])
+        .timeout_s(120),
     Test::asserting("every_allocation_inside_may_fail", every_allocation_inside_may_fail)
         .run_as(User::Root)
         .suite(Suite::Long)
@@ -962,6 +967,65 @@ fn each_allocation(what: &str, body: impl Fn(&FailNth, u32) -> bool) -> u32 {
         assert!(ended.status == 0, "{what}, allocation {nth}: {ended:#x?}");
     }
     panic!("{what}: no end of allocations");
+}
+
+/// Each call for which docs/abi.md has ENOMEM, alone: it gives it, or EFAULT where a copy from or to user space failed instead,
+/// and the same once more goes well.
+fn each_call_may_find_no_memory() {
+    type Attempt = Box<dyn FnMut() -> Result<(), Errno>>;
+    // Made in a child each time, up to the call itself.
+    type Make = fn(&Device) -> Attempt;
+    let calls: [(&str, Make); 5] = [
+        ("open", |_| Box::new(|| Device::open_as(libc::O_RDWR).map(drop))),
+        // Of the file that the child inherits.
+        ("DUNE_NEW_SPACE", |inherited| {
+            let inherited = Device { fd: inherited.fd };
+            Box::new(move || inherited.call(dune_abi::DUNE_NEW_SPACE, 0).map(drop))
+        }),
+        ("DUNE_CREATE_VCPU", |_| {
+            let device = Device::open().unwrap();
+            Box::new(move || device.create_vcpu().map(drop))
+        }),
+        ("DUNE_MAP_SLOT", |_| {
+            let device = Device::open().unwrap();
+            Box::new(move || device.map_slot(5000 * GIB as u64).map(drop))
+        }),
+        ("DUNE_RUN", |_| {
+            let mut guest = RawGuest::new(WRITE_PAGES);
+            let memory = guest.memory_beside(4096);
+            guest.edit(|page| {
+                page.gprs.rdi = memory.address() as u64;
+                page.gprs.rcx = 1;
+            });
+            Box::new(move || {
+                let ended = guest.try_run()?;
+                assert_eq!((ended, memory.read(0) & 0xff), (Ended::Call(0x1234), 1));
+                Ok(())
+            })
+        }),
+    ];
+    let inherited = Device::open().unwrap();
+    for (name, make) in calls {
+        let refused = Shared::new();
+        each_allocation(name, |fail, nth| {
+            let mut attempt = make(&inherited);
+            fail.set(nth);
+            let answer = attempt();
+            let all_done = fail.clear();
+            match answer {
+                Ok(()) => {}
+                Err(Errno(errno @ (libc::ENOMEM | libc::EFAULT))) => {
+                    refused.word(usize::from(errno == libc::EFAULT)).fetch_add(1, SeqCst);
+                    attempt().unwrap_or_else(|errno| panic!("{name} again: {errno:?}"));
+                }
+                Err(errno) => panic!("{name}, allocation {nth}: {errno:?}"),
+            }
+            all_done
+        });
+        let [no_memory, no_copy] = [0, 1].map(|word| refused.word(word).load(SeqCst));
+        println!("{name}: {no_memory} times ENOMEM, {no_copy} times EFAULT");
+        assert!(no_memory > 0, "{name} never found no memory");
+    }
 }
 
 /// The same for `Dune::enter`: it says that memory ran out, and goes well the next time.

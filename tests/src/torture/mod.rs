@@ -80,13 +80,14 @@ const SIGNAL: &str = "signal";
 const COMPUTE: &str = "two sums";
 const PROGRAM: &str = "program";
 const THREAD: &str = "thread";
+const TOUCH: &str = "touch";
 const EXECUTE: &str = "execve";
 /// fork, by how the child ends.
 const FORKS: [&str; 3] = ["child with SIGTERM", "child with SIGKILL", "child"];
 
 /// All that a run has to have done.
 fn kinds() -> impl Iterator<Item = &'static str> {
-    [MIGRATE, SIGNAL, COMPUTE, PROGRAM, THREAD, EXECUTE]
+    [MIGRATE, SIGNAL, COMPUTE, PROGRAM, THREAD, TOUCH, EXECUTE]
         .into_iter()
         .chain(FORKS)
         .chain(region::acts())
@@ -330,6 +331,7 @@ fn choose(world: &World<'_>, in_dune: bool, random: &mut Random) -> &'static str
         14..16 => FORKS[random.below(4).min(2) as usize],
         16 => PROGRAM,
         17 => THREAD,
+        18..26 => TOUCH,
         _ => region::some_act(random),
     }
 }
@@ -348,6 +350,8 @@ fn one_thing(world: &World<'_>, kind: &str, random: &mut Random) -> Result<bool,
         }
         PROGRAM => run_program().map(|()| true),
         THREAD => with_region(world, random, short_thread),
+        // Whoever has it.
+        TOUCH => region::touch(random.below(REGIONS as u64) as usize, random),
         _ => with_region(world, random, |region, random| {
             match FORKS.iter().position(|fork| *fork == kind) {
                 Some(end) => fork(region, end, random),

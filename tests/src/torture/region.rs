@@ -14,8 +14,11 @@ use crate::support::PAGE;
 const HOME: usize = GIB;
 const ARENA: usize = 0x1000_0000_0000;
 
-/// Words of a page that are written and looked at.
-const WORDS: [usize; 3] = [0, 255, 511];
+/// Words of a page that are looked at before all others, by accesses that may fault.
+const WORDS: [usize; 3] = [0, 255, 510];
+
+/// The last word of a page, which [`touch`] writes whoever has the region; the model knows nothing of it.
+const SCRATCH: usize = 511;
 
 const READ: i32 = libc::PROT_READ;
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -43,6 +46,19 @@ impl Page {
 
     fn is_writable(&self) -> bool {
         self.mapped && self.protection & libc::PROT_WRITE != 0
+    }
+
+    /// Whether the page may hold this; all words at once first, which is quick.
+    fn first_difference(&self, seen: &[u64; SCRATCH]) -> Option<usize> {
+        let differing = |(word, seen): (usize, &u64)| seen ^ word_of(self.value, word);
+        if seen.iter().enumerate().map(differing).fold(0, std::ops::BitOr::bitor) == 0 {
+            return None;
+        }
+        (0..SCRATCH).find(|word| !self.may_hold(*word, seen[*word]))
+    }
+
+    fn may_hold(&self, word: usize, seen: u64) -> bool {
+        seen == word_of(self.value, word) || self.lazily_freed && seen == 0
     }
 }
 
@@ -81,6 +97,52 @@ const ADVICE: [(i32, &str); 10] = [
     (libc::MADV_COLLAPSE, "MADV_COLLAPSE"),
     (libc::MADV_POPULATE_READ, "MADV_POPULATE_READ"),
 ];
+
+/// What is in a page that is not zero names it: the region in 8 bits, the page in 16, then what the model or chance says.
+fn label(region: usize, page: usize) -> u64 {
+    region as u64 + 1 | (page as u64) << 8
+}
+
+/// A value for a page, not zero.
+fn some_value(region: usize, page: usize, random: &mut Random) -> u64 {
+    random.next() << 24 | label(region, page)
+}
+
+/// A word of a page that holds a value: no two are the same.
+fn word_of(value: u64, word: usize) -> u64 {
+    if value == 0 {
+        0
+    } else {
+        value.wrapping_add((word as u64) << 24)
+    }
+}
+
+/// Whether a word may be in this page at all, whatever has been written there.
+fn belongs(seen: u64, region: usize, page: usize) -> bool {
+    seen == 0 || seen & 0xff_ffff == label(region, page)
+}
+
+/// Reads and writes, again and again, in a region that somebody else may unmap, move or write just now: nothing of another page
+/// is seen there. False where there was no memory.
+pub fn touch(region: usize, random: &mut Random) -> Done {
+    (0..32).try_fold(false, |touched, _| Ok(touched | touch_once(region, random)?))
+}
+
+fn touch_once(region: usize, random: &mut Random) -> Done {
+    let pages = if random.percent(70) { 64 } else { 1212 };
+    let page = random.below(pages) as usize;
+    let start = ARENA + (2 * region + random.below(2) as usize) * HOME + page * PAGE;
+    let word = *random.pick(&[0, 255, 510, SCRATCH]);
+    let write = random.percent(50);
+    let stored = write && store(start + SCRATCH * 8, some_value(region, page, random)).is_ok();
+    match load(start + word * 8) {
+        Ok(seen) if belongs(seen, region, page) => Ok(true),
+        Ok(seen) => Err(format!(
+            "region {region}: word {word} of page {page} at {start:#x} is {seen:#x}"
+        )),
+        Err(_) => Ok(stored),
+    }
+}
 
 /// What [`Region::act`] does, besides advice.
 const ACTS: [&str; 10] = [
@@ -228,24 +290,45 @@ impl Region {
         self.is_behind_the_end(page) && self.file_pages > 0 && page / PAGES == (self.file_pages - 1) / PAGES
     }
 
-    /// Compares a page with the model.
+    /// Compares all of a page with the model.
     pub fn check(&mut self, number: usize) -> Result {
         let page = self.pages[number];
         let expected = page.is_readable() && !self.is_behind_the_end(number);
         for word in WORDS {
             match load(self.address(number) + word * 8) {
-                Ok(value) if expected && (value == page.value || page.lazily_freed && value == 0) => {}
+                Ok(value) if expected && page.may_hold(word, value) => {}
                 Err(_) if !expected => {}
                 Ok(0) if page.is_readable() && self.may_be_in_the_last_huge_page(number) => {}
                 seen => {
-                    return Err(format!(
-                        "region {} ({:?}) at {:#x}: word {word} of page {number} of {}: {seen:x?}, the model says {page:x?}, file of {} pages",
-                        self.number, self.kind, self.start(), self.pages.len(), self.file_pages
-                    ));
+                    return Err(self.differs(number, word, &format!("{seen:x?}")));
                 }
             }
         }
-        Ok(())
+        if !expected {
+            return Ok(());
+        }
+        let mut seen = [0u64; SCRATCH];
+        // SAFETY: memory of this region, mapped and readable as was just seen; who has the region changes that, and these words.
+        unsafe { seen.as_mut_ptr().copy_from(self.address(number) as *const u64, SCRATCH) };
+        if let Some(word) = page.first_difference(&seen) {
+            return Err(self.differs(number, word, &format!("{:#x}", seen[word])));
+        }
+        match load(self.address(number) + SCRATCH * 8) {
+            Ok(seen) if belongs(seen, self.number, number) => Ok(()),
+            seen => Err(self.differs(number, SCRATCH, &format!("{seen:x?}"))),
+        }
+    }
+
+    fn differs(&self, number: usize, word: usize, seen: &str) -> String {
+        format!(
+            "region {} ({:?}) at {:#x}: word {word} of page {number} of {}: {seen}, the model says {:x?}, file of {} pages",
+            self.number,
+            self.kind,
+            self.start(),
+            self.pages.len(),
+            self.pages[number],
+            self.file_pages
+        )
     }
 
     pub fn check_all(&mut self) -> Result {
@@ -260,7 +343,7 @@ impl Region {
         }
         let expected = page.is_writable() && !self.is_behind_the_end(number);
         for word in WORDS {
-            let result = store(self.address(number) + word * 8, value);
+            let result = store(self.address(number) + word * 8, word_of(value, word));
             if result.is_ok() != expected {
                 return Err(format!(
                     "region {} ({:?}): write to word {word} of page {number}: {result:?}, the model says {page:x?}",
@@ -269,6 +352,14 @@ impl Region {
             }
         }
         if expected {
+            for word in 0..SCRATCH {
+                // SAFETY: memory of this region, mapped and writable as was just seen; nobody else changes that.
+                unsafe {
+                    (self.address(number) as *mut u64)
+                        .add(word)
+                        .write_volatile(word_of(value, word))
+                };
+            }
             self.pages[number].value = value;
             self.pages[number].lazily_freed = false;
         }
@@ -321,7 +412,7 @@ impl Region {
 
     pub fn write_some(&mut self, random: &mut Random) -> Result {
         let (first, count) = self.some_range(random);
-        (first..first + count.min(16)).try_for_each(|page| self.write(page, random.next() | 1))
+        (first..first + count.min(16)).try_for_each(|page| self.write(page, some_value(self.number, page, random)))
     }
 
     fn unmap(&mut self, random: &mut Random) -> Done {
@@ -372,7 +463,8 @@ impl Region {
             .iter_mut()
             .for_each(|page| page.protection = protection);
         self.check(first)?;
-        self.write(first + count - 1, random.next() | 1).map(|()| true)
+        let last = first + count - 1;
+        self.write(last, some_value(self.number, last, random)).map(|()| true)
     }
 
     fn advise(&mut self, name: &str, random: &mut Random) -> Done {
@@ -439,26 +531,25 @@ impl Region {
     /// By what another process would use.
     fn write_from_outside(&mut self, random: &mut Random) -> Done {
         let page = self.some_page(random);
-        let value = random.next() | 1;
-        for word in WORDS {
-            let local = libc::iovec {
-                iov_base: (&raw const value).cast_mut().cast(),
-                iov_len: 8,
-            };
-            let remote = libc::iovec {
-                iov_base: (self.address(page) + word * 8) as *mut _,
-                iov_len: 8,
-            };
-            // SAFETY: writes to this region or fails.
-            let wrote = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
-            let expected = self.pages[page].is_writable() && !self.is_behind_the_end(page);
-            if (wrote == 8) != expected {
-                let what = format!("process_vm_writev to page {page} ({:x?}): {wrote}", self.pages[page]);
-                return Err(failed(&what));
-            }
-            if !expected {
-                return Ok(true);
-            }
+        let value = some_value(self.number, page, random);
+        let words: [u64; SCRATCH] = std::array::from_fn(|word| word_of(value, word));
+        let local = libc::iovec {
+            iov_base: words.as_ptr().cast_mut().cast(),
+            iov_len: size_of_val(&words),
+        };
+        let remote = libc::iovec {
+            iov_base: self.address(page) as *mut _,
+            iov_len: size_of_val(&words),
+        };
+        // SAFETY: writes to this region or fails.
+        let wrote = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+        let expected = self.pages[page].is_writable() && !self.is_behind_the_end(page);
+        if (wrote == size_of_val(&words) as isize) != expected {
+            let what = format!("process_vm_writev to page {page} ({:x?}): {wrote}", self.pages[page]);
+            return Err(failed(&what));
+        }
+        if !expected {
+            return Ok(true);
         }
         self.pages[page].value = value;
         self.pages[page].lazily_freed = false;
@@ -512,7 +603,7 @@ impl Region {
         let mut random = Random::new(seed);
         let (first, count) = self.some_range(&mut random);
         for page in first..first + count.min(16) {
-            let value = random.next() | 1;
+            let value = some_value(self.number, page, &mut random);
             if self.pages[page].is_writable() && !self.is_behind_the_end(page) {
                 self.pages[page].value = value;
             }

@@ -77,6 +77,15 @@ fn run_without_functions() -> Outcome {
     Outcome::Pass
 }
 
+/// Whether Linux was told to do without an XSAVEC that the CPU claims to have. Bochs' Tiger Lake: #GP from the XRSTOR of the loader
+/// behind its own XSAVEC, where it resolves what a handler calls first, so all is to be resolved before.
+fn is_xsavec_hidden() -> bool {
+    let has_xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
+    let claims = has_xsave && core::arch::x86_64::__cpuid_count(0xd, 1).eax & 1 << 1 != 0;
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    claims && !flags.split_whitespace().any(|flag| flag == "xsavec")
+}
+
 /// Each checks itself, and ends with status 0.
 fn run(programs: &[&str]) -> Outcome {
     for name in programs {
@@ -86,7 +95,11 @@ fn run(programs: &[&str]) -> Outcome {
             "{} is missing: scripts/c-compat compiles it",
             program.display()
         );
-        let output = check_ok!(Command::new(&program).output());
+        let mut command = Command::new(&program);
+        if is_xsavec_hidden() {
+            command.env("LD_BIND_NOW", "1");
+        }
+        let output = check_ok!(command.output());
         check!(
             output.status.success(),
             "{name}: {}\n{}{}",

@@ -57,9 +57,9 @@ pub const TESTS: &[Test] = &[
         .timeout_s(120),
     Test::asserting("each_call_may_find_no_memory", each_call_may_find_no_memory)
         .run_as(User::Root)
-        .suite(Suite::Debug)
+        .suite(Suite::Long)
         .needs(&[Need::Path("/proc/self/fail-nth")])
-        .timeout_s(120),
+        .timeout_s(600),
     Test::asserting("every_allocation_inside_may_fail", every_allocation_inside_may_fail)
         .run_as(User::Root)
         .suite(Suite::Long)
@@ -986,9 +986,15 @@ fn each_call_may_find_no_memory() {
             let device = Device::open().unwrap();
             Box::new(move || device.create_vcpu().map(drop))
         }),
+        // The table of a new space has room for 64.
         ("DUNE_MAP_SLOT", |_| {
             let device = Device::open().unwrap();
-            Box::new(move || device.map_slot(5000 * GIB as u64).map(drop))
+            let map = move |gibs: std::ops::Range<u64>| {
+                gibs.into_iter()
+                    .try_for_each(|gib| device.map_slot(gib * GIB as u64).map(drop))
+            };
+            map(5000..5060).unwrap();
+            Box::new(move || map(5060..5066))
         }),
         ("DUNE_RUN", |_| {
             let mut guest = RawGuest::new(WRITE_PAGES);

@@ -207,10 +207,12 @@ impl Growing {
 
     /// Begins with a word of 0, calls `ready`, and is back when somebody has released the code.
     pub fn run(&self, thread: &Thread<'_>, ready: impl FnOnce()) {
-        let mut sandbox = Sandbox::on(thread, Map::owning(self.0.start, PAGES * PAGE), grow());
+        // CPL3 may not use it yet, so this CPL may, with SMAP too.
+        give(thread, self.words().as_ptr() as u64, 1, Permissions::ALL);
         for word in self.words() {
             word.store(0, SeqCst);
         }
+        let mut sandbox = Sandbox::on(thread, Map::owning(self.0.start, PAGES * PAGE), grow());
         sandbox.context.registers_mut().rdi = self.words().as_ptr() as u64;
         ready();
         assert_eq!(sandbox.context.run_for(thread, PLENTY), UserExit::Syscall);

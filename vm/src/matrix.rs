@@ -78,6 +78,7 @@ const TIGER_LAKE: &str = "tigerlake";
 /// What Bochs tells wrong of it, so that Linux warns: as many threads as cores (HT), no size of PKRU's state (PKU), and the same
 /// size of compacted state whatever is in it (XSAVES, XSAVEC). And Linux' own warning where it mitigates ITS in a module.
 const TIGER_LAKE_APPEND: &str = "clearcpuid=ht,pku,xsaves,xsavec indirect_target_selection=off";
+const TIGER_LAKE_WITHOUT_MITIGATIONS: &str = "clearcpuid=ht,pku,xsaves,xsavec mitigations=off";
 /// The same for the kernel `pkeys`, which knows what PKRU's state is like.
 const KEYS_APPEND: &str = "clearcpuid=ht,xsaves,xsavec indirect_target_selection=off";
 
@@ -126,7 +127,8 @@ macro_rules! tests_of_cpl3 {
          cpl0_accesses_cpl3_by_user_slice_only,user_slice_copies_what_cpl3_may_access,cpl3_sees_only_its_pages,\
          cpl0_does_not_execute_pages_of_cpl3,system_call_of_cpl3_comes_to_the_host,cpl3_faults_come_to_the_host,\
          flags_of_cpl3_stay_there,signals_are_delivered_while_at_cpl3,cpl3_cannot_keep_the_cpu,raw_guest_runs,\
-         control_registers_obey_the_policy,handlers_run_in_dune_mode,faults_become_signals_with_true_siginfo"
+         control_registers_obey_the_policy,handlers_run_in_dune_mode,faults_become_signals_with_true_siginfo,\
+         every_action_of_a_signal_everywhere"
     };
 }
 const CPL3: &str = tests_of_cpl3!();
@@ -180,13 +182,20 @@ pub fn rows(long: bool) -> Vec<Row> {
                 timeout_s: 3600,
                 ..green(&format!("long-broadwell-{cpus}cpu"), BROADWELL, SHORT)
             });
-            rows.push(Row {
-                when: When::Long,
-                cpus,
-                append: "mitigations=off",
-                timeout_s: 3600,
-                ..green(&format!("long-without-mitigations-{cpus}cpu"), HASWELL, SHORT)
-            });
+            for (name, cpu_model, append) in [
+                ("haswell", HASWELL, "mitigations=off"),
+                ("sandy-bridge", SANDY_BRIDGE, "mitigations=off"),
+                ("broadwell", BROADWELL, "mitigations=off"),
+                ("tiger-lake", TIGER_LAKE, TIGER_LAKE_WITHOUT_MITIGATIONS),
+            ] {
+                rows.push(Row {
+                    when: When::Long,
+                    cpus,
+                    append,
+                    timeout_s: 3600,
+                    ..green(&format!("long-without-mitigations-{name}-{cpus}cpu"), cpu_model, SHORT)
+                });
+            }
             rows.push(Row {
                 when: When::Long,
                 cpus,
@@ -240,7 +249,8 @@ pub fn rows(long: bool) -> Vec<Row> {
             ..green(
                 "long-enter-without-memory",
                 HASWELL,
-                "dune-tests run --only every_allocation_of_enter_may_fail,every_allocation_inside_may_fail",
+                "dune-tests run --only each_call_may_find_no_memory,every_allocation_of_enter_may_fail,\
+                 every_allocation_inside_may_fail",
             )
         });
         rows.push(Row {
@@ -630,8 +640,8 @@ mod tests {
     }
 
     #[test]
-    fn long_is_short_and_thirty_six_more() {
-        assert_eq!(rows(true).len(), rows(false).len() + 36);
+    fn long_is_short_and_forty_two_more() {
+        assert_eq!(rows(true).len(), rows(false).len() + 42);
     }
 
     #[test]

@@ -100,7 +100,7 @@ const ADVICE: [(i32, &str); 10] = [
 
 /// What is in a page that is not zero names it: the region in 8 bits, the page in 16, then what the model or chance says.
 fn label(region: usize, page: usize) -> u64 {
-    region as u64 + 1 | (page as u64) << 8
+    (region as u64 + 1) | (page as u64) << 8
 }
 
 /// A value for a page, not zero.

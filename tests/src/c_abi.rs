@@ -13,6 +13,7 @@ use crate::check_ok;
 use crate::framework::Outcome;
 use crate::framework::Suite;
 use crate::framework::Test;
+use crate::helpers;
 use crate::support::within;
 
 pub const TESTS: &[Test] = &[
@@ -80,10 +81,8 @@ fn run_without_functions() -> Outcome {
 /// Whether Linux was told to do without an XSAVEC that the CPU claims to have. Bochs' Tiger Lake: #GP from the XRSTOR of the loader
 /// behind its own XSAVEC, where it resolves what a handler calls first, so all is to be resolved before.
 fn is_xsavec_hidden() -> bool {
-    let has_xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
-    let claims = has_xsave && core::arch::x86_64::__cpuid_count(0xd, 1).eax & 1 << 1 != 0;
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    claims && !flags.split_whitespace().any(|flag| flag == "xsavec")
+    const XSAVEC: u32 = 1 << 1;
+    helpers::xsave_features() & XSAVEC != 0 && !helpers::cpu_has("xsavec")
 }
 
 /// Each checks itself, and ends with status 0.

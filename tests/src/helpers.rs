@@ -2,6 +2,8 @@
 //! What tests share: programs, counters, CPUs, the module.
 #![allow(dead_code)]
 
+use std::arch::x86_64::__cpuid_count;
+use std::arch::x86_64::CpuidResult;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -89,6 +91,28 @@ pub fn cpu_has(flag: &str) -> bool {
         .take_while(|line| !line.is_empty())
         .filter(|line| line.starts_with("flags") || line.starts_with("vmx flags"))
         .any(|line| line.split_whitespace().any(|word| word == flag))
+}
+
+/// What the CPU says of itself, which need not be what Linux says of it. Causes a VM exit in Dune mode.
+#[allow(unused_unsafe)] // CPUID became safe after Rust 1.85.
+pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
+    // SAFETY: every 64-bit CPU has CPUID.
+    unsafe { __cpuid_count(leaf, subleaf) }
+}
+
+/// Whether the CPU has XSAVE, XCR0 with it.
+pub fn has_xsave() -> bool {
+    const XSAVE: u32 = 1 << 26;
+    cpuid(1, 0).ecx & XSAVE != 0
+}
+
+/// What there is of XSAVE (SDM, "CPUID": leaf 0DH, subleaf 1, EAX).
+pub fn xsave_features() -> u32 {
+    if has_xsave() {
+        cpuid(0xd, 1).eax
+    } else {
+        0
+    }
 }
 
 /// Whether this is the emulated machine of `vm/`.

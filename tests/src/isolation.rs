@@ -113,9 +113,11 @@ pub fn host_state() -> BTreeMap<String, String> {
         .map(|(name, value)| (name.to_string(), value.to_string()))
         .collect();
     // The module leaves out what the CPU has not.
-    let xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
-    let xsaves = xsave && core::arch::x86_64::__cpuid_count(0xd, 1).eax & 1 << 3 != 0;
-    let more = [(xsave, "XCR0"), (xsaves, "XSS")];
+    const XSAVES: u32 = 1 << 3;
+    let more = [
+        (helpers::has_xsave(), "XCR0"),
+        (helpers::xsave_features() & XSAVES != 0, "XSS"),
+    ];
     let more = more.into_iter().filter_map(|(has, name)| has.then_some(name));
     for name in NAMES.into_iter().chain(more) {
         assert!(state.contains_key(name), "{name}: {state:?}");

@@ -18,6 +18,7 @@ use libdune::Thread;
 use crate::framework::Need;
 use crate::framework::Suite;
 use crate::framework::Test;
+use crate::helpers;
 use crate::helpers::pin_to_cpu;
 use crate::support::count_signal;
 use crate::support::enter;
@@ -194,7 +195,7 @@ fn protection_keys_are_kept_apart() {
         assert_eq!((telling.context.registers().rax, pkru()), (0, OWN));
         // SAFETY: gives the CPU to the other thread.
         unsafe { libc::sched_yield() };
-        std::hint::black_box(std::arch::x86_64::__cpuid(0));
+        std::hint::black_box(helpers::cpuid(0, 0));
         assert_eq!(pkru(), OWN);
     }
     timer(libc::ITIMER_REAL, 0);

@@ -383,7 +383,7 @@ fn borrowing_costs_little() {
             let mut least = u64::MAX;
             for _ in 0..2000 {
                 let start = rdtsc();
-                std::hint::black_box(core::arch::x86_64::__cpuid(0));
+                std::hint::black_box(helpers::cpuid(0, 0));
                 least = least.min(rdtsc() - start);
             }
             dune.leave();

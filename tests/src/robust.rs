@@ -16,6 +16,7 @@ use crate::framework::Need;
 use crate::framework::Suite;
 use crate::framework::Test;
 use crate::framework::User;
+use crate::helpers;
 use crate::helpers::pin_to_cpu;
 use crate::raw::Device;
 use crate::raw::Ended;
@@ -470,9 +471,7 @@ pub fn emulated_instructions_go_on() {
         });
         assert!(matches!(guest.run(), Ended::Call(_)));
         let got = guest.run_page().gprs;
-        // SAFETY: CPUID exists on every 64-bit CPU.
-        #[allow(unused_unsafe)]
-        let host = unsafe { std::arch::x86_64::__cpuid(leaf as u32) };
+        let host = helpers::cpuid(leaf as u32, 0);
         if leaf == 0 {
             assert_eq!(got.rbx, u64::from(host.ebx));
             assert_eq!(got.rdx, u64::from(host.edx));

@@ -20,6 +20,7 @@ use libdune::Vector;
 use linux_raw_sys::general;
 
 use crate::framework::Test;
+use crate::helpers;
 use crate::mm::Userfaultfd;
 use crate::support::enter;
 use crate::support::eventually;
@@ -152,7 +153,7 @@ fn spin(relax: fn()) {
 
 /// Exits. Handlers run with RFLAGS.IF clear, and Bochs 2.7 keeps interrupts from who is entered so until it exits itself.
 fn exit() {
-    std::hint::black_box(std::arch::x86_64::__cpuid(0));
+    std::hint::black_box(helpers::cpuid(0, 0));
 }
 
 fn spin_in_handler(frame: &mut TrapFrame, _: &Thread<'_>) -> Outcome {

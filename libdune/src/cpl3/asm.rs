@@ -77,33 +77,32 @@ enum WayOut {
     FxsaveMsr = 3,
 }
 
+macro_rules! ways {
+    ($enter:ident, $way_in:ident, $way_out:ident) => {
+        Self {
+            enter: $enter as *const () as u64,
+            way_in: $way_in as *const () as u64,
+            way_out: WayOut::$way_out,
+        }
+    };
+}
+
 impl Ways {
     pub fn new(has_xsave: bool, has_fsgsbase: bool) -> Self {
-        let (enter, way_in) = match (has_xsave, has_fsgsbase) {
-            (false, false) => (
-                dune_user_enter_fxsave_msr as *const () as u64,
-                dune_user_in_fxsave_msr as *const () as u64,
+        match (has_xsave, has_fsgsbase) {
+            (false, false) => ways!(dune_user_enter_fxsave_msr, dune_user_in_fxsave_msr, FxsaveMsr),
+            (false, true) => ways!(
+                dune_user_enter_fxsave_fsgsbase,
+                dune_user_in_fxsave_fsgsbase,
+                FxsaveFsgsbase
             ),
-            (false, true) => (
-                dune_user_enter_fxsave_fsgsbase as *const () as u64,
-                dune_user_in_fxsave_fsgsbase as *const () as u64,
+            (true, false) => ways!(dune_user_enter_xsave_msr, dune_user_in_xsave_msr, XsaveMsr),
+            (true, true) => ways!(
+                dune_user_enter_xsave_fsgsbase,
+                dune_user_in_xsave_fsgsbase,
+                XsaveFsgsbase
             ),
-            (true, false) => (
-                dune_user_enter_xsave_msr as *const () as u64,
-                dune_user_in_xsave_msr as *const () as u64,
-            ),
-            (true, true) => (
-                dune_user_enter_xsave_fsgsbase as *const () as u64,
-                dune_user_in_xsave_fsgsbase as *const () as u64,
-            ),
-        };
-        let way_out = match (has_xsave, has_fsgsbase) {
-            (false, false) => WayOut::FxsaveMsr,
-            (false, true) => WayOut::FxsaveFsgsbase,
-            (true, false) => WayOut::XsaveMsr,
-            (true, true) => WayOut::XsaveFsgsbase,
-        };
-        Self { enter, way_in, way_out }
+        }
     }
 }
 

@@ -373,7 +373,7 @@ fn kvm_helper_missing_is_told() {
     assert!(dune_works());
 }
 
-/// What an exit that the module settles costs: owned, borrowed, and borrowed where a VMCS of KVM is the CPU's current one.
+/// What an exit that the module settles costs: owned, borrowed, and borrowed while a virtual machine of KVM lives on that CPU.
 fn borrowing_costs_little() {
     pin_to_cpu(0).unwrap();
     let shared = Shared::new();
@@ -401,8 +401,9 @@ fn borrowing_costs_little() {
     let beside = measure(2);
     guest.run();
     guest.finish();
-    println!("CPUID: {own} owned, {borrowed} borrowed, {beside} beside a virtual machine of KVM (RDTSC)");
-    assert!(borrowed < 2 * own, "{own} to {borrowed}");
-    // Two VMPTRLD more, and where the CPU has it two IBPB: a bound that only a mistake exceeds.
-    assert!(beside < own + 40_000, "{own} to {beside}");
+    println!("report: CPUID: {own} owned, {borrowed} borrowed, {beside} beside a virtual machine of KVM (RDTSC)");
+    // An exit that the run loop settles does not ask whose VMX it is.
+    for (other, what) in [(borrowed, "borrowed"), (beside, "beside a virtual machine")] {
+        assert!(other * 10 <= own * 11, "{own}, {what} {other}");
+    }
 }

@@ -186,13 +186,16 @@ extern "C" fn spoiling_handler(_: i32) {
 }
 
 fn ymm_of_cpl3_stay_over_signals_and_timeouts() {
-    const TURNS: u64 = 1_000_000;
+    const TURNS: u64 = 3_000_000;
+    // Long enough for a signal, or the way to CPL3 and back, to be over before the next on the kernel `debug` too.
+    const PERIOD_US: i64 = 3000;
+    const DEADLINE: u64 = PLENTY / 4000;
     set_plain_handler(libc::SIGALRM, spoiling_handler, libc::SA_RESTART);
     let dune = enter();
     let thread = dune.thread();
     // Signals come while it turns around.
     let user = User::start(&thread, 5, TURNS);
-    timer(libc::ITIMER_REAL, 1000);
+    timer(libc::ITIMER_REAL, PERIOD_US);
     let before = HANDLED.load(SeqCst);
     user.finish(&thread);
     assert!(HANDLED.load(SeqCst) > before + 3, "{before}");
@@ -200,7 +203,7 @@ fn ymm_of_cpl3_stay_over_signals_and_timeouts() {
     let mut user = User::start(&thread, 6, TURNS);
     let mut timeouts = 0;
     loop {
-        match user.sandbox.context.run_for(&thread, PLENTY / 10_000) {
+        match user.sandbox.context.run_for(&thread, DEADLINE) {
             UserExit::Timeout => timeouts += 1,
             UserExit::Syscall => break,
             exit => panic!("{exit:?}"),

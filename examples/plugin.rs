@@ -66,7 +66,7 @@ struct Pages {
 }
 
 impl Pages {
-    fn new(thread: &Thread<'_>, bytes: usize) -> Result<Self> {
+    fn new(bytes: usize) -> Result<Self> {
         let bytes = bytes.next_multiple_of(PAGE);
         // SAFETY: A new mapping.
         let start = unsafe {
@@ -82,13 +82,10 @@ impl Pages {
         if start == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error().into());
         }
-        let pages = Self {
+        Ok(Self {
             start: start.cast(),
             bytes,
-        };
-        // The page table may still say what it was told about memory that was here before.
-        pages.protect(thread, 0, bytes, Permissions::ALL)?;
-        Ok(pages)
+        })
     }
 
     fn address(&self) -> u64 {
@@ -124,6 +121,11 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        // What is mapped here next would be CPL3's too. Where that fails the memory stays.
+        let taken = Thread::with_current(|thread| self.protect(thread, 0, self.bytes, Permissions::ALL));
+        if matches!(taken, Some(Err(_))) {
+            return;
+        }
         // SAFETY: The plugin's pages, which nobody uses any more.
         unsafe { libc::munmap(self.start.cast(), self.bytes) };
     }
@@ -148,7 +150,7 @@ impl Plugin {
             .map(|h| h.p_vaddr + h.p_memsz)
             .max()
             .ok_or("no segment")?;
-        let mut image = Pages::new(thread, usize::try_from(end)?)?;
+        let mut image = Pages::new(usize::try_from(end)?)?;
         let base = image.address();
         for segment in &segments {
             let content = object.get(segment.file_range()).ok_or("segment beyond the file")?;
@@ -188,9 +190,9 @@ impl Plugin {
             };
             image.give(thread, first, behind - first, permissions)?;
         }
-        let stack = Pages::new(thread, STACK_BYTES)?;
+        let stack = Pages::new(STACK_BYTES)?;
         stack.give(thread, 0, stack.bytes, Permissions::WRITE)?;
-        let mut pages = Pages::new(thread, buffer.len())?;
+        let mut pages = Pages::new(buffer.len())?;
         pages.bytes_mut()[..buffer.len()].copy_from_slice(buffer);
         pages.give(thread, 0, pages.bytes, Permissions::WRITE)?;
         Ok(Self {

@@ -70,6 +70,7 @@ pub const TESTS: &[Test] = &[
     Test::asserting("frames_of_a_pool_are_mapped", frames_of_a_pool_are_mapped),
     Test::asserting("sealed_table_fills_nothing_in", sealed_table_fills_nothing_in),
     Test::asserting("page_table_outlives_dune_mode", page_table_outlives_dune_mode),
+    Test::asserting("permissions_outlive_munmap", permissions_outlive_munmap),
 ];
 
 const BYTES: u64 = PAGE as u64;
@@ -991,6 +992,36 @@ fn frames_of_a_pool_are_mapped() {
     assert_eq!(load(frame.as_u64() as usize), Ok(0));
     // SAFETY: Never mapped.
     unsafe { pool.free(frame) };
+    dune.leave();
+}
+
+/// They are the address's until they are given back: what Linux maps there next has them.
+fn permissions_outlive_munmap() {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // So that the GiB is not forgotten as a whole.
+    let neighbour = Map::at(UNUSED + PAGE, PAGE, protection, 0);
+    neighbour.write(0, 1);
+    let dune = enter();
+    install_probe(&dune);
+    let space = dune.address_space();
+    let protect = |permissions| space.protect(gva(UNUSED), BYTES, permissions).unwrap().flush();
+    let read_only = |map: &Map| {
+        let fault = store(map.address(), 2).expect_err("a store to a page without WRITE");
+        assert_eq!((fault.error_code, fault.address), (3, UNUSED as u64));
+    };
+    let map = Map::at(UNUSED, PAGE, protection, 0);
+    map.write(0, 1);
+    protect(Permissions::READ);
+    read_only(&map);
+    drop(map);
+    let map = Map::at(UNUSED, PAGE, protection, 0);
+    assert_eq!(load(map.address()), Ok(0));
+    read_only(&map);
+    protect(Permissions::ALL);
+    drop(map);
+    let map = Map::at(UNUSED, PAGE, protection, 0);
+    assert_eq!(store(map.address(), 2), Ok(()));
+    drop((map, neighbour));
     dune.leave();
 }
 

@@ -248,7 +248,7 @@ impl Sandbox {
     }
 
     pub fn on(thread: &Thread<'_>, map: Map, code: &[u8]) -> Self {
-        // The page table still has what it was told about memory that was here before.
+        // The page table still has what it was told about memory that was here before: a sandbox of before `leave`.
         let give_page = |page, permissions| give(thread, map.page(page) as u64, 1, permissions);
         give(thread, map.page(0) as u64, PAGES, Permissions::ALL);
         // SAFETY: our own pages.
@@ -286,6 +286,14 @@ impl Sandbox {
         let exit = self.context.run_for(thread, PLENTY);
         check_cpl0();
         exit
+    }
+}
+
+impl Drop for Sandbox {
+    /// Takes the pages back: what CPL3 may access, CPL0 with SMAP may not, and the stack of a thread may be mapped there next.
+    fn drop(&mut self) {
+        let start = self.map.page(0) as u64;
+        Thread::with_current(|thread| give(thread, start, PAGES, Permissions::ALL));
     }
 }
 
@@ -918,7 +926,8 @@ fn cpl3_comes_out_into_a_page_that_was_copied() {
     const TICKS: u64 = 5_000_000;
     let dune = enter();
     let thread = dune.thread();
-    let Sandbox { map, context } = Sandbox::new(&thread, spin());
+    let mut sandbox = Sandbox::new(&thread, spin());
+    let context = std::mem::replace(&mut sandbox.context, UserContext::new(&thread));
     let pool = FramePool::new().unwrap();
     let first = dune.address_space();
     let work = first.duplicate().unwrap();
@@ -948,7 +957,7 @@ fn cpl3_comes_out_into_a_page_that_was_copied() {
         place.drop_in_place();
         dune.load(&first);
     }
-    drop((work, kept, map));
+    drop((work, kept, sandbox));
     assert_eq!(pool.used(), 0);
     dune.leave();
 }

@@ -259,6 +259,9 @@ impl<'d> AddressSpace<'d> {
 
     /// Gives whole pages other permissions. Pages with [`Permissions::NONE`] keep what they are mapped to.
     ///
+    /// They are the address's: munmap does not take them back, and what Linux maps there next, the stack of a new thread
+    /// too, has them. Give [`Permissions::ALL`] back before.
+    ///
     /// # Errors
     ///
     /// Those [of changes](AddressSpace#errors-of-changes).

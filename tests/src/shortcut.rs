@@ -211,9 +211,13 @@ struct Left {
 
 /// As [`run_and_call`], until RUN fails or the calls are over. The errno, and how many calls were made.
 fn run_until_refused(guest: &mut RawGuest, call: [u64; 4], times: u64) -> (i32, u64) {
+    come_back_behind_the_call(guest);
+    run_and_call_on(guest, call, times)
+}
+
+fn come_back_behind_the_call(guest: &mut RawGuest) {
     let behind = &raw const dune_test_call_behind as u64;
     guest.edit(|page| page.forward_behind = behind);
-    run_and_call_on(guest, call, times)
 }
 
 /// The same, wherever the run page says that calls come back.
@@ -290,8 +294,10 @@ fn device_may_be_closed_beside_a_shortcut() {
                 // A vCPU is its maker's.
                 let mut guest = RawGuest::new(CALLS);
                 guest.run();
+                // The last that looks into the run page: the other thread takes it away.
+                come_back_behind_the_call(&mut guest);
                 sender.send((guest.device.fd, guest.run_pointer() as usize)).unwrap();
-                let (errno, calls) = run_until_refused(&mut guest, [libc::SYS_getppid as u64, 0, 0, 0], ENOUGH);
+                let (errno, calls) = run_and_call_on(&guest, [libc::SYS_getppid as u64, 0, 0, 0], ENOUGH);
                 assert_eq!(errno, libc::EBADF, "RUN of a file that is closed");
                 // Nothing of it is left but memory.
                 std::mem::forget(guest);
